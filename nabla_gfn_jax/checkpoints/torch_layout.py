@@ -1,0 +1,85 @@
+"""PyTorch state dicts to Flax parameters and back: module names are the checkpoint's, so the table is short."""
+
+from collections.abc import Iterable, Mapping
+
+import jax
+import numpy as np
+
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.typing import Params
+
+# In a module the checkpoint calls all of these "weight".
+_WEIGHT_LEAVES = ("kernel", "scale", "embedding")
+# Older checkpoints' names of the VAE's attention.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Buffers some versions save; they carry nothing that is learned.
+_BUFFERS = ("embeddings.position_ids",)
+# transformers before 5 wraps the text encoder once more.
+_OLD_PREFIX = "text_model."
+
+
+def torch_name(path: Iterable[str]) -> str:
+    """('encoder', 'down_blocks.0.resnets.0', 'conv1', 'kernel') → 'encoder.down_blocks.0.resnets.0.conv1.weight'."""
+    *modules, leaf = path
+    return ".".join([*modules, "weight" if leaf in _WEIGHT_LEAVES else leaf])
+
+
+def to_torch_layout(leaf: str, array: np.ndarray) -> np.ndarray:
+    """A Flax array in PyTorch's axis order: kernels (h, w, in, out) → (out, in, h, w), (in, out) → (out, in)."""
+    if leaf != "kernel":
+        return array
+    return np.transpose(array, (3, 2, 0, 1) if array.ndim == 4 else (1, 0))
+
+
+def from_torch_layout(leaf: str, array: np.ndarray, ndim: int) -> np.ndarray:
+    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer of the same numbers are one thing."""
+    if leaf != "kernel":
+        return array
+    if array.ndim == 4 and ndim == 2 and array.shape[2:] == (1, 1):
+        array = array[:, :, 0, 0]
+    elif array.ndim == 2 and ndim == 4:
+        array = array[:, :, None, None]
+    return np.transpose(array, (2, 3, 1, 0) if array.ndim == 4 else (1, 0))
+
+
+def to_state_dict(params: Params) -> dict[str, np.ndarray]:
+    """Flax parameters as a PyTorch state dict of contiguous numpy arrays."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    paths = [(tuple(str(k.key) for k in path), np.asarray(array)) for path, array in leaves]
+    return {torch_name(path): np.ascontiguousarray(to_torch_layout(path[-1], array)) for path, array in paths}
+
+
+def from_state_dict(state: Mapping[str, np.ndarray], expected: Params, source: str) -> Params:
+    """The state dict `state` as Flax parameters shaped like `expected` (arrays or `ShapeDtypeStruct`s), float32 or as stored.
+
+    Raises `UserError` naming `source` and every tensor that is missing, left over or of another shape, all together.
+    """
+    renamed = {_current_name(name): name for name in state}
+    for name in _BUFFERS:
+        renamed.pop(name, None)
+    problems: list[str] = []
+
+    def take(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
+        names = tuple(str(k.key) for k in path)
+        wanted = torch_name(names)
+        if wanted not in renamed:
+            problems.append(f"{wanted} is missing")
+            return None
+        array = from_torch_layout(names[-1], state[renamed.pop(wanted)], len(leaf.shape))
+        if array.shape != leaf.shape:
+            problems.append(f"{wanted} has shape {array.shape}, config.json implies {leaf.shape}")
+        return array
+
+    params = jax.tree_util.tree_map_with_path(take, expected)
+    problems += [f"{name} is not part of the model" for name in renamed.values()]
+    if problems:
+        shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise UserError(f"{source} does not match its config.json: {shown}")
+    return params
+
+
+def _current_name(name: str) -> str:
+    parts = name.removeprefix(_OLD_PREFIX).split(".")
+    if "attentions" in parts and len(parts) >= 2 and parts[-2] in _OLD_NAMES:
+        parts[-2] = _OLD_NAMES[parts[-2]]
+    return ".".join(parts)

@@ -1,0 +1,179 @@
+"""The blocks that Stable Diffusion's UNet and VAE share. Channels last, parameters named as in the checkpoints."""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+FeatureMap = Float[Array, "batch height width channels"]
+Tokens = Float[Array, "batch tokens channels"]
+
+# XLA's CPU convolution is ten times slower than a matrix product on feature maps this small (2x2, 128 channels).
+_MATMUL_BELOW_PIXELS = 5
+
+
+def _convolve_as_matmul(x: Array, kernel: Array) -> Array:
+    """A 3x3, stride 1, padding 1 convolution as one matrix product over the nine shifted copies of `x`."""
+    batch, height, width, channels = x.shape
+    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
+    columns = jnp.concatenate(shifted, axis=-1).reshape(-1, 9 * channels)
+    return (columns @ kernel.reshape(9 * channels, -1)).reshape(batch, height, width, -1)
+
+
+class Conv(nn.Module):
+    """2-D convolution with bias, torch's padding convention. `padding` is ((top, bottom), (left, right)) or one int."""
+
+    features: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        k = self.kernel_size
+        shape = (k, k, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        x = x.astype(self.dtype)
+        padding = ((self.padding,) * 2,) * 2 if isinstance(self.padding, int) else self.padding
+        tiny = x.shape[1] * x.shape[2] < _MATMUL_BELOW_PIXELS
+        if tiny and (k, self.stride, self.padding) == (3, 1, 1):
+            y = _convolve_as_matmul(x, kernel)
+        else:
+            y = jax.lax.conv_general_dilated(
+                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return y + bias.reshape(1, 1, 1, -1)
+
+
+class LoRADense(nn.Module):
+    """y = x W + b, plus x·down·up where the `lora` collection holds a pair for this layer.
+
+    The low-rank pair (down (in, r), up (r, out)) is never merged into W: in bfloat16 the sum would swallow it.
+    Its scale alpha/r is 1; files made with another one are folded into `up` when they are read.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+        if self.has_variable("lora", "down"):
+            down = self.get_variable("lora", "down").astype(self.dtype)
+            up = self.get_variable("lora", "up").astype(self.dtype)
+            y = y + (x @ down) @ up
+        return y
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation over channels; statistics in float32."""
+
+    groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space channels"]:
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+        mean = grouped.mean(axis=(1, 3), keepdims=True)
+        centred = grouped - mean
+        variance = jnp.square(centred).mean(axis=(1, 3), keepdims=True)
+        normal = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        broadcast = (1,) * (x.ndim - 1) + (channels,)
+        return (normal * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+class ResnetBlock(nn.Module):
+    """norm → SiLU → conv, twice, with the time embedding added between and a 1x1 shortcut where widths differ."""
+
+    features: int
+    groups: int
+    epsilon: float
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, time: Float[Array, "batch embedding"] | None = None) -> FeatureMap:
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
+        h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
+        if time is not None:
+            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            h = h + shift[:, None, None, :]
+        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
+        h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, kernel_size=1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
+        return x.astype(self.dtype) + h
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` over `context` (itself when None): q, k, v, out, the four layers LoRA adapts."""
+
+    heads: int
+    qkv_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Tokens, context: Float[Array, "batch keys width"] | None = None) -> Tokens:
+        width = x.shape[-1]
+        source = x if context is None else context
+
+        def heads_of(name: str, tokens: Array) -> Array:
+            y = LoRADense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
+            return y.reshape(*y.shape[:2], self.heads, width // self.heads)
+
+        q, k, v = heads_of("to_q", x), heads_of("to_k", source), heads_of("to_v", source)
+        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        return LoRADense(width, dtype=self.dtype, name="to_out.0")(h)
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution; `asymmetric` pads bottom and right alone, as the VAE does."""
+
+    features: int
+    asymmetric: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        padding = ((0, 1), (0, 1)) if self.asymmetric else 1
+        return Conv(self.features, stride=2, padding=padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by nearest neighbour, then a 3x3 convolution."""
+
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        batch, height, width, channels = x.shape
+        x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+        x = x.reshape(batch, 2 * height, 2 * width, channels)
+        return Conv(self.features, dtype=self.dtype, name="conv")(x)
+
+
+def timestep_features(
+    t: Float[Array, "batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
+) -> Float[Array, "batch width"]:
+    """Sinusoidal features of DDPM time (Vaswani et al. 2017, section 3.5), float32, `width` even."""
+    half = width // 2
+    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
+    angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]
+    first, second = (jnp.cos, jnp.sin) if flip_sin_to_cos else (jnp.sin, jnp.cos)
+    return jnp.concatenate([first(angles), second(angles)], axis=-1)

@@ -1,0 +1,31 @@
+"""LoRA (Hu et al. 2021) as a tree of its own: which layers have a pair, how a fresh one starts."""
+
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from nabla_gfn_jax.typing import Params, PRNGKey
+
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention's four projections, as in the paper
+
+
+def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
+    """A `lora` collection for the model with these `params`: down (in, rank) ~ N(0, 1/rank²), up (rank, out) = 0.
+
+    With `up` zero the policy starts as the base model exactly. `params` may be abstract (shapes alone); float32.
+    """
+
+    def walk(path: tuple[str, ...], tree: Params) -> Params:
+        lora = {}
+        for name, child in tree.items():
+            if name in TARGETS:
+                inputs, outputs = child["kernel"].shape
+                layer_key = jax.random.fold_in(key, zlib.crc32(".".join((*path, name)).encode()))
+                down = jax.random.normal(layer_key, (inputs, rank), jnp.float32) / rank
+                lora[name] = {"down": down, "up": jnp.zeros((rank, outputs), jnp.float32)}
+            elif isinstance(child, dict) and (found := walk((*path, name), child)):
+                lora[name] = found
+        return lora
+
+    return walk((), params)

@@ -1,0 +1,172 @@
+"""`UNet2DConditionModel`: the noise predictor of Stable Diffusion (Rombach et al. 2022), as diffusers lays it out."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from nabla_gfn_jax.models.config import read_fields
+from nabla_gfn_jax.models.layers import (
+    Attention,
+    Conv,
+    Downsample,
+    FeatureMap,
+    GroupNorm,
+    ResnetBlock,
+    Tokens,
+    Upsample,
+    timestep_features,
+)
+from nabla_gfn_jax.typing import Context, Timesteps
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """What `unet/config.json` says of the architecture. `attention_head_dim` is diffusers' name for the *number* of heads."""
+
+    sample_size: int = 64
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
+    up_block_types: tuple[str, ...] = ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    attention_head_dim: int | tuple[int, ...] = 8
+    cross_attention_dim: int = 768
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    use_linear_projection: bool = False
+    flip_sin_to_cos: bool = True
+    freq_shift: int = 0
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> "UNetConfig":
+        """From the parsed `unet/config.json`. Raises `UserError` for a value this model does not implement."""
+        only = {
+            "act_fn": ("silu",),
+            "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+            "dual_cross_attention": (False,),
+            "only_cross_attention": (False,),
+            "class_embed_type": (None,),
+            "addition_embed_type": (None,),
+            "num_class_embeds": (None,),
+            "encoder_hid_dim": (None,),
+            "resnet_time_scale_shift": ("default",),
+            "time_embedding_type": ("positional",),
+            "transformer_layers_per_block": (1,),
+            "center_input_sample": (False,),
+            "num_attention_heads": (None,),
+            "mid_block_scale_factor": (1,),
+            "conv_in_kernel": (3,),
+            "conv_out_kernel": (3,),
+            "upcast_attention": (False, True),
+        }
+        return read_fields(cls, fields, only=only, source="unet/config.json")
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each level, highest resolution first."""
+        h = self.attention_head_dim
+        return (h,) * len(self.block_out_channels) if isinstance(h, int) else h
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt, gated feed-forward, each with its layer norm and residual."""
+
+    heads: int
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Tokens, context: Context) -> Tokens:
+        def norm(name: str) -> nn.LayerNorm:
+            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+
+        width = x.shape[-1]
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
+        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        hidden = nn.Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
+        value, gate = jnp.split(hidden, 2, axis=-1)
+        return x + nn.Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, between two projections."""
+
+    heads: int
+    groups: int
+    linear_projection: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, context: Context) -> FeatureMap:
+        batch, height, width, channels = x.shape
+
+        def projection(name: str, h: Array) -> Array:
+            if self.linear_projection:
+                return nn.Dense(channels, dtype=self.dtype, name=name)(h)
+            return Conv(channels, kernel_size=1, padding=0, dtype=self.dtype, name=name)(h)
+
+        h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
+        h = projection("proj_in", h).reshape(batch, height * width, channels)
+        h = TransformerBlock(self.heads, self.dtype, name="transformer_blocks.0")(h, context)
+        return x + projection("proj_out", h.reshape(batch, height, width, channels))
+
+
+class UNet2DConditionModel(nn.Module):
+    """Predicts the noise (or, for v-prediction models, the velocity) in a latent image.
+
+    `apply({"params": base}, x, t, context)` is the reference model and
+    `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged.
+    """
+
+    config: UNetConfig
+    dtype: Any = jnp.float32
+
+    def _resnet(self, features: int, name: str) -> ResnetBlock:
+        return ResnetBlock(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
+
+    def _transformer(self, level: int, name: str) -> SpatialTransformer:
+        c = self.config
+        return SpatialTransformer(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
+
+    @nn.compact
+    def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:
+        """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim)."""
+        c = self.config
+        levels = len(c.block_out_channels)
+        context = context.astype(self.dtype)
+        time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        time = nn.Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
+        time = nn.Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
+
+        h = Conv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
+        skips = [h]
+        for i, (kind, width) in enumerate(zip(c.down_block_types, c.block_out_channels, strict=True)):
+            for j in range(c.layers_per_block):
+                h = self._resnet(width, f"down_blocks.{i}.resnets.{j}")(h, time)
+                if kind == "CrossAttnDownBlock2D":
+                    h = self._transformer(i, f"down_blocks.{i}.attentions.{j}")(h, context)
+                skips.append(h)
+            if i < levels - 1:
+                h = Downsample(width, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0")(h)
+                skips.append(h)
+
+        h = self._resnet(c.block_out_channels[-1], "mid_block.resnets.0")(h, time)
+        h = self._transformer(levels - 1, "mid_block.attentions.0")(h, context)
+        h = self._resnet(c.block_out_channels[-1], "mid_block.resnets.1")(h, time)
+
+        for i, (kind, width) in enumerate(zip(c.up_block_types, reversed(c.block_out_channels), strict=True)):
+            for j in range(c.layers_per_block + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = self._resnet(width, f"up_blocks.{i}.resnets.{j}")(h, time)
+                if kind == "CrossAttnUpBlock2D":
+                    h = self._transformer(levels - 1 - i, f"up_blocks.{i}.attentions.{j}")(h, context)
+            if i < levels - 1:
+                h = Upsample(width, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
+
+        h = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")(h))
+        return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(h)
+
+
