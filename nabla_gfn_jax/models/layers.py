@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from nabla_gfn_jax.models.conv import convolve
+
 FeatureMap = Float[Array, "batch height width channels"]
 Tokens = Float[Array, "batch tokens channels"]
 
@@ -45,9 +47,7 @@ class Conv(nn.Module):
         if tiny and (k, self.stride, self.padding) == (3, 1, 1):
             y = _convolve_as_matmul(x, kernel)
         else:
-            y = jax.lax.conv_general_dilated(
-                x, kernel, (self.stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-            )
+            y = convolve(x, kernel, self.stride, padding)
         return y + bias.reshape(1, 1, 1, -1)
 
 
