@@ -144,7 +144,7 @@ def _cache_pictures(cache: Path, packages: list[Path]) -> None:
 
 
 def _emoji_names(names: Path) -> Iterator[tuple[str, str, str]]:
-    """Code points, CLDR name and CLDR subgroup of each emoji that may be learnt; skin tones are apart in the file."""
+    """Code points, CLDR name and CLDR subgroup of each emoji that may be learnt."""
     kinds = json.loads((names / "meta/groups.json").read_text())
     for entry in json.loads((names / "en/data.json").read_text()):
         if "group" not in entry or kinds["groups"][str(entry["group"])] in _LEFT_OUT:
