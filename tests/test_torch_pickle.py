@@ -1,0 +1,120 @@
+"""Torch checkpoints read without torch, against what torch wrote; hostile and damaged files are refused."""
+
+import os
+import pickle
+import subprocess
+import sys
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from nabla_gfn_jax.checkpoints.torch_pickle import read
+from nabla_gfn_jax.errors import UserError
+
+LAYOUTS = pytest.mark.parametrize("zipped", [False, True], ids=["old", "zip"])
+DTYPES = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+
+
+def checkpoint() -> OrderedDict:
+    torch.manual_seed(0)
+    tensors = OrderedDict((name, (torch.randn(3, 4) * 50).to(getattr(torch, name))) for name in DTYPES)
+    base = torch.randn(6, 5)
+    tensors["transposed"] = base.t()
+    tensors["part of the same storage"] = base[2:4, 1:]
+    tensors["expanded"] = torch.randn(1, 4).expand(3, 4)
+    tensors["scalar"] = torch.tensor(3.5)
+    tensors["empty"] = torch.zeros(0, 7)
+    tensors["parameter"] = torch.nn.Parameter(torch.randn(2))
+    return tensors
+
+
+@LAYOUTS
+def test_every_dtype_and_stride(tmp_path, zipped):
+    tensors = checkpoint()
+    file = tmp_path / "model.pth"
+    torch.save(tensors, file, _use_new_zipfile_serialization=zipped)
+    arrays = read(file)
+    assert list(arrays) == list(tensors)
+    for name, tensor in tensors.items():
+        assert str(arrays[name].dtype) == str(tensor.dtype).removeprefix("torch."), name
+        wide = tensor.detach().double().numpy()
+        np.testing.assert_array_equal(arrays[name].astype(np.float64), wide, err_msg=name)
+
+
+@LAYOUTS
+def test_nested_with_plain_values_and_module_metadata(tmp_path, zipped):
+    module = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+    file = tmp_path / "model.pt"
+    saved = {"state_dict": module.state_dict(), "epoch": 3, "betas": (0.9, [0.99])}
+    torch.save(saved, file, _use_new_zipfile_serialization=zipped)
+    loaded = read(file)
+    assert (loaded["epoch"], loaded["betas"]) == (3, (0.9, [0.99]))
+    np.testing.assert_array_equal(loaded["state_dict"]["0.weight"], module[0].weight.detach().numpy())
+
+
+class Hostile:
+    def __init__(self, marker):
+        self.command = f"touch {marker}"
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+@LAYOUTS
+def test_hostile_pickle_is_refused_and_not_run(tmp_path, zipped):
+    file, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    torch.save({"weight": torch.zeros(2), "x": Hostile(marker)}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"evil\.pth asks for (posix|nt)\.system"):
+        read(file)
+    assert not marker.exists()
+
+
+def test_plain_hostile_pickle(tmp_path):
+    file, marker = tmp_path / "evil.bin", tmp_path / "marker"
+    file.write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(UserError, match=r"evil\.bin asks for"):
+        read(file)
+    assert not marker.exists()
+
+
+@LAYOUTS
+@pytest.mark.parametrize("kept", [0.0, 0.02, 0.3, 0.7, 0.999])
+def test_truncated(tmp_path, zipped, kept):
+    file = tmp_path / "cut.pth"
+    torch.save(checkpoint(), file, _use_new_zipfile_serialization=zipped)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(kept * len(content))])
+    with pytest.raises(UserError, match=r"cut\.pth is truncated"):
+        read(file)
+
+
+class Beyond:
+    """Pickles as a tensor that claims more elements than its storage has."""
+
+    def __reduce__(self):
+        storage = torch.storage.TypedStorage(4, dtype=torch.float32)
+        return torch._utils._rebuild_tensor_v2, (storage, 2, (3,), (1,), False, OrderedDict())
+
+
+@LAYOUTS
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+def test_tensor_beyond_its_storage(tmp_path, zipped):
+    file = tmp_path / "long.pth"
+    torch.save({"a": Beyond()}, file, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"long\.pth .*beyond its storage"):
+        read(file)
+
+
+def test_missing_and_foreign_files(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.pth does not exist"):
+        read(tmp_path / "nothing.pth")
+    (tmp_path / "text.pth").write_text("not a checkpoint")
+    with pytest.raises(UserError, match=r"text\.pth is truncated or no torch checkpoint"):
+        read(tmp_path / "text.pth")
+
+
+def test_torch_is_not_imported():
+    code = "import sys, nabla_gfn_jax.checkpoints.torch_pickle; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
