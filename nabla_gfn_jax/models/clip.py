@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.layers import Tokens
+from nabla_gfn_jax.models.layers import Dense, Tokens
 from nabla_gfn_jax.typing import Context, TokenIds
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -49,8 +49,8 @@ class CLIPEncoderLayer(nn.Module):
     def __call__(self, x: Tokens) -> Tokens:
         c = self.config
 
-        def dense(features: int, name: str) -> nn.Dense:
-            return nn.Dense(features, dtype=self.dtype, name=name)
+        def dense(features: int, name: str) -> Dense:
+            return Dense(features, dtype=self.dtype, name=name)
 
         h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
         per_head = (*h.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)

@@ -51,11 +51,12 @@ class Conv(nn.Module):
         return y + bias.reshape(1, 1, 1, -1)
 
 
-class LoRADense(nn.Module):
+class Dense(nn.Module):
     """y = x W + b, plus x·down·up where the `lora` collection holds a pair for this layer.
 
     The low-rank pair (down (in, r), up (r, out)) is never merged into W: in bfloat16 the sum would swallow it.
     Its scale alpha/r is 1; files made with another one are folded into `up` when they are read.
+    Leading axes are made one first: the gradient of W over several is four times slower on a CPU.
     """
 
     features: int
@@ -65,16 +66,15 @@ class LoRADense(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        y = rows @ kernel.astype(self.dtype)
         if self.use_bias:
-            bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
         if self.has_variable("lora", "down"):
             down = self.get_variable("lora", "down").astype(self.dtype)
             up = self.get_variable("lora", "up").astype(self.dtype)
-            y = y + (x @ down) @ up
-        return y
+            y = y + (rows @ down) @ up
+        return y.reshape(*x.shape[:-1], self.features)
 
 
 class GroupNorm(nn.Module):
@@ -118,7 +118,7 @@ class ResnetBlock(nn.Module):
         h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if time is not None:
-            shift = nn.Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
             h = h + shift[:, None, None, :]
         h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
@@ -140,12 +140,12 @@ class Attention(nn.Module):
         source = x if context is None else context
 
         def heads_of(name: str, tokens: Array) -> Array:
-            y = LoRADense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
+            y = Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
             return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
         q, k, v = heads_of("to_q", x), heads_of("to_k", source), heads_of("to_v", source)
         h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
-        return LoRADense(width, dtype=self.dtype, name="to_out.0")(h)
+        return Dense(width, dtype=self.dtype, name="to_out.0")(h)
 
 
 class Downsample(nn.Module):

@@ -11,6 +11,7 @@ from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.layers import (
     Attention,
     Conv,
+    Dense,
     Downsample,
     FeatureMap,
     GroupNorm,
@@ -86,9 +87,9 @@ class TransformerBlock(nn.Module):
         width = x.shape[-1]
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
         x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
-        hidden = nn.Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
+        hidden = Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
         value, gate = jnp.split(hidden, 2, axis=-1)
-        return x + nn.Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
+        return x + Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
 
 
 class SpatialTransformer(nn.Module):
@@ -105,7 +106,7 @@ class SpatialTransformer(nn.Module):
 
         def projection(name: str, h: Array) -> Array:
             if self.linear_projection:
-                return nn.Dense(channels, dtype=self.dtype, name=name)(h)
+                return Dense(channels, dtype=self.dtype, name=name)(h)
             return Conv(channels, kernel_size=1, padding=0, dtype=self.dtype, name=name)(h)
 
         h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
@@ -138,8 +139,8 @@ class UNet2DConditionModel(nn.Module):
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
         time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-        time = nn.Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
-        time = nn.Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
+        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
+        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
 
         h = Conv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         skips = [h]
