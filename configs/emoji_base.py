@@ -33,11 +33,11 @@ def get_config() -> ConfigDict:
     c.text_encoder.num_attention_heads = 4
 
     c.unet = ConfigDict()
-    c.unet.block_out_channels = (64, 128, 192)
+    c.unet.block_out_channels = (64, 96, 112)
     c.unet.layers_per_block = 1
     c.unet.attention_head_dim = 4
     c.unet.norm_num_groups = 16
-    c.unet.steps = 20000
+    c.unet.steps = 4000
     c.unet.batch = 64
     c.unet.learning_rate = 1e-3
     c.unet.decay = 0.9995
