@@ -79,7 +79,6 @@ def test_indexing_keeps_the_structure():
         ("set_alpha_to_one", True),
         ("steps_offset", 0),
         ("clip_sample", True),
-        ("prediction_type", "v_prediction"),
         ("rescale_betas_zero_snr", True),
     ],
 )
