@@ -71,7 +71,7 @@ def depthwise(
 ) -> Float[Array, "batch out_height out_width channels"]:
     """A k x k filter for each channel, as a sum of k² shifted products, and its input gradient likewise.
 
-    XLA's grouped convolution takes 20 times as long on a CPU and its gradient 20 to 70 times (8x24x24x144, 3x3:
+    XLA's grouped convolution takes 20 times as long on a CPU, its gradient 20 to 70 times (8x24x24x144, 3x3:
     10 and 30 ms against .3 and .7; 8x48x48x96 with stride 2: 10 and 126 against .5 and 1.8). Differentiating
     the sum automatically is right too, but 2 to 4 times slower than what is written here.
     """
