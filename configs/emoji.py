@@ -1,0 +1,53 @@
+"""Residual ∇-DB on the emoji model that ships with the package, towards how positive a face looks.
+
+    python -m nabla_gfn_jax.train --config=configs/emoji.py
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Every field of a run; override one with --config.FIELD=VALUE."""
+    c = ConfigDict()
+    c.seed = 0
+    c.model = "emoji"  # a shipped model's name, or a diffusers folder
+    c.reward = "valence"
+    c.prompts = "a_face"
+
+    c.sampling = ConfigDict()
+    c.sampling.num_steps = 50
+    c.sampling.guidance = 5.0
+
+    c.algorithm = ConfigDict()
+    c.algorithm.name = "residual_nabla_db"
+    c.algorithm.beta = 10.0
+    c.algorithm.output_regularisation = 1.0
+    c.algorithm.prior_strength = 1.0
+    c.algorithm.credit = "lookahead"
+    c.algorithm.gamma = "alpha_bar"
+    c.algorithm.transition_fraction = 0.1
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8
+
+    c.flow = ConfigDict()
+    c.flow.block_out_channels = (32, 64)
+    c.flow.layers_per_block = 1
+    c.flow.attention_head_dim = 2
+    c.flow.norm_num_groups = 8
+
+    c.training = ConfigDict()
+    c.training.num_epochs = 30
+    c.training.trajectories = 32
+    c.training.micro_batches = 2
+    c.training.learning_rate = 1e-3
+    c.training.weight_decay_lora = 1e-4
+    c.training.weight_decay_flow = 1e-2
+    c.training.clip = 1.0
+
+    c.logging = ConfigDict()
+    c.logging.samples_every = 15
+    c.logging.checkpoint_every = 5
+    c.logging.tensorboard = False
+    c.logging.wandb = False
+    return c

@@ -1,0 +1,40 @@
+"""Saving and restoring a training run with Orbax: atomic, the newest few kept."""
+
+from pathlib import Path
+from typing import Any
+
+import flax.serialization
+import jax
+import orbax.checkpoint as ocp
+
+from nabla_gfn_jax.errors import UserError
+
+
+class Checkpoints:
+    """Saves of one tree of arrays under `folder`, by step. A save that is cut short is never the latest."""
+
+    def __init__(self, folder: Path, keep: int = 2):
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+
+    @property
+    def latest(self) -> int | None:
+        """The newest save's step."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any) -> None:
+        """Writes `tree`; does nothing if that step is saved already."""
+        if step != self.latest:
+            self._manager.save(step, args=ocp.args.StandardSave(flax.serialization.to_state_dict(tree)))
+
+    def restore(self, like: Any) -> Any:
+        """The newest save, in the shape of `like`. Raises `UserError` if it is damaged or of another configuration."""
+        state = flax.serialization.to_state_dict(like)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        try:
+            read = self._manager.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # Orbax raises many kinds
+            reason = str(error).splitlines()[0]
+            where = f"{self._manager.directory}/{self.latest}"
+            raise UserError(f"{where} cannot be restored ({reason}); delete it to go on from the save before") from error
+        return flax.serialization.from_state_dict(like, read)

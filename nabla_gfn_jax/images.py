@@ -1,0 +1,29 @@
+"""Grids of images as PNG files."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from nabla_gfn_jax.errors import UserError
+
+
+def save_grid(
+    file: Path, images: Float[np.ndarray, "count height width 3"], columns: int, margin: int = 4, zoom: int = 1
+) -> None:
+    """Writes images in [0, 1], row by row, `columns` a row, on white; each pixel `zoom` pixels wide.
+
+    Raises `UserError` if the file cannot be written.
+    """
+    count, height, width, _ = images.shape
+    rows = -(-count // columns)
+    canvas = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
+    for i, image in enumerate(np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)):
+        top, left = (margin + n * (size + margin) for n, size in zip(divmod(i, columns), (height, width), strict=True))
+        canvas[top : top + height, left : left + width] = image
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(canvas.repeat(zoom, 0).repeat(zoom, 1)).save(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be written ({error}); choose another --out or --workdir") from error

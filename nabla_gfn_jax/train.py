@@ -1,0 +1,148 @@
+"""Finetunes a text-to-image model with a reward: `python -m nabla_gfn_jax.train --config=configs/emoji.py`.
+
+The same command on the same workdir resumes. Docstrings of the config files say what each field means.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
+from nabla_gfn_jax.checkpoints.training_state import Checkpoints
+from nabla_gfn_jax.compilation import use_compilation_cache
+from nabla_gfn_jax.configuration import build, claim_workdir, parse_flags, prompts_of
+from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.images import save_grid
+from nabla_gfn_jax.training.finetuner import Finetuner, Rollout, TrainState
+from nabla_gfn_jax.training.metrics_log import MetricsLog
+from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
+
+_GRID = 48  # images in a sample grid, the same prompts and noise each time
+
+
+@exit_on_user_error
+def main(argv: list[str]) -> None:
+    """Configuration → pieces → restore → for each epoch: sample, update, log, save."""
+    config, workdir = parse_flags(argv, config="configs/emoji.py")
+    claim_workdir(workdir, config)
+    use_compilation_cache()
+    pieces = build(config)
+    prompts = Prompts(pieces, prompts_of(config))
+    state, pending, first = restore(pieces, Checkpoints(workdir / "checkpoints"), config, prompts)
+    run(pieces, config, workdir, prompts, state, pending, first)
+    print(
+        f"done. metrics: {workdir / 'metrics.jsonl'}   samples: {workdir / 'samples'}   "
+        f"LoRA: {workdir / 'lora' / 'diffusers.safetensors'}   checkpoints: {workdir / 'checkpoints'}"
+    )
+
+
+class Prompts:
+    """A prompt set with its text features, encoded once, and draws from it by key."""
+
+    def __init__(self, pieces: Finetuner, prompts: tuple[str, ...]):
+        self.texts = prompts
+        self.features: Condition = encode_prompts(pieces.base, prompts)
+        self.features["reward"] = pieces.reward.encode_prompts(list(prompts))
+
+    def draw(self, keys: PRNGKeys) -> Condition:
+        """One prompt for each key."""
+        chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(keys)
+        return jax.tree.map(lambda a: a[chosen], self.features)
+
+    def cycle(self, count: int) -> Condition:
+        """The prompts in order, over and over."""
+        return jax.tree.map(lambda a: a[jnp.arange(count) % len(self.texts)], self.features)
+
+
+def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
+    """One key a sample from (seed, epoch, sample index) alone: the same on any number of devices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), jnp.arange(count))
+
+
+def restore(
+    pieces: Finetuner, checkpoints: Checkpoints, config: ConfigDict, prompts: Prompts
+) -> tuple[TrainState, Any, int]:
+    """State, the transitions that wait to be trained on, and the next epoch: the last save's, or the beginning's."""
+    state = pieces.init(config.seed, config.lora.rank)
+    if checkpoints.latest is None:
+        return state, None, 0
+    keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
+    pending = jax.eval_shape(pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
+    like = {"state": state, "pending": jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)}
+    saved = checkpoints.restore(like)
+    return saved["state"], saved["pending"], checkpoints.latest + 1
+
+
+def run(
+    pieces: Finetuner,
+    config: ConfigDict,
+    workdir: Path,
+    prompts: Prompts,
+    state: TrainState,
+    pending: Any,
+    first: int,
+) -> None:
+    """The epochs. An epoch trains on the trajectories of the epoch before it; the first only samples."""
+    rollout, update = pieces.compile()
+    seed = jax.random.key(config.seed)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    log = MetricsLog(
+        workdir,
+        first,
+        tensorboard=config.logging.tensorboard,
+        wandb=config.logging.wandb,
+        config=config.to_dict(),
+    )
+    epochs = config.training.num_epochs
+    bar = tqdm(range(first, epochs + 1), initial=first, total=epochs + 1, unit="epoch", dynamic_ncols=True)
+    for epoch in bar:
+        start = time.time()
+        keys = sample_keys(seed, epoch, config.training.trajectories)
+        sampled: Rollout = rollout(pieces.frozen, state.params, keys, prompts.draw(keys))
+        row: dict[str, Any] = {"epoch": epoch, "reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
+        if epoch % config.logging.samples_every == 0 or epoch == epochs:
+            save_samples(pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png")
+        if pending is not None:
+            state, metrics = update(pieces.frozen, state, pending)
+            row |= metrics
+        pending = sampled.transitions
+        row = {"step": epoch} | {name: float(value) for name, value in row.items()}
+        row["seconds"] = time.time() - start
+        log.write(row)
+        stop_if_not_finite(row, workdir)
+        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", loss=f"{row.get('loss', float('nan')):.3g}")
+        if epoch % config.logging.checkpoint_every == 0 or epoch == epochs:
+            checkpoints.save(epoch, {"state": state, "pending": pending})
+            save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])
+            save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
+
+
+def save_samples(
+    pieces: Finetuner, rollout: Any, params: Params, prompts: Prompts, seed: PRNGKey, file: Path
+) -> None:
+    """A grid drawn with the same prompts and noise whenever it is drawn."""
+    keys = sample_keys(jax.random.fold_in(seed, 2**31 - 1), 0, _GRID)
+    images = rollout(pieces.frozen, params, keys, prompts.cycle(_GRID)).images
+    save_grid(file, np.asarray(images), columns=8, zoom=2)
+
+
+def stop_if_not_finite(row: dict[str, Any], workdir: Path) -> None:
+    """A loss or gradient that is no number ends the run before anything of it is saved as a checkpoint."""
+    bad = [name for name, value in row.items() if not np.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{', '.join(bad)} at step {row['step']} is not finite; the step's numbers are in {workdir / 'metrics.jsonl'}, "
+            "the checkpoint before it is intact: lower training.learning_rate or algorithm.beta in a new workdir"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,149 @@
+"""The two compiled functions of a finetuning run, sampling and the update, and the state they pass on.
+
+An epoch samples trajectories with the present parameters and trains on those of the epoch before (DESIGN: the trust
+region's θ† is the previous iterate), so its transitions wait in the state and are saved with it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model
+from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.diffusion.schedule import Schedule
+from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, guided_predictor
+from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.models.unet import UNet2DConditionModel
+from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Scores, Timesteps
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What an update changes: {"lora", "flow"} parameters, their optimizer's state, updates made."""
+
+    params: Params
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+
+@flax.struct.dataclass
+class Rollout:
+    """One epoch's sampling: what the loss needs of the trajectories, the images and their log rewards."""
+
+    transitions: PyTree[Any]
+    images: Images
+    log_reward: Scores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuner:
+    """A base model, a reward, an algorithm and an optimizer, and the functions compiled from them."""
+
+    base: StableDiffusion
+    flow: UNet2DConditionModel
+    reward: Reward
+    algorithm: Algorithm
+    schedule: Schedule
+    guidance: float
+    optimizer: optax.GradientTransformation
+    micro_batches: int
+
+    def init(self, seed: int, rank: int) -> TrainState:
+        """LoRA and flow as they start: both leave the base model's distribution as it is."""
+        lora_key, flow_key = jax.random.split(jax.random.key(seed))
+        unet = self.base.unet
+        params: Params = {"lora": init_lora(lora_key, self.base.params["unet"], rank), "flow": {}}
+        if self.algorithm.uses_flow:
+            latent, context = self._example(unet.config.cross_attention_dim)
+            params["flow"] = init_flow(self.flow, flow_key, latent, context)
+        return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
+
+    def _example(self, context_width: int) -> tuple[Latents, Float[Array, "1 1 width"]]:
+        return jnp.zeros((1, *self.base.latent_shape)), jnp.zeros((1, 1, context_width))
+
+    @property
+    def frozen(self) -> Params:
+        """Parameters that training reads and never changes; arguments, not constants, of what is compiled."""
+        return {"base": self.base.params, "reward": self.reward.params}
+
+    def model(self, frozen: Params) -> Model:
+        """The algorithm's view of the pieces."""
+
+        def flow(phi: Params, x: Latents, t: Timesteps, condition: Condition) -> Latents:
+            return self.flow.apply({"params": phi}, x, t, condition["context"])
+
+        def log_reward(z: Latents, condition: Condition) -> Scores:
+            images = decode(self.base, frozen["base"]["vae"], z)
+            return self.reward.score(frozen["reward"], images, condition["reward"])
+
+        return Model(guided_predictor(self.base, frozen["base"]["unet"], self.guidance), flow, log_reward)
+
+    def compile(self) -> tuple[Callable[..., Rollout], Callable[..., tuple[TrainState, Metrics]]]:
+        """`rollout(frozen, params, keys, condition)` and `update(frozen, state, transitions)`, the state donated."""
+        return jax.jit(self.rollout), jax.jit(self.update, donate_argnums=1)
+
+    def rollout(self, frozen: Params, params: Params, keys: PRNGKeys, condition: Condition) -> Rollout:
+        """Samples one trajectory for each key and keeps the transitions that will be trained on."""
+        model = self.model(frozen)
+
+        def predict(x: Latents, t: Timesteps, condition: Condition) -> Latents:
+            return model.predict(params["lora"], x, t, condition)
+
+        trajectory = sample(predict, self.schedule, keys, self.base.latent_shape, condition)
+        transitions = self.algorithm.transitions(params, model, keys, trajectory, self.schedule, condition)
+        images = decode(self.base, frozen["base"]["vae"], trajectory.samples)
+        score = self.reward.score(frozen["reward"], images, condition["reward"])
+        return Rollout(transitions=transitions, images=images, log_reward=score)
+
+    def update(self, frozen: Params, state: TrainState, transitions: PyTree[Any]) -> tuple[TrainState, Metrics]:
+        """One optimizer step on the mean gradient over all transitions, accumulated over the micro-batches."""
+        model = self.model(frozen)
+        parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), transitions)
+
+        def accumulate(total: PyTree[Any], part: PyTree[Any]) -> tuple[PyTree[Any], None]:
+            (loss, terms), gradient = self.algorithm.value_and_grad(state.params, model, part)
+            return jax.tree.map(jnp.add, total, ({"loss": loss, **terms}, gradient)), None
+
+        (loss, terms), gradient = jax.eval_shape(
+            lambda part: self.algorithm.value_and_grad(state.params, model, part), jax.tree.map(lambda a: a[0], parts)
+        )
+        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), ({"loss": loss, **terms}, gradient))
+        total, _ = jax.lax.scan(accumulate, zero, parts)
+        metrics, gradient = jax.tree.map(lambda a: a / self.micro_batches, total)
+        updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        for group in ("lora", "flow"):
+            metrics[f"grad_norm_{group}"] = optax.global_norm(gradient[group]) if gradient[group] else jnp.zeros(())
+        return TrainState(params=params, optimizer=moments, step=state.step + 1), metrics
+
+
+def make_optimizer(
+    learning_rate: float, *, decay_lora: float, decay_flow: float, clip: float
+) -> optax.GradientTransformation:
+    """AdamW (.9, .999) for LoRA and flow, each with its own weight decay and its own clip of the global norm."""
+
+    def group(weight_decay: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=weight_decay)
+        )
+
+    labels = {"lora": "lora", "flow": "flow"}
+    return optax.multi_transform(
+        {"lora": group(decay_lora), "flow": group(decay_flow)},
+        lambda params: {name: jax.tree.map(lambda _: labels[name], tree) for name, tree in params.items()},
+    )
+
+
+def init_flow(flow: nn.Module, key: Array, latent: Latents, context: Float[Array, "1 1 width"]) -> Params:
+    """Parameters of g_φ, its last layer zero, so that g = 0 at the start."""
+    params = flow.init(key, latent, jnp.zeros(1, jnp.int32), context)["params"]
+    return params | {"conv_out": jax.tree.map(jnp.zeros_like, params["conv_out"])}

@@ -1,0 +1,58 @@
+"""Where a run's numbers go: always `metrics.jsonl`, and TensorBoard or Weights & Biases on request."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nabla_gfn_jax.errors import UserError
+
+
+class MetricsLog:
+    """Appends one row an update to `metrics.jsonl`; rows of a step that is repeated after a resume are replaced."""
+
+    def __init__(self, workdir: Path, first_step: int, *, tensorboard: bool, wandb: bool, config: dict[str, Any]):
+        self._file = workdir / "metrics.jsonl"
+        self._keep_rows_before(first_step)
+        self._sinks: list[Any] = []
+        if tensorboard:
+            self._sinks.append(_tensorboard(workdir))
+        if wandb:
+            self._sinks.append(_wandb(workdir, config))
+
+    def write(self, row: dict[str, float]) -> None:
+        """`row` has `step`; numbers that are not finite are written as null."""
+        clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        with self._file.open("a") as file:
+            file.write(json.dumps(clean) + "\n")
+        for sink in self._sinks:
+            sink(row)
+
+    def _keep_rows_before(self, step: int) -> None:
+        if self._file.exists():
+            rows = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] < step]
+            self._file.write_text("".join(line + "\n" for line in rows))
+
+
+def _tensorboard(workdir: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("logging.tensorboard needs tensorboardX; pip install 'nabla_gfn_jax[logging]'") from None
+    writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def write(row: dict[str, float]) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, value, int(row["step"]))
+        writer.flush()
+
+    return write
+
+
+def _wandb(workdir: Path, config: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logging.wandb needs wandb; pip install 'nabla_gfn_jax[logging]'") from None
+    run = wandb.init(project="nabla_gfn_jax", dir=str(workdir), config=config, resume="allow", id=workdir.name)
+    return lambda row: run.log(row, step=int(row["step"]))
