@@ -1,0 +1,279 @@
+"""Does it sample the right distribution? Algorithms against an exact target in the plane.
+
+    python -m nabla_gfn_jax.experiments.mixture2d --out=runs/mixture2d
+
+The base "model" is the closed-form noise prediction of a Gaussian mixture, sampled in Stable Diffusion's
+own 50 DDPM steps; the reward is log R(x) = k·x, so that the distribution to be reached, P_base(x) R(x), is a
+mixture too. The policy adds an MLP to the base, and the algorithms are those that finetune images.
+"""
+
+import argparse
+import functools
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from nabla_gfn_jax.algorithms.base import Algorithm, Model
+from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
+from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.diffusion.schedule import (
+    STABLE_DIFFUSION,
+    alphas_cumprod,
+    clean_prediction,
+    make_schedule,
+)
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.experiments.mixture import Distance, Mixture, Points, cell_kl, distance, sampled
+from nabla_gfn_jax.typing import Params, PRNGKey, Timesteps
+
+DATA = Mixture(np.array([0.4, 0.4, 0.2]), np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), 0.3)
+REWARDS = {"mild": np.array([0.5, 0.25]), "doubled": np.array([1.0, 0.5])}
+SCHEDULE = make_schedule(STABLE_DIFFUSION, 50)
+ALPHAS = alphas_cumprod(STABLE_DIFFUSION)
+BASE = sampled(DATA, SCHEDULE)  # what 50 steps with the exact noise prediction draw
+WIDTH, FREQUENCIES = 128, 8
+SYMBOLS: dict[Any, str] = {"alpha_bar": "ᾱ", "sqrt_alpha_bar": "√ᾱ", "one": "1"}
+AVERAGE = 0.99  # decay of the running mean of policy parameters, which is what is judged
+CHUNK = 20  # updates between looks at the mean reward
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One line of the table."""
+
+    name: str
+    algorithm: Algorithm
+    batch: int = 128
+    updates: int = 3000
+    learning_rate: float = 1e-3
+    gradient_clip: float = float("inf")
+    stop_at_target_reward: bool = False
+
+
+class Result(NamedTuple):
+    name: str
+    reward: str
+    updates: int
+    seconds: float
+    kl_policy_target: float
+    kl_target_policy: float
+    kl_cells: float
+    weights: tuple[float, ...]
+    mean_reward: float
+
+
+def make_model(k: Float[np.ndarray, "2"]) -> Model:
+    """Exact base + MLP of (x, x̂_#, t), scaled so that its output is of order 1 at every time; log R = k·x."""
+    direction = jnp.asarray(k, jnp.float32)
+
+    def predict(lora: Params | None, x: Points, t: Timesteps, condition: Any) -> Points:
+        alpha_bar = ALPHAS[t]
+        eps = DATA.noise_prediction(x, alpha_bar)
+        if lora is None:
+            return eps
+        inputs = jnp.concatenate([x, clean_prediction(eps, x, alpha_bar)], axis=1)
+        return eps - jnp.sqrt(alpha_bar)[:, None] * mlp(lora, inputs, t)
+
+    return Model(predict, lambda phi, x, t, c: mlp(phi, x, t), lambda z, c: z @ direction)
+
+
+def init_mlp(key: PRNGKey, inputs: int) -> Params:
+    """Three hidden layers; the last layer zero, so that training starts from the base model and g_φ = 0."""
+    sizes = [inputs + 2 * FREQUENCIES, WIDTH, WIDTH, WIDTH, 2]
+    params = {}
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
+        scale = fan_in**-0.5 if i < len(sizes) - 2 else 0.0
+        kernel = scale * jax.random.normal(jax.random.fold_in(key, i), (fan_in, fan_out))
+        params[f"layer_{i}"] = {"kernel": kernel, "bias": jnp.zeros(fan_out)}
+    return params
+
+
+def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Points:
+    phase = (
+        t.astype(jnp.float32)[:, None]
+        / 1000
+        * (np.pi * 2.0 ** np.arange(-1, FREQUENCIES - 1))[None].astype("f4")
+    )
+    hidden = jnp.concatenate([inputs, jnp.sin(phase), jnp.cos(phase)], axis=1)
+    layers = list(params.values())
+    for layer in layers[:-1]:
+        hidden = jax.nn.silu(hidden @ layer["kernel"] + layer["bias"][None])
+    return hidden @ layers[-1]["kernel"] + layers[-1]["bias"][None]
+
+
+def keys_of(key: PRNGKey, number: int) -> Array:
+    return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(number))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def draw(lora: Params | None, model: Model, number: int, key: PRNGKey) -> Points:
+    predict = functools.partial(model.predict, lora)
+    return sample(predict, SCHEDULE, keys_of(key, number), (2,), ()).samples
+
+
+def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[Params, int]:
+    """On-policy updates, each on a fresh batch; returns the averaged policy and the number of updates."""
+    lora_key, flow_key, sample_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
+    flow = init_mlp(flow_key, 2) if run.algorithm.uses_flow else {}
+    params = {"lora": init_mlp(lora_key, 4), "flow": flow}
+    rate = optax.cosine_decay_schedule(run.learning_rate, run.updates)
+    one = optax.chain(optax.clip_by_global_norm(run.gradient_clip), optax.adam(rate))
+    optimizer = optax.partition({"lora": one, "flow": one}, {"lora": "lora", "flow": "flow"})
+
+    def update(state: Any, index: Array) -> tuple[Any, Array]:
+        params, average, optimizer_state = state
+        keys = keys_of(jax.random.fold_in(sample_key, index), run.batch)
+        trajectory = sample(functools.partial(model.predict, params["lora"]), SCHEDULE, keys, (2,), ())
+        transitions = run.algorithm.transitions(params, model, keys, trajectory, SCHEDULE, ())
+        _, gradient = run.algorithm.value_and_grad(params, model, transitions)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int counts and floats
+            updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
+        params = optax.apply_updates(params, updates)
+        average = optax.incremental_update(params["lora"], average, 1 - AVERAGE)
+        return (params, average, optimizer_state), model.log_reward(trajectory.samples, ()).mean()
+
+    chunk = jax.jit(lambda state, indices: jax.lax.scan(update, state, indices), donate_argnums=0)
+    state = (params, jax.tree.map(jnp.copy, params["lora"]), optimizer.init(params))
+    done = 0
+    while done < run.updates:
+        indices = jnp.arange(done, min(done + CHUNK, run.updates))
+        state, rewards = chunk(state, indices)
+        done += len(indices)
+        if run.stop_at_target_reward and float(rewards[-1]) >= target_reward:
+            return state[0]["lora"], done
+    return state[1], done
+
+
+def judge(points: np.ndarray, target: Mixture) -> tuple[Distance, float]:
+    """Distances of samples to the target; infinite where the policy left the numbers."""
+    if not np.isfinite(points).all():
+        nothing = Distance(float("inf"), float("inf"), (float("nan"),) * len(target.weights))
+        return nothing, float("inf")
+    return distance(points, target), cell_kl(points, target)
+
+
+def study(run: Run, reward: str, samples: int = 20_000, seed: int = 0) -> tuple[Result, np.ndarray]:
+    """Trains one variant towards one reward and measures what it samples."""
+    model, target = make_model(REWARDS[reward]), BASE.tilted(REWARDS[reward])
+    start = time.time()
+    lora, updates = train(run, model, float(target.mean() @ REWARDS[reward]), seed)
+    seconds = time.time() - start
+    points = np.asarray(draw(lora, model, samples, jax.random.key(1234)), np.float64)
+    return summary(run.name, reward, points, updates, seconds), points
+
+
+def summary(name: str, reward: str, points: np.ndarray, updates: int = 0, seconds: float = 0.0) -> Result:
+    near, cells = judge(points, BASE.tilted(REWARDS[reward]))
+    mean_reward = float((points @ REWARDS[reward]).mean())
+    return Result(
+        name, reward, updates, round(seconds, 1), near.forward, near.reverse, cells, near.weights, mean_reward
+    )
+
+
+def references(reward: str, samples: int = 20_000) -> list[tuple[Result, np.ndarray]]:
+    """What the figures are read against: exact draws of the target (the estimates' bias) and the base."""
+    target, model = BASE.tilted(REWARDS[reward]), make_model(REWARDS[reward])
+    exact = target.sample(np.random.default_rng(0), samples)
+    base = np.asarray(draw(None, model, samples, jax.random.key(1234)), np.float64)
+    return [(summary("exact draws", reward, exact), exact), (summary("base model", reward, base), base)]
+
+
+def runs(updates: int) -> list[Run]:
+    """The table's lines."""
+    lookahead = [
+        Run(
+            name=f"lookahead, γ = {SYMBOLS[gamma]}" + (", φ from the forward loss too" if forward else ""),
+            algorithm=ResidualNablaDB(beta=1.0, gamma=gamma, flow_gradient_from_forward=forward),
+            gradient_clip=1.0,
+            updates=updates,
+        )
+        for gamma in SYMBOLS
+        for forward in (True, False)
+    ]
+    guess = [
+        Run(
+            name=f"guess, γ = {SYMBOLS[gamma]}",
+            algorithm=ResidualNablaDB(beta=1.0, credit="guess", gamma=gamma),
+            gradient_clip=1.0,
+            updates=updates,
+        )
+        for gamma in SYMBOLS
+    ]
+    adjoint = ResidualNablaDB(beta=1.0, credit="adjoint")
+    return [
+        *lookahead,
+        *guess,
+        Run(name="adjoint", algorithm=adjoint, updates=updates),
+        Run(name="adjoint, gradient clip 1", algorithm=adjoint, gradient_clip=1.0, updates=updates),
+        Run(
+            name="adjoint, credit clip 3",
+            algorithm=ResidualNablaDB(beta=1.0, credit="adjoint", credit_clip=3.0),
+            updates=updates,
+        ),
+        Run(name="adjoint, batch 512", algorithm=adjoint, batch=512, updates=updates),
+        Run(
+            name="reward maximiser, stopped at the target reward",
+            algorithm=RewardMaximiser(tail=10),
+            updates=updates,
+            stop_at_target_reward=True,
+        ),
+    ]
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown, one line a result; p is the policy, q the target."""
+    lines = [
+        "| reward | variant | updates | KL(p‖q) | KL(q‖p) | KL, cells | weights | mean reward | s |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in results:
+        weights = " / ".join(f"{w:.3f}" for w in r.weights)
+        kl = " | ".join(f"{v:.4f}" for v in (r.kl_policy_target, r.kl_target_policy, r.kl_cells))
+        head = f"| {r.reward} | {r.name} | {r.updates} |"
+        lines.append(f"{head} {kl} | {weights} | {r.mean_reward:.3f} | {r.seconds:.0f} |")
+    return "\n".join(lines)
+
+
+@exit_on_user_error
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for results.json, table.md and samples.npz"
+    )
+    parser.add_argument("--updates", type=int, default=3000)
+    parser.add_argument("--only", default="", help="run only the lines whose name contains this")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    chosen = [run for run in runs(arguments.updates) if arguments.only in run.name]
+    if not chosen:
+        names = "; ".join(run.name for run in runs(1))
+        raise UserError(f"--only={arguments.only!r} names no line; the lines are: {names}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    results: list[Result] = []
+    samples: dict[str, np.ndarray] = {}
+    for reward in REWARDS:
+        done = references(reward)
+        for run in chosen:
+            done.append(study(run, reward, seed=arguments.seed))
+            print(table([done[-1][0]]).splitlines()[-1], flush=True)
+        results += [result for result, _ in done]
+        samples |= {f"{reward}: {result.name}": points.astype(np.float32) for result, points in done}
+        (arguments.out / "results.json").write_text(json.dumps([r._asdict() for r in results], indent=1))
+        (arguments.out / "table.md").write_text(table(results) + "\n")
+        np.savez_compressed(arguments.out / "samples.npz", allow_pickle=False, **samples)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
