@@ -5,16 +5,17 @@ from its last save; every stage that is done is read back, not repeated.
 """
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags
-from ml_collections import config_flags
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
+from nabla_gfn_jax.compilation import use_compilation_cache
+from nabla_gfn_jax.configuration import claim_workdir, parse_flags
 from nabla_gfn_jax.data import emoji
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod
 from nabla_gfn_jax.errors import exit_on_user_error
@@ -26,17 +27,13 @@ from nabla_gfn_jax.pretraining import denoiser, vae as autoencoder
 from nabla_gfn_jax.pretraining.loop import State, fit, init_state, optimizer
 from nabla_gfn_jax.typing import Params
 
-_CONFIG = config_flags.DEFINE_config_file("config", "configs/emoji_base.py")
-_WORKDIR = flags.DEFINE_string("workdir", "runs/emoji_base", "saves, logs and the finished model")
-_DRAWINGS = flags.DEFINE_string("drawings", None, "where the drawings are downloaded to [the user's cache folder]")
-
-
 @exit_on_user_error
-def main() -> None:
-    """The stages, in order."""
-    config, workdir = _CONFIG.value, Path(_WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    drawings = emoji.load(Path(_DRAWINGS.value) if _DRAWINGS.value else None)
+def main(argv: list[str]) -> None:
+    """The stages, in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
+    config, workdir = parse_flags(argv, config="configs/emoji_base.py")
+    claim_workdir(workdir, config)
+    use_compilation_cache()
+    drawings = emoji.load()
     base = drawings.base()
     json_files = describe(config)
 
@@ -117,4 +114,4 @@ def train_denoiser(config: Any, json_files: dict, data: denoiser.LatentDrawings,
 
 
 if __name__ == "__main__":
-    app.run(lambda _: main())
+    main(sys.argv)

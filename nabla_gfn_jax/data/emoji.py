@@ -87,7 +87,9 @@ class Drawings:
 
 
 def default_folder() -> Path:
-    """Where downloads and the cached pictures go: the user's cache folder."""
+    """Where downloads and the cached pictures go: $NABLA_GFN_JAX_EMOJI, or a place in the user's cache folder."""
+    if chosen := os.environ.get("NABLA_GFN_JAX_EMOJI"):
+        return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nabla_gfn_jax" / "emoji"
 
 
