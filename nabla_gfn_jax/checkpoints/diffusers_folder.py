@@ -1,6 +1,5 @@
 """Stable Diffusion in a folder, in diffusers' layout: read it, write it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,9 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
+from nabla_gfn_jax.checkpoints.files import read_json, read_safetensors, write_json, write_safetensors
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict, to_state_dict
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -19,16 +17,12 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.typing import Params
 
-_WEIGHTS = {
-    "unet": "diffusion_pytorch_model.safetensors",
-    "vae": "diffusion_pytorch_model.safetensors",
-    "text_encoder": "model.safetensors",
-}
+_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 
 
 @dataclass(frozen=True)
 class StableDiffusion:
-    """The parts of a text-to-image model; `params` has the parts' parameters under "unet", "vae", "text_encoder"."""
+    """The parts of a text-to-image model; `params` has "unet", "vae" and "text_encoder"."""
 
     unet: UNet2DConditionModel
     vae: AutoencoderKL
@@ -45,29 +39,64 @@ class StableDiffusion:
 
 
 def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
-    """The model in a diffusers folder, parameters and computation in `dtype`.
+    """The model in a diffusers folder, parameters and computation in `dtype`, however the files are stored.
 
-    Raises `UserError` naming the file that is missing, truncated, of another layout, or not what config.json says.
+    Weights may be one file or several with an index; where a part has only its fp16 variant, that is read.
+    Raises `UserError` naming the file that is missing, truncated, of another layout, or at odds with its
+    config.json, and parts that do not fit each other.
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
     unet = UNet2DConditionModel(UNetConfig.from_json(read_json(folder / "unet/config.json")), dtype)
     vae = AutoencoderKL(VAEConfig.from_json(read_json(folder / "vae/config.json")), dtype)
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype
+    )
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    scheduler = read_json(folder / "scheduler/scheduler_config.json")
+    _check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
     expected = abstract_params(unet, vae, text_encoder)
     params = {}
-    for part, file in _WEIGHTS.items():
-        state = read_safetensors(folder / part / file)
-        read = from_state_dict(state, expected[part], str(folder / part / file))
+    for part, stem in _WEIGHTS.items():
+        state, source = _read_weights(folder / part, stem)
+        read = from_state_dict(state, expected[part], str(source))
         params[part] = jax.tree.map(lambda a: jnp.asarray(a, dtype), read)
-    return StableDiffusion(
-        unet,
-        vae,
-        text_encoder,
-        load_tokenizer(folder / "tokenizer"),
-        read_json(folder / "scheduler/scheduler_config.json"),
-        params,
-    )
+    return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, params)
+
+
+def _check_parts_fit(
+    folder: Path, unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, tokenizer: CLIPTokenizer
+) -> None:
+    if not unet.in_channels == unet.out_channels == vae.latent_channels:
+        found = f"{unet.in_channels} in, {unet.out_channels} out, {vae.latent_channels} in the VAE"
+        raise UserError(
+            f"{folder}: the channels of a latent differ ({found}); use a plain text-to-image model"
+        )
+    if unet.cross_attention_dim != text.hidden_size:
+        widths = f"cross_attention_dim {unet.cross_attention_dim} and hidden_size {text.hidden_size}"
+        raise UserError(f"{folder}: unet and text_encoder belong to different models: {widths}")
+    size, entries = tokenizer.max_length, tokenizer.encoder.get_vocab_size()
+    if size > text.max_position_embeddings or entries > text.vocab_size:
+        limits = f"{text.max_position_embeddings} positions and {text.vocab_size} entries"
+        raise UserError(
+            f"{folder}/tokenizer makes {size} tokens of {entries} kinds; text_encoder has {limits}"
+        )
+
+
+def _read_weights(folder: Path, stem: str) -> tuple[dict[str, np.ndarray], Path]:
+    """A part's tensors and the file that names them."""
+    for single, index in (
+        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
+        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
+    ):
+        if (folder / single).is_file():
+            return read_safetensors(folder / single)[0], folder / single
+        if (folder / index).is_file():
+            state: dict[str, np.ndarray] = {}
+            for shard in sorted(set(read_json(folder / index).get("weight_map", {}).values())):
+                state |= read_safetensors(folder / shard)[0]
+            return state, folder / index
+    raise UserError(f"{folder / stem}.safetensors is missing; download the model again, as safetensors")
 
 
 def save_folder(
@@ -76,9 +105,9 @@ def save_folder(
     params: Params,
     weights_dtype: Any = np.float16,
 ) -> None:
-    """Writes unet, vae, text_encoder and scheduler of a diffusers folder; the tokenizer is `train_tokenizer`'s.
+    """Writes unet, vae, text_encoder and scheduler of a diffusers folder; `train_tokenizer` writes the rest.
 
-    `configs` holds the contents of each part's JSON file, under the part's name; `params` those of the three networks.
+    `configs` holds the contents of each part's JSON file under the part's name, `params` their parameters.
     """
     classes = {
         "unet": ("diffusers", "UNet2DConditionModel"),
@@ -90,16 +119,22 @@ def save_folder(
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     index |= {part: list(name) for part, name in classes.items()}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
-    _write_json(folder / "model_index.json", index)
-    _write_json(folder / "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", **configs["scheduler"]})
-    for part, file in _WEIGHTS.items():
+    write_json(folder / "model_index.json", index)
+    write_json(
+        folder / "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", **configs["scheduler"]}
+    )
+    for part, stem in _WEIGHTS.items():
         library, name = classes[part]
-        own = {"_class_name": name} if library == "diffusers" else {"architectures": [name], "model_type": "clip_text_model"}
-        _write_json(folder / part / "config.json", own | configs[part])
+        own = (
+            {"_class_name": name}
+            if library == "diffusers"
+            else {"architectures": [name], "model_type": "clip_text_model"}
+        )
+        write_json(folder / part / "config.json", own | configs[part])
         state = {key: array.astype(weights_dtype) for key, array in to_state_dict(params[part]).items()}
-        if part == "text_encoder":
+        if part == "text_encoder":  # as transformers before 5 has it; later ones read it too
             state = {f"text_model.{key}": array for key, array in state.items()}
-        save_file(state, folder / part / file, metadata={"format": "pt"})
+        write_safetensors(folder / part / f"{stem}.safetensors", state)
 
 
 def abstract_params(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Params:
@@ -114,29 +149,3 @@ def abstract_params(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder
         "vae": jax.eval_shape(vae.init, key, image)["params"],
         "text_encoder": jax.eval_shape(text_encoder.init, key, jnp.zeros((1, 2), jnp.int32))["params"],
     }
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises `UserError` naming a file that is missing or not JSON."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; download the model again") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file} cannot be read ({error}); download the model again") from error
-
-
-def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a safetensors file as numpy. Raises `UserError` naming a file that is missing or truncated."""
-    if not file.is_file():
-        raise UserError(f"{file} is missing; download the model again")
-    try:
-        with safe_open(file, framework="flax") as tensors:
-            return {name: np.asarray(tensors.get_tensor(name)) for name in tensors.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"{file} is truncated or damaged ({error}); download it again") from error
-
-
-def _write_json(file: Path, contents: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(contents, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""PyTorch state dicts to Flax parameters and back: module names are the checkpoint's, so the table is short."""
+"""PyTorch state dicts to Flax parameters and back: names are the checkpoint's, so the table is short."""
 
 from collections.abc import Iterable, Mapping
 
@@ -19,20 +19,20 @@ _OLD_PREFIX = "text_model."
 
 
 def torch_name(path: Iterable[str]) -> str:
-    """('encoder', 'down_blocks.0.resnets.0', 'conv1', 'kernel') → 'encoder.down_blocks.0.resnets.0.conv1.weight'."""
+    """('down_blocks.0.resnets.0', 'conv1', 'kernel') → 'down_blocks.0.resnets.0.conv1.weight'."""
     *modules, leaf = path
     return ".".join([*modules, "weight" if leaf in _WEIGHT_LEAVES else leaf])
 
 
 def to_torch_layout(leaf: str, array: np.ndarray) -> np.ndarray:
-    """A Flax array in PyTorch's axis order: kernels (h, w, in, out) → (out, in, h, w), (in, out) → (out, in)."""
+    """A Flax array in PyTorch's axes: kernel (h, w, in, out) → (out, in, h, w), (in, out) → (out, in)."""
     if leaf != "kernel":
         return array
     return np.transpose(array, (3, 2, 0, 1) if array.ndim == 4 else (1, 0))
 
 
 def from_torch_layout(leaf: str, array: np.ndarray, ndim: int) -> np.ndarray:
-    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer of the same numbers are one thing."""
+    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer are one thing."""
     if leaf != "kernel":
         return array
     if array.ndim == 4 and ndim == 2 and array.shape[2:] == (1, 1):
@@ -50,9 +50,9 @@ def to_state_dict(params: Params) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(state: Mapping[str, np.ndarray], expected: Params, source: str) -> Params:
-    """The state dict `state` as Flax parameters shaped like `expected` (arrays or `ShapeDtypeStruct`s), float32 or as stored.
+    """The state dict as Flax parameters shaped like `expected` (or its shapes), dtype as stored.
 
-    Raises `UserError` naming `source` and every tensor that is missing, left over or of another shape, all together.
+    Raises `UserError` naming `source` and all tensors that are missing, left over or misshapen, together.
     """
     renamed = {_current_name(name): name for name in state}
     for name in _BUFFERS:

@@ -16,7 +16,9 @@ def read_fields(cls: type[T], values: dict[str, Any], *, only: dict[str, tuple],
     """
     for name, allowed in only.items():
         if name in values and _frozen(values[name]) not in allowed:
-            raise UserError(f"{source}: {name} = {values[name]!r} is not supported; use a model with one of {allowed}")
+            raise UserError(
+                f"{source}: {name} = {values[name]!r} is not supported; use a model with one of {allowed}"
+            )
     names = {f.name for f in dataclass_fields(cls)}  # type: ignore[arg-type]
     return cls(**{name: _frozen(value) for name, value in values.items() if name in names})
 

@@ -71,8 +71,8 @@ class Dense(nn.Module):
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
         if self.has_variable("lora", "down"):
-            down = self.get_variable("lora", "down").astype(self.dtype)
-            up = self.get_variable("lora", "up").astype(self.dtype)
+            down: Array = self.get_variable("lora", "down").astype(self.dtype)
+            up: Array = self.get_variable("lora", "up").astype(self.dtype)
             y = y + (rows @ down) @ up
         return y.reshape(*x.shape[:-1], self.features)
 
@@ -102,7 +102,9 @@ class GroupNorm(nn.Module):
     def _group_mean(self, per_channel: Float[Array, "batch channels"]) -> Float[Array, "batch channels"]:
         batch, channels = per_channel.shape
         groups = per_channel.reshape(batch, self.groups, -1).mean(axis=-1, keepdims=True)
-        return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(batch, channels)
+        return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(
+            batch, channels
+        )
 
 
 class ResnetBlock(nn.Module):

@@ -130,17 +130,23 @@ class UNet2DConditionModel(nn.Module):
 
     def _transformer(self, level: int, name: str) -> SpatialTransformer:
         c = self.config
-        return SpatialTransformer(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
+        return SpatialTransformer(
+            c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name
+        )
 
     @nn.compact
-    def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:
+    def __call__(
+        self, x: FeatureMap, t: Timesteps, context: Context
+    ) -> Float[Array, "batch height width out"]:
         """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim)."""
         c = self.config
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
         time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
-        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
+        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(
+            nn.silu(time)
+        )
 
         h = Conv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         skips = [h]
@@ -169,5 +175,3 @@ class UNet2DConditionModel(nn.Module):
 
         h = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")(h))
         return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(h)
-
-

@@ -7,7 +7,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.layers import Attention, Conv, Downsample, FeatureMap, GroupNorm, ResnetBlock, Upsample
+from nabla_gfn_jax.models.layers import (
+    Attention,
+    Conv,
+    Downsample,
+    FeatureMap,
+    GroupNorm,
+    ResnetBlock,
+    Upsample,
+)
 from nabla_gfn_jax.typing import Images
 
 _EPSILON = 1e-6
@@ -79,7 +87,9 @@ class Encoder(nn.Module):
                 name = f"down_blocks.{i}.resnets.{j}"
                 h = ResnetBlock(width, c.norm_num_groups, _EPSILON, self.dtype, name=name)(h)
             if i < len(c.block_out_channels) - 1:
-                h = Downsample(width, asymmetric=True, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0")(h)
+                h = Downsample(
+                    width, asymmetric=True, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0"
+                )(h)
         h = MidBlock(width, c.norm_num_groups, c.mid_block_add_attention, self.dtype, name="mid_block")(h)
         h = nn.silu(GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(h))
         return Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(h)

@@ -1,0 +1,56 @@
+"""JSON and safetensors files, read and written so that a bad one is named in one line."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from nabla_gfn_jax.errors import UserError
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON file's object. Raises `UserError` naming a file that is missing or not a JSON object."""
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; download the model again") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read ({error}); download the model again") from error
+    if not isinstance(contents, dict):
+        raise UserError(f"{file} holds no JSON object; download the model again")
+    return contents
+
+
+def write_json(file: Path, contents: Mapping[str, Any]) -> None:
+    """Writes `contents` and whatever folders lead to `file`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Every tensor of a safetensors file, as stored, and its header's metadata.
+
+    Raises `UserError` naming a file that is missing, truncated or damaged.
+    """
+    if not file.is_file():
+        raise UserError(f"{file} is missing; check the path, or download it again")
+    try:
+        with safe_open(file, framework="np") as tensors:
+            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes `tensors`, marked as PyTorch's for the programs that ask; `file` is never seen half written."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    os.replace(unfinished, file)
