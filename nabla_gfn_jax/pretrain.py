@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
+from nabla_gfn_jax.command_line import claim_workdir, parse_flags
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import claim_workdir, parse_flags
 from nabla_gfn_jax.data import emoji
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod
 from nabla_gfn_jax.errors import exit_on_user_error
@@ -23,9 +23,11 @@ from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer, load_tokenizer, train_tokenizer
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
-from nabla_gfn_jax.pretraining import denoiser, vae as autoencoder
+from nabla_gfn_jax.pretraining import denoiser
+from nabla_gfn_jax.pretraining import vae as autoencoder
 from nabla_gfn_jax.pretraining.loop import State, fit, init_state, optimizer
 from nabla_gfn_jax.typing import Params
+
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
@@ -68,8 +70,14 @@ def describe(config: Any) -> dict[str, dict[str, Any]]:
     vae["sample_size"] = emoji.SIZE
     unet: dict[str, Any] = {name: u[name] for name in (*shared, "attention_head_dim")}
     unet |= {"in_channels": v.latent_channels, "out_channels": v.latent_channels}
-    unet |= {"cross_attention_dim": t.hidden_size, "sample_size": emoji.SIZE // 2 ** (len(v.block_out_channels) - 1)}
-    unet |= {"down_block_types": down, "up_block_types": [name.replace("Down", "Up") for name in reversed(down)]}
+    unet |= {
+        "cross_attention_dim": t.hidden_size,
+        "sample_size": emoji.SIZE // 2 ** (len(v.block_out_channels) - 1),
+    }
+    unet |= {
+        "down_block_types": down,
+        "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
+    }
     text = t.to_dict() | {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_tokens}
     text |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": None}
     scheduler = STABLE_DIFFUSION | {"prediction_type": "v_prediction"}
@@ -83,7 +91,9 @@ def train_vae(config: Any, vae: AutoencoderKL, drawings: emoji.Drawings, workdir
     params = vae.init(jax.random.key(config.seed), jnp.zeros((1, emoji.SIZE, emoji.SIZE, 3)))["params"]
     loss = autoencoder.make_loss(vae, drawings.images[~drawings.held_out], c.batch)
     state = init_state(params, transform)
-    state = fit("vae", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir)
+    state = fit(
+        "vae", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir
+    )
     return state.average
 
 
@@ -109,7 +119,9 @@ def train_denoiser(config: Any, json_files: dict, data: denoiser.LatentDrawings,
     transform = optimizer(c.learning_rate, c.steps)
     loss = denoiser.make_loss(unet, text_encoder, data, alphas_cumprod(json_files["scheduler"]), c.batch)
     state: State = init_state(params, transform)
-    state = fit("denoiser", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir)
+    state = fit(
+        "denoiser", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir
+    )
     return state.average
 
 

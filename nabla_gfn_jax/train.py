@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
+from nabla_gfn_jax.command_line import claim_workdir, parse_flags
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import build, claim_workdir, parse_flags, prompts_of
+from nabla_gfn_jax.configuration import build, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
@@ -75,7 +76,9 @@ def restore(
     if checkpoints.latest is None:
         return state, None, 0
     keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
-    pending = jax.eval_shape(pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
+    pending = jax.eval_shape(
+        pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)
+    ).transitions
     like = {"state": state, "pending": jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)}
     saved = checkpoints.restore(like)
     return saved["state"], saved["pending"], checkpoints.latest + 1
@@ -107,9 +110,15 @@ def run(
         start = time.time()
         keys = sample_keys(seed, epoch, config.training.trajectories)
         sampled: Rollout = rollout(pieces.frozen, state.params, keys, prompts.draw(keys))
-        row: dict[str, Any] = {"epoch": epoch, "reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "reward_mean": sampled.log_reward.mean(),
+            "reward_std": sampled.log_reward.std(),
+        }
         if epoch % config.logging.samples_every == 0 or epoch == epochs:
-            save_samples(pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png")
+            save_samples(
+                pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png"
+            )
         if pending is not None:
             state, metrics = update(pieces.frozen, state, pending)
             row |= metrics

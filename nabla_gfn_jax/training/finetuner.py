@@ -119,7 +119,8 @@ class Finetuner:
         zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), ({"loss": loss, **terms}, gradient))
         total, _ = jax.lax.scan(accumulate, zero, parts)
         metrics, gradient = jax.tree.map(lambda a: a / self.micro_batches, total)
-        updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
+            updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         for group in ("lora", "flow"):
             metrics[f"grad_norm_{group}"] = optax.global_norm(gradient[group]) if gradient[group] else jnp.zeros(())
@@ -136,11 +137,8 @@ def make_optimizer(
             optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=weight_decay)
         )
 
-    labels = {"lora": "lora", "flow": "flow"}
-    return optax.multi_transform(
-        {"lora": group(decay_lora), "flow": group(decay_flow)},
-        lambda params: {name: jax.tree.map(lambda _: labels[name], tree) for name, tree in params.items()},
-    )
+    groups = {"lora": group(decay_lora), "flow": group(decay_flow)}
+    return optax.multi_transform(groups, {name: name for name in groups})
 
 
 def init_flow(flow: nn.Module, key: Array, latent: Latents, context: Float[Array, "1 1 width"]) -> Params:

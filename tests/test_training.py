@@ -1,0 +1,197 @@
+"""A finetuning run on a model of a few thousand parameters: bit-exact resume, bad input, failure."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nabla_gfn_jax import configuration, train
+from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
+from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from nabla_gfn_jax.models.tokenizer import train_tokenizer
+from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
+from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
+from nabla_gfn_jax.rewards import Reward
+
+CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A diffusers folder with random weights: 16x16 images, 4x4x4 latents."""
+    folder = tmp_path_factory.mktemp("tiny")
+    blocks = {"block_out_channels": [8, 8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = blocks | {
+        "sample_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+        "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+    }
+    vae = blocks | {
+        "block_out_channels": [8, 8, 8],
+        "latent_channels": 4,
+        "scaling_factor": 1.0,
+        "down_block_types": ["DownEncoderBlock2D"] * 3,
+        "up_block_types": ["UpDecoderBlock2D"] * 3,
+    }
+    text = {
+        "vocab_size": 600,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    train_tokenizer(["a face", "an animal"], folder / "tokenizer", 600, 8)
+    modules = (
+        UNet2DConditionModel(UNetConfig.from_json(unet)),
+        AutoencoderKL(VAEConfig.from_json(vae)),
+        CLIPTextModel(CLIPTextConfig.from_json(text)),
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), abstract_params(*modules))
+    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": STABLE_DIFFUSION}
+    save_folder(folder, configs, params, np.float32)
+    return folder
+
+
+def brightness(scale: float) -> Reward:
+    """log R = scale · mean pixel."""
+    return Reward(
+        params={"scale": jnp.float32(scale)},
+        encode_prompts=lambda prompts: {},
+        score=lambda params, images, features: params["scale"] * images.mean(axis=(1, 2, 3)),
+    )
+
+
+@pytest.fixture
+def command(tiny_model, monkeypatch):
+    """Runs the training command on the tiny model with a few fields set; returns nothing, raises SystemExit(2)."""
+    monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
+
+    def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
+        arguments = {
+            "model": tiny_model,
+            "reward": reward,
+            "sampling.num_steps": 10,
+            "algorithm.transition_fraction": 0.2,
+            "flow.block_out_channels": "(8,8)",
+            "flow.norm_num_groups": 4,
+            "training.trajectories": 4,
+            "training.micro_batches": 2,
+            "training.num_epochs": 3,
+            "logging.samples_every": 3,
+            "logging.checkpoint_every": 1,
+        }
+        flags = [f"--config.{name}={value}" for name, value in arguments.items()]
+        train.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", *flags, *more])
+
+    return call
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_time(row: dict) -> dict:
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(command, tmp_path, capsys):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    command(whole)
+    assert "lora" in capsys.readouterr().out.lower()
+    for name in ("metrics.jsonl", "config.json", "samples/epoch_0000.png", "samples/epoch_0003.png"):
+        assert (whole / name).is_file(), name
+    for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
+        assert (whole / name).is_file(), name
+    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3]
+    assert {"reward_mean", "loss_forward", "loss_reverse", "loss_terminal", "loss_reg"} <= set(rows(whole)[1])
+
+    command(cut, "--config.training.num_epochs=1")
+    command(cut)
+    assert list(map(without_time, rows(cut))) == list(map(without_time, rows(whole)))
+    lora = [(folder / "lora/diffusers.safetensors").read_bytes() for folder in (whole, cut)]
+    assert lora[0] == lora[1]
+
+
+def test_the_reward_is_climbed(command, tmp_path):
+    fields = (
+        "--config.algorithm.beta=3000.0",
+        "--config.training.num_epochs=25",
+        "--config.algorithm.credit=adjoint",
+    )
+    command(tmp_path, *fields, "--config.algorithm.output_regularisation=0.0")
+    means = [row["reward_mean"] for row in rows(tmp_path)]
+    spread = rows(tmp_path)[0]["reward_std"]
+    assert np.mean(means[-5:]) > np.mean(means[:5]) + spread
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        ("--config.training.epochs=1", "epochs"),
+        ("--config.sampling.num_steps=11", "num_steps|steps"),
+        ("--config.training.micro_batches=3", "micro_batches"),
+        ("--config.model=/nowhere", "/nowhere"),
+        ("--config.algorithm.name=ppo", "ppo"),
+        ("--config.prompts=poems", "poems"),
+        ("--config.training.num_epochs=many", "num_epochs"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, capsys, flag, named):
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path, flag)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert any(name in error[0] for name in named.split("|"))
+
+
+def test_a_workdir_of_another_config_is_refused(command, tmp_path, capsys):
+    command(tmp_path, "--config.training.num_epochs=0")
+    with pytest.raises(SystemExit):
+        command(tmp_path, "--config.algorithm.beta=7.0")
+    assert "algorithm.beta" in capsys.readouterr().err
+
+
+def test_an_unwritable_workdir_is_named(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        command(tmp_path / "file")
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys):
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = broken / "vae/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(SystemExit):
+        command(tmp_path / "run", f"--config.model={broken}")
+    assert str(weights) in capsys.readouterr().err
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(command, tmp_path, capsys):
+    command(tmp_path, "--config.training.num_epochs=1")
+    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    with pytest.raises(SystemExit):
+        command(tmp_path, "--config.reward=nan", "--config.training.num_epochs=1", reward="1.0")
+    capsys.readouterr()
+    nan = tmp_path / "nan"
+    with pytest.raises(SystemExit) as stop:
+        command(nan, reward="nan")
+    assert stop.value.code == 2
+    assert "reward_mean" in capsys.readouterr().err
+    assert rows(nan)[0]["reward_mean"] is None
+    assert not any((nan / "checkpoints").glob("[0-9]*"))
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
