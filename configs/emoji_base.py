@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.unet.layers_per_block = 1
     c.unet.attention_head_dim = 4
     c.unet.norm_num_groups = 16
-    c.unet.steps = 3300
+    c.unet.steps = 6600
     c.unet.batch = 64
     c.unet.learning_rate = 1e-3
     c.unet.decay = 0.9995

@@ -123,7 +123,7 @@ class Finetuner:
             updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         for group in ("lora", "flow"):
-            metrics[f"grad_norm_{group}"] = optax.global_norm(gradient[group]) if gradient[group] else jnp.zeros(())
+            metrics[f"grad_norm_{group}"] = optax.tree.norm(gradient[group]) if gradient[group] else jnp.zeros(())
         return TrainState(params=params, optimizer=moments, step=state.step + 1), metrics
 
 
