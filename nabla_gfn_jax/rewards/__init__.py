@@ -1,0 +1,19 @@
+"""Rewards by name. A new one is a file with a loader and a line in `REWARDS`."""
+
+from collections.abc import Callable
+
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.rewards import emoji
+from nabla_gfn_jax.rewards.reward import Reward
+
+REWARDS: dict[str, Callable[[], Reward]] = {
+    "valence": emoji.valence,
+    "recognisability": emoji.recognisability,
+}
+
+
+def load_reward(name: str) -> Reward:
+    """The reward called `name`. Raises `UserError` if there is none, or its weights are not installed."""
+    if name not in REWARDS:
+        raise UserError(f"there is no reward {name!r}; choose one of {', '.join(REWARDS)}")
+    return REWARDS[name]()

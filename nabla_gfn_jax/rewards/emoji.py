@@ -1,0 +1,86 @@
+"""The emoji model's two rewards: small heads on the middle layers of an ImageNet network, EfficientNet-Lite0.
+
+The heads were fitted to the drawings by `fit_valence` and `fit_recognisability`, which print how good they are and
+keep the figures in the heads' files.
+"""
+
+from functools import cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nabla_gfn_jax.checkpoints.files import read_safetensors
+from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models import efficientnet
+from nabla_gfn_jax.models.efficientnet import EfficientNetLite
+from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.typing import Images, Params, PRNGKey, Scores
+
+DATA = Path(__file__).parent / "data"
+NETWORK = EfficientNetLite("lite0")
+
+
+@cache
+def network_params() -> Params:
+    """The weights of the layers that `features` uses."""
+
+    def init(key: PRNGKey) -> Params:
+        return NETWORK.init(key, jnp.zeros((1, 96, 96, 3)), method="layout")["params"]
+
+    used = jax.eval_shape(init, jax.random.key(0))
+    loaded = efficientnet.load("lite0")
+    return {name: loaded[name] for name in used}
+
+
+def features(network: Params, images: Images) -> Float[Array, "batch 1008"]:
+    """What is where in the image, as the ImageNet network sees it; float32."""
+    with jax.default_matmul_precision("highest"):
+        layout = jnp.asarray(NETWORK.apply({"params": network}, images.astype(jnp.float32), method="layout"))
+    return layout.reshape(layout.shape[0], -1)
+
+
+def _load_head(name: str) -> Params:
+    tensors, _ = read_safetensors(DATA / f"{name}.safetensors")
+    head = {key: jnp.asarray(tensor.astype(np.float32)) for key, tensor in tensors.items()}
+    return {"network": network_params(), **head}
+
+
+def _linear(params: Params, images: Images) -> Float[Array, "batch outputs"]:
+    outputs = features(params["network"], images) @ params["kernel"]
+    return outputs + params["bias"][None]
+
+
+def valence() -> Reward:
+    """log R = tanh(v), v the guessed mean sentiment of messages with this emoji (-1 to 1); prompts do not matter.
+
+    The bound keeps log R within the scale people's judgements have, however far an image leaves the drawings.
+    """
+
+    def score(params: Params, images: Images, prompts: Float[Array, "batch 0"]) -> Scores:
+        return jnp.tanh(_linear(params, images)[:, 0])
+
+    return Reward(_load_head("valence"), lambda prompts: jnp.zeros((len(prompts), 0)), score)
+
+
+def recognisability() -> Reward:
+    """log R = log p(the prompt's animal | image) among the 45 of `SIMPLE_ANIMALS` and "something else"."""
+
+    def encode(prompts: list[str]) -> Int[Array, "batch"]:
+        return jnp.array([_animal(prompt) for prompt in prompts], jnp.int32)
+
+    def score(params: Params, images: Images, animal: Int[Array, "batch"]) -> Scores:
+        log_p = jax.nn.log_softmax(_linear(params, images), axis=-1)
+        return jnp.take_along_axis(log_p, animal[:, None], axis=-1)[:, 0]
+
+    return Reward(_load_head("recognisability"), encode, score)
+
+
+def _animal(prompt: str) -> int:
+    name = prompt.strip().lower().removeprefix("an ").removeprefix("a ")
+    if name not in SIMPLE_ANIMALS:
+        raise UserError(f"recognisability cannot judge the prompt {prompt!r}; it knows {', '.join(SIMPLE_ANIMALS)}")
+    return SIMPLE_ANIMALS.index(name)

@@ -1,0 +1,23 @@
+"""What a reward is."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import PyTree
+
+from nabla_gfn_jax.typing import Images, Params, Scores
+
+
+@dataclass(frozen=True)
+class Reward:
+    """log R(x) of images, given prompts.
+
+    `encode_prompts` turns prompts into arrays with a leading axis of their number, once, and raises `UserError`
+    for a prompt the reward cannot judge. `score(params, images, prompt_features)` is pure and differentiable: log
+    R(x) of each image in [0, 1], float32, not yet multiplied by β.
+    """
+
+    params: Params
+    encode_prompts: Callable[[list[str]], PyTree[Any]]
+    score: Callable[[Params, Images, PyTree[Any]], Scores]
