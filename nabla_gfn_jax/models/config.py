@@ -12,13 +12,13 @@ def read_fields(cls: type[T], values: dict[str, Any], *, only: dict[str, tuple],
     """Fills the dataclass `cls` from `values`; fields it does not have are ignored unless `only` limits them.
 
     `only` names fields of the file whose every value but the listed ones would need code that is not here;
-    an absent field has its default, which is always listed. Raises `UserError` naming `source` and the field.
+    an absent field has its default, which is always listed. A list, one value for each level, may mix listed ones.
+    Raises `UserError` naming `source` and the field.
     """
     for name, allowed in only.items():
-        if name in values and _frozen(values[name]) not in allowed:
-            raise UserError(
-                f"{source}: {name} = {values[name]!r} is not supported; use a model with one of {allowed}"
-            )
+        value = values.get(name, allowed[0])
+        if not all(v in allowed for v in (value if isinstance(value, list | tuple) else [value])):
+            raise UserError(f"{source}: {name} = {value!r} is not supported; use a model with one of {allowed}")
     names = {f.name for f in dataclass_fields(cls)}  # type: ignore[arg-type]
     return cls(**{name: _frozen(value) for name, value in values.items() if name in names})
 

@@ -1,8 +1,8 @@
 """2-D convolution whose gradients stay fast inside `lax.scan` on a CPU.
 
-XLA's CPU compiler lowers a convolution in a loop body to its fast kernel only in the layout NHWC · HWIO. The transposed
-convolutions that autodiff makes are not in it and fall to a loop nest: 9 times slower for the input's gradient, 25 times
-for the kernel's (64x8x8x64, 3x3). So both are written here in forms that are fast everywhere.
+XLA's CPU compiler lowers a convolution in a loop body to its fast kernel only in the layout NHWC · HWIO. The
+transposed convolutions that autodiff makes are not in it and fall to a loop nest: 9 times slower for the input's
+gradient, 25 times for the kernel's (64x8x8x64, 3x3). So both are written here in forms that are fast everywhere.
 """
 
 from functools import partial
@@ -23,9 +23,7 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def convolve(
-    x: _X, kernel: _K, stride: int, padding: Padding
-) -> Float[Array, "batch out_height out_width outputs"]:
+def convolve(x: _X, kernel: _K, stride: int, padding: Padding) -> Float[Array, "batch out_height out_width outputs"]:
     """Cross-correlation as in torch. `padding`: ((top, bottom), (left, right)) zeros, each at most kernel size - 1."""
     return _forward(x, kernel, stride, padding)
 
@@ -36,9 +34,7 @@ def _save(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array
 
 def _pull_back(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
-    return _input_gradient(x.shape, kernel, stride, padding, dy), _kernel_gradient(
-        x, kernel.shape, stride, padding, dy
-    )
+    return _input_gradient(x.shape, kernel, stride, padding, dy), _kernel_gradient(x, kernel.shape, stride, padding, dy)
 
 
 def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding: Padding, dy: Array) -> Array:

@@ -25,7 +25,7 @@ from nabla_gfn_jax.typing import Context, Timesteps
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """What `unet/config.json` says of the architecture. `attention_head_dim` is diffusers' name for the *number* of heads."""
+    """What `unet/config.json` says of the architecture. diffusers' `attention_head_dim` is the *number* of heads."""
 
     sample_size: int = 64
     in_channels: int = 4
@@ -47,7 +47,10 @@ class UNetConfig:
         """From the parsed `unet/config.json`. Raises `UserError` for a value this model does not implement."""
         only = {
             "act_fn": ("silu",),
-            "mid_block_type": ("UNetMidBlock2DCrossAttn", None),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "downsample_padding": (1,),
             "dual_cross_attention": (False,),
             "only_cross_attention": (False,),
             "class_embed_type": (None,),
@@ -55,7 +58,12 @@ class UNetConfig:
             "num_class_embeds": (None,),
             "encoder_hid_dim": (None,),
             "resnet_time_scale_shift": ("default",),
+            "resnet_skip_time_act": (False,),
+            "resnet_out_scale_factor": (1,),
             "time_embedding_type": ("positional",),
+            "time_embedding_act_fn": (None,),
+            "timestep_post_act": (None,),
+            "time_cond_proj_dim": (None,),
             "transformer_layers_per_block": (1,),
             "center_input_sample": (False,),
             "num_attention_heads": (None,),
@@ -130,23 +138,17 @@ class UNet2DConditionModel(nn.Module):
 
     def _transformer(self, level: int, name: str) -> SpatialTransformer:
         c = self.config
-        return SpatialTransformer(
-            c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name
-        )
+        return SpatialTransformer(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
 
     @nn.compact
-    def __call__(
-        self, x: FeatureMap, t: Timesteps, context: Context
-    ) -> Float[Array, "batch height width out"]:
+    def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:
         """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim)."""
         c = self.config
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
         time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
         time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
-        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(
-            nn.silu(time)
-        )
+        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
 
         h = Conv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         skips = [h]

@@ -39,6 +39,8 @@ class VAEConfig:
         """From the parsed `vae/config.json`. Raises `UserError` for a value this model does not implement."""
         only = {
             "act_fn": ("silu",),
+            "down_block_types": ("DownEncoderBlock2D",),
+            "up_block_types": ("UpDecoderBlock2D",),
             "use_quant_conv": (True,),
             "use_post_quant_conv": (True,),
             "shift_factor": (None,),
@@ -87,9 +89,7 @@ class Encoder(nn.Module):
                 name = f"down_blocks.{i}.resnets.{j}"
                 h = ResnetBlock(width, c.norm_num_groups, _EPSILON, self.dtype, name=name)(h)
             if i < len(c.block_out_channels) - 1:
-                h = Downsample(
-                    width, asymmetric=True, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0"
-                )(h)
+                h = Downsample(width, asymmetric=True, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0")(h)
         h = MidBlock(width, c.norm_num_groups, c.mid_block_add_attention, self.dtype, name="mid_block")(h)
         h = nn.silu(GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(h))
         return Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(h)

@@ -1,0 +1,138 @@
+"""Our convolution and its hand-written gradients, against XLA's own and PyTorch's."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from torch_oracle import nchw, nhwc, relative
+
+from nabla_gfn_jax.models.conv import convolve
+from nabla_gfn_jax.models.layers import Conv
+
+# (height, width), kernel, stride, ((top, bottom), (left, right)): each combination that the models use, then odd ones.
+CASES = {
+    "same": ((7, 5), 3, 1, ((1, 1), (1, 1))),
+    "pointwise": ((7, 5), 1, 1, ((0, 0), (0, 0))),
+    "unet-down": ((8, 6), 3, 2, ((1, 1), (1, 1))),
+    "unet-down-odd": ((7, 5), 3, 2, ((1, 1), (1, 1))),
+    "vae-down": ((8, 6), 3, 2, ((0, 1), (0, 1))),
+    "vae-down-odd": ((7, 9), 3, 2, ((0, 1), (0, 1))),
+    "valid": ((6, 4), 3, 1, ((0, 0), (0, 0))),
+    "lopsided": ((5, 8), 3, 1, ((2, 0), (1, 2))),
+    "stride-3": ((11, 10), 3, 3, ((0, 2), (1, 0))),
+    "strided-pointwise": ((6, 7), 1, 2, ((0, 0), (0, 0))),
+    "one-pixel": ((1, 1), 3, 1, ((1, 1), (1, 1))),
+}
+
+
+def plain(x, kernel, stride, padding):
+    """The same convolution without our gradients."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
+
+
+def values_and_gradients(functions, x, kernel, dy):
+    """For each function its value and both pull-backs, compiled together: that is most of these tests' time."""
+
+    def run(x, kernel, dy):
+        pulled = [jax.vjp(function, x, kernel) for function in functions]
+        return [(y, *pull(dy)) for y, pull in pulled]
+
+    return jax.jit(run)(x, kernel, dy)
+
+
+def by_torch(x, kernel, stride, padding, dy):
+    with torch.enable_grad():
+        a = nchw(x).requires_grad_()
+        k = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy()).requires_grad_()
+        (top, bottom), (left, right) = padding
+        y = torch.nn.functional.conv2d(torch.nn.functional.pad(a, (left, right, top, bottom)), k, stride=stride)
+        y.backward(nchw(dy))
+    return nhwc(y), nhwc(a.grad), k.grad.numpy().transpose(2, 3, 1, 0)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_value_and_gradients(case):
+    size, kernel_size, stride, padding = case
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *size, 3)).astype(np.float32)
+    kernel = rng.normal(size=(kernel_size, kernel_size, 3, 4)).astype(np.float32)
+    y = jax.eval_shape(lambda x, k: plain(x, k, stride, padding), x, kernel)
+    dy = rng.normal(size=y.shape).astype(np.float32)
+
+    functions = [lambda x, k, f=f: f(x, k, stride, padding) for f in (convolve, plain)]
+    ours, autodiff = values_and_gradients(functions, x, kernel, dy)
+    for a, b, c in zip(ours, autodiff, by_torch(x, kernel, stride, padding, dy), strict=True):
+        assert relative(a, b) < 2e-6
+        assert relative(a, c) < 2e-6
+
+
+def test_gradients_inside_a_scan_keep_their_type():
+    """bfloat16 in, bfloat16 gradients out, as `scan`'s carry demands; close to float32's."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 4, 4, 8)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 8, 8)) / 8, jnp.float32)
+
+    def loss(x, kernel):
+        def layer(h, _):
+            return convolve(h, kernel, 1, ((1, 1), (1, 1))), None
+
+        return jax.lax.scan(layer, x, length=2)[0].astype(jnp.float32).sum()
+
+    exact = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, kernel)
+    half = jax.jit(jax.grad(loss, argnums=(0, 1)))(x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16))
+    for a, b in zip(half, exact, strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert relative(a.astype(jnp.float32), b) < 0.03
+
+
+def test_accelerators_get_the_compilers_own_kernel_gradient():
+    """On a CPU the kernel's gradient is one product per kernel position; for a GPU it lowers to one convolution."""
+    x, kernel, dy = (jnp.zeros(shape) for shape in ((1, 4, 4, 2), (3, 3, 2, 2), (1, 4, 4, 2)))
+
+    @jax.jit
+    def kernel_gradient(x, kernel, dy):
+        return jax.vjp(lambda k: convolve(x, k, 1, ((1, 1), (1, 1))), kernel)[1](dy)
+
+    def operations(platform):
+        text = kernel_gradient.trace(x, kernel, dy).lower(lowering_platforms=(platform,)).as_text()
+        return text.count("stablehlo.dot_general"), text.count("stablehlo.convolution")
+
+    assert operations("cpu")[0] == 9
+    assert operations("cuda")[0] == 0
+    assert operations("cuda")[1] > operations("cpu")[1]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 1)], ids=str)
+def test_layer_on_a_tiny_map(size):
+    """Maps of a few pixels take a matrix product instead; the numbers are the convolution's."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(3, *size, 6)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 6, 5)).astype(np.float32)
+    bias = rng.normal(size=(5,)).astype(np.float32)
+    dy = rng.normal(size=(3, *size, 5)).astype(np.float32)
+
+    def layer(x, kernel):
+        return Conv(5).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+    def expected(x, kernel):
+        return plain(x, kernel, 1, ((1, 1), (1, 1))) + bias.reshape(1, 1, 1, -1)
+
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(layer)(x, kernel))
+    ours, theirs = values_and_gradients((layer, expected), x, kernel, dy)
+    assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) < 2e-6
+
+
+def test_layer_pads_as_torch_does():
+    """`padding` as one number means both sides of both axes; five pixels and more go through the convolution."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(1, 5, 6, 3)).astype(np.float32)
+    kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
+    bias = rng.normal(size=(4,)).astype(np.float32)
+    weight = torch.from_numpy(kernel.transpose(3, 2, 0, 1).copy())
+    for stride, padding in ((1, 1), (2, 1), (1, 0)):
+        layer = Conv(4, stride=stride, padding=padding)
+        ours = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        theirs = torch.nn.functional.conv2d(nchw(x), weight, torch.from_numpy(bias), stride, padding)
+        assert relative(ours, nhwc(theirs)) < 2e-6
