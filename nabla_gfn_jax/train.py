@@ -26,8 +26,6 @@ from nabla_gfn_jax.training.finetuner import Finetuner, Rollout, TrainState
 from nabla_gfn_jax.training.metrics_log import MetricsLog
 from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
 
-_GRID = 48  # images in a sample grid, the same prompts and noise each time
-
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
@@ -76,9 +74,7 @@ def restore(
     if checkpoints.latest is None:
         return state, None, 0
     keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
-    pending = jax.eval_shape(
-        pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)
-    ).transitions
+    pending = jax.eval_shape(pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
     like = {"state": state, "pending": jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)}
     saved = checkpoints.restore(like)
     return saved["state"], saved["pending"], checkpoints.latest + 1
@@ -104,6 +100,8 @@ def run(
         wandb=config.logging.wandb,
         config=config.to_dict(),
     )
+    # The same prompts and noise in every grid, and none that training draws.
+    grid_keys = sample_keys(jax.random.fold_in(seed, 2**31 - 1), 0, config.training.trajectories)
     epochs = config.training.num_epochs
     bar = tqdm(range(first, epochs + 1), initial=first, total=epochs + 1, unit="epoch", dynamic_ncols=True)
     for epoch in bar:
@@ -116,9 +114,7 @@ def run(
             "reward_std": sampled.log_reward.std(),
         }
         if epoch % config.logging.samples_every == 0 or epoch == epochs:
-            save_samples(
-                pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png"
-            )
+            save_samples(pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png")
         if pending is not None:
             state, metrics = update(pieces.frozen, state, pending)
             row |= metrics
@@ -134,12 +130,9 @@ def run(
             save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
 
 
-def save_samples(
-    pieces: Finetuner, rollout: Any, params: Params, prompts: Prompts, seed: PRNGKey, file: Path
-) -> None:
-    """A grid drawn with the same prompts and noise whenever it is drawn."""
-    keys = sample_keys(jax.random.fold_in(seed, 2**31 - 1), 0, _GRID)
-    images = rollout(pieces.frozen, params, keys, prompts.cycle(_GRID)).images
+def save_samples(pieces: Finetuner, rollout: Any, params: Params, prompts: Prompts, keys: PRNGKeys, file: Path) -> None:
+    """A grid drawn by the function that samples for training, so nothing more is compiled; a key an image."""
+    images = rollout(pieces.frozen, params, keys, prompts.cycle(len(keys))).images
     save_grid(file, np.asarray(images), columns=8, zoom=2)
 
 
@@ -148,7 +141,7 @@ def stop_if_not_finite(row: dict[str, Any], workdir: Path) -> None:
     bad = [name for name, value in row.items() if not np.isfinite(value)]
     if bad:
         raise UserError(
-            f"{', '.join(bad)} at step {row['step']} is not finite; the step's numbers are in {workdir / 'metrics.jsonl'}, "
+            f"{', '.join(bad)} at step {row['step']} is not finite; its numbers are in {workdir / 'metrics.jsonl'}, "
             "the checkpoint before it is intact: lower training.learning_rate or algorithm.beta in a new workdir"
         )
 

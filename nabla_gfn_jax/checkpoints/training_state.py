@@ -36,5 +36,5 @@ class Checkpoints:
         except Exception as error:  # Orbax raises many kinds
             reason = str(error).splitlines()[0]
             where = f"{self._manager.directory}/{self.latest}"
-            raise UserError(f"{where} cannot be restored ({reason}); delete it to go on from the save before") from error
+            raise UserError(f"{where} cannot be restored ({reason}); delete it to use the save before") from error
         return flax.serialization.from_state_dict(like, read)

@@ -1,6 +1,7 @@
 """Training the emoji UNet and its text encoder together, on latents encoded once."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def make_loss(
         t = jax.random.randint(keys[4], (batch,), 0, alphas_cumprod.shape[0])
         noise = jax.random.normal(keys[5], z.shape)
         signal, sigma = (expand(jnp.sqrt(a[t]), z) for a in (alphas_cumprod, 1.0 - alphas_cumprod))
-        velocity = unet.apply({"params": params["unet"]}, signal * z + sigma * noise, t, context)
+        predict: Any = unet.apply
+        velocity = predict({"params": params["unet"]}, signal * z + sigma * noise, t, context)
         error = jnp.square(velocity - (signal * noise - sigma * z)).mean(axis=(1, 2, 3))
         noisy = t >= alphas_cumprod.shape[0] // 2
         per_half = {"loss_high_noise": jnp.where(noisy, error, 0.0).sum() / jnp.maximum(noisy.sum(), 1)}

@@ -55,7 +55,7 @@ def fit(
     """Minimises `loss(params, key)` until `state.step == steps`, from the workdir's last save if there is one.
 
     Step `n` draws from `fold_in(key(seed), n)` alone, so a resumed run repeats an uninterrupted one. `decay` is the
-    moving average's. Appends to `workdir/{name}.jsonl`, saves `workdir/{name}.msgpack` every few minutes and at the end.
+    moving average's. Appends to `workdir/{name}.jsonl`; saves `workdir/{name}.msgpack` every two minutes and last.
     """
 
     def update(state: State, _: None) -> tuple[State, dict[str, Array]]:

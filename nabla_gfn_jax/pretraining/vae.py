@@ -1,5 +1,7 @@
 """Training the emoji VAE: squared and absolute error, a light pull towards the unit Gaussian."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ KL_WEIGHT = 1e-6  # of the KL in nats per image; the latents need a bounded scal
 
 
 def augment(key: PRNGKey, images: Images, max_shift: int = 4) -> Images:
-    """Random mirror, exchange of colour channels (3 of 10) and shift with wrap-around, for each image (white margins)."""
+    """Random mirror, exchange of colour channels (3 of 10) and shift, for each image; margins are white and wrap."""
 
     def one(key: PRNGKey, image: Float[Array, "height width 3"]) -> Float[Array, "height width 3"]:
         mirror, recolour, order, shift = jax.random.split(key, 4)
@@ -29,14 +31,15 @@ def augment(key: PRNGKey, images: Images, max_shift: int = 4) -> Images:
 def make_loss(vae: AutoencoderKL, drawings: UInt8[np.ndarray, "count height width 3"], batch: int):
     """`loss(params, key)` on `batch` random, augmented drawings, for `pretraining.loop.fit`."""
     data = jnp.asarray(drawings)
+    apply: Any = vae.apply
 
     def loss(params: Params, key: PRNGKey) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         choose, change, noise = jax.random.split(key, 3)
         index = jax.random.randint(choose, (batch,), 0, data.shape[0])
         images = augment(change, data[index].astype(jnp.float32) / 255.0)
-        mean, std = vae.apply({"params": params}, images, method="encode")
+        mean, std = apply({"params": params}, images, method="encode")
         latents = mean + std * jax.random.normal(noise, mean.shape)
-        error = vae.apply({"params": params}, latents, method="decode") - images
+        error = apply({"params": params}, latents, method="decode") - images
         mse, mae = jnp.square(error).mean(), jnp.abs(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.square(std) - 1.0 - 2.0 * jnp.log(std)).sum(axis=(1, 2, 3)).mean()
         return mse + L1_WEIGHT * mae + KL_WEIGHT * kl, {"mse": mse, "kl": kl, "latent_std": mean.std()}
@@ -46,7 +49,8 @@ def make_loss(vae: AutoencoderKL, drawings: UInt8[np.ndarray, "count height widt
 
 def psnr(vae: AutoencoderKL, params: Params, drawings: UInt8[np.ndarray, "count height width 3"]) -> float:
     """Mean over drawings of the peak signal-to-noise ratio (dB, peak 1) of decode(encode(x)), clamped to [0, 1]."""
-    reconstruct = jax.jit(lambda x: jnp.clip(vae.apply({"params": params}, x), 0.0, 1.0))
+    apply: Any = vae.apply
+    reconstruct = jax.jit(lambda x: jnp.clip(apply({"params": params}, x), 0.0, 1.0))
     values: list[float] = []
     for start in range(0, len(drawings), 64):
         images = drawings[start : start + 64].astype(np.float32) / 255.0

@@ -79,7 +79,8 @@ class Finetuner:
         """The algorithm's view of the pieces."""
 
         def flow(phi: Params, x: Latents, t: Timesteps, condition: Condition) -> Latents:
-            return self.flow.apply({"params": phi}, x, t, condition["context"])
+            apply: Any = self.flow.apply
+            return apply({"params": phi}, x, t, condition["context"])
 
         def log_reward(z: Latents, condition: Condition) -> Scores:
             images = decode(self.base, frozen["base"]["vae"], z)
@@ -133,9 +134,7 @@ def make_optimizer(
     """AdamW (.9, .999) for LoRA and flow, each with its own weight decay and its own clip of the global norm."""
 
     def group(weight_decay: float) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=weight_decay)
-        )
+        return optax.chain(optax.clip_by_global_norm(clip), optax.adamw(learning_rate, weight_decay=weight_decay))
 
     groups = {"lora": group(decay_lora), "flow": group(decay_flow)}
     return optax.multi_transform(groups, {name: name for name in groups})
