@@ -107,6 +107,8 @@ def _misfits(name: str, parts: dict[str, np.ndarray], kernel: tuple[int, int]) -
     rank = max(down[0], 1) if down else 1
     if down != (rank, kernel[0]) or up != (kernel[1], rank):
         return [f"{name} has down {down} and up {up} for a layer from {kernel[0]} to {kernel[1]} features"]
+    if "alpha" in parts and parts["alpha"].size != 1:
+        return [f"{name} has alpha of shape {parts['alpha'].shape}; it is one number"]
     return []
 
 
@@ -114,9 +116,7 @@ def _alphas(file: Path, metadata: dict[str, str]) -> Any:
     """(layer, rank) → alpha, from the adapter settings that newer diffusers puts into the header."""
     settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if settings.get("unet.use_rslora"):
-        raise UserError(
-            f"{file} uses rank-stabilised scaling, which is not supported; train or export it without"
-        )
+        raise UserError(f"{file} uses rank-stabilised scaling, which is not supported; train or export it without")
 
     def alpha_of(name: str, rank: int) -> float:
         for pattern, alpha in settings.get("unet.alpha_pattern", {}).items():
