@@ -114,7 +114,7 @@ def run(
             "reward_std": sampled.log_reward.std(),
         }
         if epoch % config.logging.samples_every == 0 or epoch == epochs:
-            save_samples(pieces, rollout, state.params, prompts, seed, workdir / f"samples/epoch_{epoch:04d}.png")
+            save_samples(pieces, rollout, state.params, prompts, grid_keys, workdir / f"samples/epoch_{epoch:04d}.png")
         if pending is not None:
             state, metrics = update(pieces.frozen, state, pending)
             row |= metrics
