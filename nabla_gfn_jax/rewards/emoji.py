@@ -60,10 +60,10 @@ def valence() -> Reward:
     The bound keeps log R within the scale people's judgements have, however far an image leaves the drawings.
     """
 
-    def score(params: Params, images: Images, prompts: Float[Array, "batch 0"]) -> Scores:
+    def score(params: Params, images: Images, prompts: dict) -> Scores:
         return jnp.tanh(_linear(params, images)[:, 0])
 
-    return Reward(_load_head("valence"), lambda prompts: jnp.zeros((len(prompts), 0)), score)
+    return Reward(_load_head("valence"), lambda prompts: {}, score)
 
 
 def recognisability() -> Reward:
