@@ -18,6 +18,15 @@ from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.typing import Params
 
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_DIFFUSERS_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
+# The ids are those of Stable Diffusion's own file; an end of 2 tells transformers to take the highest id for it.
+_TEXT_ENCODER_JSON: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
 
 
 @dataclass(frozen=True)
@@ -49,19 +58,18 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
     unet = UNet2DConditionModel(UNetConfig.from_json(read_json(folder / "unet/config.json")), dtype)
     vae = AutoencoderKL(VAEConfig.from_json(read_json(folder / "vae/config.json")), dtype)
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype
-    )
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
     _check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
     expected = abstract_params(unet, vae, text_encoder)
-    params = {}
-    for part, stem in _WEIGHTS.items():
-        state, source = _read_weights(folder / part, stem)
-        read = from_state_dict(state, expected[part], str(source))
-        params[part] = jax.tree.map(lambda a: jnp.asarray(a, dtype), read)
+    params = {part: _load_params(folder / part, stem, expected[part], dtype) for part, stem in _WEIGHTS.items()}
     return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, params)
+
+
+def _load_params(folder: Path, stem: str, expected: Params, dtype: Any) -> Params:
+    state, source = _read_weights(folder, stem)
+    return jax.tree.map(lambda a: jnp.asarray(a, dtype), from_state_dict(state, expected, str(source)))
 
 
 def _check_parts_fit(
@@ -69,18 +77,14 @@ def _check_parts_fit(
 ) -> None:
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         found = f"{unet.in_channels} in, {unet.out_channels} out, {vae.latent_channels} in the VAE"
-        raise UserError(
-            f"{folder}: the channels of a latent differ ({found}); use a plain text-to-image model"
-        )
+        raise UserError(f"{folder}: the channels of a latent differ ({found}); use a plain text-to-image model")
     if unet.cross_attention_dim != text.hidden_size:
         widths = f"cross_attention_dim {unet.cross_attention_dim} and hidden_size {text.hidden_size}"
         raise UserError(f"{folder}: unet and text_encoder belong to different models: {widths}")
     size, entries = tokenizer.max_length, tokenizer.encoder.get_vocab_size()
     if size > text.max_position_embeddings or entries > text.vocab_size:
         limits = f"{text.max_position_embeddings} positions and {text.vocab_size} entries"
-        raise UserError(
-            f"{folder}/tokenizer makes {size} tokens of {entries} kinds; text_encoder has {limits}"
-        )
+        raise UserError(f"{folder}/tokenizer makes {size} tokens of {entries} kinds; text_encoder has {limits}")
 
 
 def _read_weights(folder: Path, stem: str) -> tuple[dict[str, np.ndarray], Path]:
@@ -109,28 +113,16 @@ def save_folder(
 
     `configs` holds the contents of each part's JSON file under the part's name, `params` their parameters.
     """
-    classes = {
-        "unet": ("diffusers", "UNet2DConditionModel"),
-        "vae": ("diffusers", "AutoencoderKL"),
-        "text_encoder": ("transformers", "CLIPTextModel"),
-        "tokenizer": ("transformers", "CLIPTokenizer"),
-        "scheduler": ("diffusers", "DDIMScheduler"),
-    }
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
-    index |= {part: list(name) for part, name in classes.items()}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+    index |= {part: ["diffusers", name] for part, name in _DIFFUSERS_CLASSES.items()}
+    index |= {"text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"]}
     write_json(folder / "model_index.json", index)
-    write_json(
-        folder / "scheduler/scheduler_config.json", {"_class_name": "DDIMScheduler", **configs["scheduler"]}
-    )
+    for part, name in _DIFFUSERS_CLASSES.items():
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        write_json(folder / part / file, configs[part] | {"_class_name": name})
+    write_json(folder / "text_encoder/config.json", configs["text_encoder"] | _TEXT_ENCODER_JSON)
     for part, stem in _WEIGHTS.items():
-        library, name = classes[part]
-        own = (
-            {"_class_name": name}
-            if library == "diffusers"
-            else {"architectures": [name], "model_type": "clip_text_model"}
-        )
-        write_json(folder / part / "config.json", own | configs[part])
         state = {key: array.astype(weights_dtype) for key, array in to_state_dict(params[part]).items()}
         if part == "text_encoder":  # as transformers before 5 has it; later ones read it too
             state = {f"text_model.{key}": array for key, array in state.items()}

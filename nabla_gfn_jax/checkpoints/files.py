@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from nabla_gfn_jax.errors import UserError
 
@@ -52,5 +52,5 @@ def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished")
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    save_file(contiguous, unfinished, metadata={"format": "pt"})
+    unfinished.write_bytes(save(contiguous, metadata={"format": "pt"}))
     os.replace(unfinished, file)

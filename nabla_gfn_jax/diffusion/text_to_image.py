@@ -13,14 +13,12 @@ from nabla_gfn_jax.diffusion.schedule import alphas_cumprod, expand
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Images, Latents, Params, Scores, Timesteps
 
-Condition = dict[
-    str, Any
-]  # "context" and "negative" (B, tokens, width); "reward": the reward's prompt features
+Condition = dict[str, Any]  # "context" and "negative" (B, tokens, width); "reward": the reward's prompt features
 
 
 def encode_prompts(model: StableDiffusion, prompts: Sequence[str]) -> Condition:
     """Text features of the prompts and, for guidance, of "" as often. Each is encoded once."""
-    unique = ["", *dict.fromkeys(prompts)]
+    unique = list(dict.fromkeys(["", *prompts]))
     rows = {prompt: row for row, prompt in enumerate(unique)}
     apply = jax.jit(model.text_encoder.apply)
     features = apply({"params": model.params["text_encoder"]}, jnp.asarray(model.tokenizer(unique)))
@@ -37,9 +35,7 @@ def guided_predictor(model: StableDiffusion, params: Params, guidance: float) ->
     """
     kind = model.scheduler.get("prediction_type", "epsilon")
     if kind not in ("epsilon", "v_prediction"):
-        raise UserError(
-            f"scheduler_config.json: prediction_type {kind!r} is not supported; epsilon or v_prediction is"
-        )
+        raise UserError(f"scheduler_config.json: prediction_type {kind!r} is not supported; epsilon or v_prediction is")
     alpha_bars = alphas_cumprod(model.scheduler)
 
     def predict(lora: Params | None, x: Latents, t: Timesteps, condition: Condition) -> Latents:

@@ -91,8 +91,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space channels"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,))
-        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         centred = flat - self._group_mean(flat.mean(axis=1))[:, None]
         variance = self._group_mean(jnp.square(centred).mean(axis=1))[:, None]
@@ -102,9 +102,7 @@ class GroupNorm(nn.Module):
     def _group_mean(self, per_channel: Float[Array, "batch channels"]) -> Float[Array, "batch channels"]:
         batch, channels = per_channel.shape
         groups = per_channel.reshape(batch, self.groups, -1).mean(axis=-1, keepdims=True)
-        return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(
-            batch, channels
-        )
+        return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(batch, channels)
 
 
 class ResnetBlock(nn.Module):

@@ -46,9 +46,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     padding = padding["content"] if isinstance(padding, dict) else padding
     vocabulary, merges = _read_vocabulary(folder)
     if not all(token in vocabulary for token in (START, END, padding)):
-        raise UserError(
-            f"{folder}: the vocabulary lacks {START}, {END} or {padding}; download the model again"
-        )
+        raise UserError(f"{folder}: the vocabulary lacks {START}, {END} or {padding}; download the model again")
     encoder = _pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=_WORD_END, unk_token=END))
     encoder.add_special_tokens([START, END])
     return CLIPTokenizer(encoder, int(settings.get("model_max_length", 77)), vocabulary[padding])

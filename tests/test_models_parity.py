@@ -1,0 +1,121 @@
+"""UNet and text encoder against diffusers and transformers: random weights, saved to disk by them, read by us."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import torch_oracle as oracle
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from flax.traverse_util import flatten_dict, unflatten_dict
+from peft import get_peft_model_state_dict
+from torch_oracle import nchw, nhwc, relative
+
+from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
+
+
+@pytest.fixture(scope="module", params=[oracle.SD_1_5, oracle.SD_2_1], ids=["sd-1.5", "sd-2.1"])
+def case(request, tmp_path_factory):
+    """A torch model with LoRA, ours from its files, one input and both sides' outputs and gradients."""
+    folder = tmp_path_factory.mktemp("model")
+    pipe = oracle.pipeline(folder, **request.param)
+    pipe.save_pretrained(folder)
+    model = load_folder(folder)
+    rng = np.random.default_rng(0)
+    x, context, cotangent = (
+        rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 16, 4), (2, 5, oracle.WIDTH), (2, 8, 16, 4))
+    )
+    t = np.asarray([981, 1], np.int32)
+    inputs = SimpleNamespace(x=x, t=t, context=context)
+
+    unet = pipe.unet
+    base = nhwc(unet(nchw(x), torch.tensor(t), torch.tensor(context)).sample)
+    oracle.add_lora(unet)
+    state = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", unet_lora_layers=state)
+    lora = load_lora(folder / "lora/pytorch_lora_weights.safetensors", model.params["unet"])
+    theirs = torch_gradients(unet, inputs, cotangent)
+
+    def pulled_back(params, lora, x):
+        def output(lora, x):
+            return model.unet.apply({"params": params, "lora": lora}, x, t, context)
+
+        y, pull = jax.vjp(output, lora, x)
+        return y, *pull(jnp.asarray(cotangent))
+
+    run = oracle.compile_quickly(pulled_back, model.params["unet"], lora, x)
+    ours = run(model.params["unet"], lora, x)
+    return SimpleNamespace(model=model, inputs=inputs, base=base, lora=lora, theirs=theirs, run=run, ours=ours)
+
+
+def torch_gradients(unet, inputs, cotangent):
+    """Output, and the gradients of ⟨cotangent, output⟩ in each LoRA matrix and in the input."""
+    with torch.enable_grad():
+        x = nchw(inputs.x).requires_grad_()
+        y = unet(x, torch.tensor(inputs.t), torch.tensor(inputs.context)).sample
+        y.backward(nchw(cotangent))
+    lora = {name: p.grad.numpy() for name, p in unet.named_parameters() if "lora_" in name}
+    return nhwc(y), lora, nhwc(x.grad)
+
+
+def test_unet_with_lora(case):
+    assert relative(case.ours[0], case.theirs[0]) < 1e-5
+    assert relative(case.theirs[0], case.base) > 0.05  # the adapters matter
+
+
+def test_base_unet(case):
+    """With the `up` matrices zero the policy is the base model."""
+    zero = {path: a if path[-1] == "down" else 0 * a for path, a in flatten_dict(case.lora).items()}
+    y, *_ = case.run(case.model.params["unet"], unflatten_dict(zero), case.inputs.x)
+    assert relative(y, case.base) < 1e-5
+
+
+def test_gradient_in_the_input(case):
+    assert relative(case.ours[2], case.theirs[2]) < 1e-5
+
+
+def test_gradient_in_every_lora_matrix(case):
+    theirs = case.theirs[1]
+    ours = {}
+    for path, gradient in flatten_dict(case.ours[1]).items():
+        matrix = {"down": "lora_A", "up": "lora_B"}[path[-1]]
+        ours[".".join((*path[:-1], matrix, "default.weight"))] = gradient.T
+    assert ours.keys() == theirs.keys()
+    assert len(ours) == 2 * 4 * 2 * 10  # matrices, projections, attentions a block, blocks
+    names = sorted(ours)
+    assert max(relative(ours[name], theirs[name]) for name in names) < 1e-4
+    flat = [np.concatenate([np.ravel(side[name]) for name in names]) for side in (ours, theirs)]
+    assert relative(*flat) < 1e-5
+
+
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_text_encoder(activation, tmp_path):
+    pipe = oracle.pipeline(tmp_path)
+    pipe.text_encoder = oracle.text_encoder(activation)
+    pipe.save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    ids = np.random.default_rng(0).integers(0, 600, (3, oracle.TOKENS), np.int32)
+    theirs = pipe.text_encoder(torch.tensor(ids)).last_hidden_state.numpy()
+    ours = model.text_encoder.apply({"params": model.params["text_encoder"]}, ids)
+    assert relative(ours, theirs) < 1e-5
+    other = model.text_encoder.apply({"params": model.params["text_encoder"]}, np.roll(ids, 1, axis=0))
+    assert relative(other, theirs) > 0.1
+
+
+def test_bfloat16_is_close_and_stays_bfloat16(tmp_path):
+    pipe = oracle.pipeline(tmp_path, **oracle.TWO_LEVELS)
+    pipe.save_pretrained(tmp_path)
+    rng = np.random.default_rng(0)
+    x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 8, 4), (2, 5, oracle.WIDTH)))
+    t = np.asarray([981, 1], np.int32)
+    with jax.numpy_dtype_promotion("standard"):  # jax's attention and flax's norms mix the two by themselves
+        model = load_folder(tmp_path, jnp.bfloat16)
+        arguments = ({"params": model.params["unet"]}, x, t, context)
+        y = oracle.compile_quickly(model.unet.apply, *arguments)(*arguments)
+    assert y.dtype == jnp.bfloat16
+    expected = nhwc(pipe.unet(nchw(x), torch.tensor(t), torch.tensor(context)).sample)
+    assert relative(y.astype(jnp.float32), expected) < 0.03
