@@ -24,9 +24,9 @@ from nabla_gfn_jax.rewards.fitting import features_of
 
 OTHER = len(SIMPLE_ANIMALS)
 CLASSES = OTHER + 1
-STRENGTHS = (3e-5, 1e-4, 3e-4, 1e-3)  # of the weight decay
+STRENGTHS = (0.01, 0.03, 0.1)  # of the weight decay
 COPIES = 8
-_OTHER_WEIGHT = 0.1  # of a drawing of something else against one of an animal: there are four times as many
+_OTHER_WEIGHT = 0.05  # of a drawing of something else against one of an animal: there are four times as many
 _AMBIGUOUS = ("cat-face", "monkey-face")  # a grinning cat is a cat and a face
 
 
