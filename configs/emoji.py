@@ -1,6 +1,6 @@
 """Residual ∇-DB on the emoji model that ships with the package, towards how positive a face looks.
 
-    python -m nabla_gfn_jax.train --config=configs/emoji.py
+python -m nabla_gfn_jax.train --config=configs/emoji.py
 """
 
 from ml_collections import ConfigDict

@@ -26,9 +26,7 @@ def parse_flags(argv: Sequence[str], config: str) -> tuple[ConfigDict, Path]:
     for argument in argv[1:]:
         name, equals, value = argument.partition("=")
         if not equals or not name.startswith("--"):
-            raise UserError(
-                f"{argument!r} is not understood; options look like --config.training.num_epochs=10"
-            )
+            raise UserError(f"{argument!r} is not understood; options look like --config.training.num_epochs=10")
         if name.startswith("--config."):
             overrides.append((name.removeprefix("--config."), value))
         elif name in ("--config", "--workdir"):
@@ -76,9 +74,7 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         group[field] = value
     except (ValueError, SyntaxError, TypeError):
         example = group[field]
-        raise UserError(
-            f"--config.{name}={text} is not of type {kind.__name__}; write it like {example!r}"
-        ) from None
+        raise UserError(f"--config.{name}={text} is not of type {kind.__name__}; write it like {example!r}") from None
 
 
 def claim_workdir(workdir: Path, config: ConfigDict) -> None:

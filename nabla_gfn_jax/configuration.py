@@ -28,9 +28,7 @@ def build(config: ConfigDict) -> Finetuner:
             f"training.micro_batches = {parts} does not divide {trajectories} trajectories; use one of {divisors}"
         )
     if config.algorithm.name not in ALGORITHMS:
-        raise UserError(
-            f"algorithm.name = {config.algorithm.name!r} is unknown; use one of {sorted(ALGORITHMS)}"
-        )
+        raise UserError(f"algorithm.name = {config.algorithm.name!r} is unknown; use one of {sorted(ALGORITHMS)}")
     options = {k: v for k, v in config.algorithm.items() if k != "name"}
     algorithm = ALGORITHMS[config.algorithm.name](**options)
     if isinstance(algorithm, ResidualNablaDB):
@@ -65,9 +63,7 @@ def resolve_model(name: str) -> Path:
     """The folder of a shipped model's name, or of a path."""
     folder = SHIPPED_MODELS.get(name, Path(name))
     if not folder.is_dir():
-        raise UserError(
-            f"model {name!r} is neither a folder nor a shipped model ({', '.join(SHIPPED_MODELS)})"
-        )
+        raise UserError(f"model {name!r} is neither a folder nor a shipped model ({', '.join(SHIPPED_MODELS)})")
     return folder
 
 

@@ -91,9 +91,7 @@ def train_vae(config: Any, vae: AutoencoderKL, drawings: emoji.Drawings, workdir
     params = vae.init(jax.random.key(config.seed), jnp.zeros((1, emoji.SIZE, emoji.SIZE, 3)))["params"]
     loss = autoencoder.make_loss(vae, drawings.images[~drawings.held_out], c.batch)
     state = init_state(params, transform)
-    state = fit(
-        "vae", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir
-    )
+    state = fit("vae", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir)
     return state.average
 
 
@@ -119,9 +117,7 @@ def train_denoiser(config: Any, json_files: dict, data: denoiser.LatentDrawings,
     transform = optimizer(c.learning_rate, c.steps)
     loss = denoiser.make_loss(unet, text_encoder, data, alphas_cumprod(json_files["scheduler"]), c.batch)
     state: State = init_state(params, transform)
-    state = fit(
-        "denoiser", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir
-    )
+    state = fit("denoiser", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir)
     return state.average
 
 

@@ -20,9 +20,7 @@ GOOGLE, FLUENT, NAMES = emoji.PACKAGES
 
 def picture(colour: tuple[int, int, int, int], kind: str, size: int = 80) -> bytes:
     buffer = io.BytesIO()
-    Image.new("RGBA", (size, size), colour).save(
-        buffer, kind, **({"lossless": True} if kind == "WEBP" else {})
-    )
+    Image.new("RGBA", (size, size), colour).save(buffer, kind, **({"lossless": True} if kind == "WEBP" else {}))
     return buffer.getvalue()
 
 
@@ -135,8 +133,7 @@ def test_npm_missing_or_failing(tmp_path, monkeypatch):
         (
             "anxious face with sweat",
             "face-concerned",
-            "anxious face with sweat|an anxious face with sweat|anxious face|an anxious face|"
-            "a concerned face|a face",
+            "anxious face with sweat|an anxious face with sweat|anxious face|an anxious face|a concerned face|a face",
         ),
         (
             "face with monocle",

@@ -48,9 +48,7 @@ def test_noise_prediction_is_minus_the_scaled_score():
         log = lambda x, noised=noised: np.log(_density(noised, x) + 1e-300)  # noqa: E731
         score = np.stack([(log(points + h) - log(points - h)) / (2 * step) for h in shifts], -1)
         near = _density(noised, points) > 1e-200
-        predicted = DATA.noise_prediction(
-            jnp.asarray(points, jnp.float32), jnp.full(40, alpha_bar, jnp.float32)
-        )
+        predicted = DATA.noise_prediction(jnp.asarray(points, jnp.float32), jnp.full(40, alpha_bar, jnp.float32))
         expected = -((1 - alpha_bar) ** 0.5) * score
         np.testing.assert_allclose(predicted[near], expected[near], rtol=2e-4, atol=2e-4)
 
@@ -118,9 +116,7 @@ def test_the_adjoint_reaches_the_target(reward):
 
 
 def test_the_command_writes_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(
-        sys, "argv", ["mixture2d", f"--out={tmp_path}", "--updates=2", "--only=reward maximiser"]
-    )
+    monkeypatch.setattr(sys, "argv", ["mixture2d", f"--out={tmp_path}", "--updates=2", "--only=reward maximiser"])
     mixture2d.main()
     assert "reward maximiser" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())

@@ -53,9 +53,7 @@ CONDITION = np.random.default_rng(6).normal(size=(BATCH, WIDTH)).astype(np.float
 
 def _network(np_like, patches, x, t, condition, base, lora):
     """A 3×3 convolution and a low-rank-adapted mixing layer; the same text in both libraries."""
-    hidden = np_like.tanh(
-        patches(x) @ base["in"] + condition[:, None, None, :] + t[:, None, None, None] / 500
-    )
+    hidden = np_like.tanh(patches(x) @ base["in"] + condition[:, None, None, :] + t[:, None, None, None] / 500)
     mixed = hidden @ base["mix"]
     if lora is not None:
         mixed = mixed + hidden @ lora["down"] @ lora["up"]
@@ -117,14 +115,10 @@ class Oracle:
         self.lora, self.phi, self.settings = lora, phi, settings
 
     def eps(self, x, t, lora):
-        return _network(
-            torch, _patches_torch, x, torch.full((BATCH,), float(t)), self.condition, self.base, lora
-        )
+        return _network(torch, _patches_torch, x, torch.full((BATCH,), float(t)), self.condition, self.base, lora)
 
     def flow(self, x, t):
-        return _flow_network(
-            torch, _patches_torch, x, torch.full((BATCH,), float(t)), self.condition, self.phi
-        )
+        return _flow_network(torch, _patches_torch, x, torch.full((BATCH,), float(t)), self.condition, self.phi)
 
     @staticmethod
     def clean(eps, x, a):
@@ -265,14 +259,12 @@ def test_the_loss_is_the_mean_over_all_transitions():
     chosen = choose(_trajectory())
     (loss, metrics), gradient = jax.jit(lambda p, c: algorithm.value_and_grad(p, MODEL, c))(PARAMS, chosen)
     np.testing.assert_allclose(loss, sum(metrics.values()), rtol=1e-6)
-    parts = jax.jit(
-        lambda p, c: [algorithm.ordinary(p, MODEL, flatten(c.ordinary)), algorithm.last(p, MODEL, c.last)]
-    )(PARAMS, chosen)
+    parts = jax.jit(lambda p, c: [algorithm.ordinary(p, MODEL, flatten(c.ordinary)), algorithm.last(p, MODEL, c.last)])(
+        PARAMS, chosen
+    )
     expected, expected_gradient = jax.tree.map(lambda a, b: (a + b) / (6 * BATCH), *parts)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), metrics, expected)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected_gradient
-    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
 
 
 # ---------------------------------------------------------------- adjoint
@@ -347,9 +339,7 @@ def test_selected_transitions_are_the_trajectorys():
             k = int(steps[b, i])
             np.testing.assert_array_equal(chosen.ordinary.x[b, i], trajectory.latents[k, b])
             np.testing.assert_array_equal(chosen.ordinary.y[b, i], trajectory.latents[k + 1, b])
-            np.testing.assert_array_equal(
-                chosen.ordinary.noise_prediction[b, i], trajectory.noise_predictions[k, b]
-            )
+            np.testing.assert_array_equal(chosen.ordinary.noise_prediction[b, i], trajectory.noise_predictions[k, b])
             assert chosen.ordinary.step.timestep[b, i] == SCHEDULE.timestep[k]
             np.testing.assert_array_equal(chosen.ordinary.condition["prompt"][b, i], CONDITION[b])
         np.testing.assert_array_equal(chosen.last.y[b], trajectory.samples[b])
@@ -387,9 +377,7 @@ def test_reward_maximiser_gradient(tail):
 
 def test_reward_maximiser_names_a_tail_too_long():
     with pytest.raises(UserError, match="tail is 51"):
-        RewardMaximiser(tail=51).transitions(
-            PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, jnp.asarray(CONDITION)
-        )
+        RewardMaximiser(tail=51).transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, jnp.asarray(CONDITION))
 
 
 # ---------------------------------------------------------------- what it costs
@@ -397,14 +385,10 @@ def test_reward_maximiser_names_a_tail_too_long():
 
 def _conv_model(width=48):
     rng = np.random.default_rng(0)
-    kernels = [
-        jnp.asarray(rng.normal(size=(3, 3, a, b)) / a**0.5 / 3, jnp.float32) for a, b in _conv_sizes(width)
-    ]
+    kernels = [jnp.asarray(rng.normal(size=(3, 3, a, b)) / a**0.5 / 3, jnp.float32) for a, b in _conv_sizes(width)]
 
     def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(
-            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
     def predict(lora, x, t, condition):
         for i, kernel in enumerate(kernels):

@@ -108,13 +108,9 @@ class ResidualNablaDB:
             out = {}
             if self.uses_flow:
                 flow_y = model.flow(phi, y, step.next_timestep, condition)
-                credit = credit + (
-                    flow_y if self.flow_gradient_from_forward else jax.lax.stop_gradient(flow_y)
-                )
+                credit = credit + (flow_y if self.flow_gradient_from_forward else jax.lax.stop_gradient(flow_y))
                 flow_x = model.flow(phi, x, step.timestep, condition)
-                out["loss_reverse"] = mean_square(
-                    score_and_guess - self.prior_strength * base_reverse + flow_x
-                )
+                out["loss_reverse"] = mean_square(score_and_guess - self.prior_strength * base_reverse + flow_x)
             residual = self._policy_minus_prior(eps, base.eps, transition) - credit
             return out | {
                 "loss_forward": mean_square(residual),
@@ -158,9 +154,7 @@ class ResidualNablaDB:
 
         return _pull_back(terms, at_x, params)
 
-    def _guess(
-        self, model: Model, at: Prediction, alpha_bar: Float[Array, "batch"], condition: PyTree[Any]
-    ) -> Any:
+    def _guess(self, model: Model, at: Prediction, alpha_bar: Float[Array, "batch"], condition: PyTree[Any]) -> Any:
         """x̂ as a function of (ε, x), and the cotangent there whose pull-back to x is G."""
         scale = self.beta * GAMMAS[self.gamma](alpha_bar)
         cotangent = guess_cotangent(model, at.eps, at.x, alpha_bar, scale, condition)
@@ -194,8 +188,6 @@ def _pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, P
         return jnp.asarray(sum(sums.values())), sums
 
     names = ("loss_forward", "loss_reverse", "loss_terminal", "loss_reg")
-    (_, sums), (eps_cotangent, phi) = jax.value_and_grad(total, (0, 1), has_aux=True)(
-        at_x.eps, params["flow"]
-    )
+    (_, sums), (eps_cotangent, phi) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.eps, params["flow"])
     zeros = dict.fromkeys(names, jnp.zeros((), jnp.float32))
     return zeros | sums, {"lora": at_x.to_lora(eps_cotangent), "flow": phi}

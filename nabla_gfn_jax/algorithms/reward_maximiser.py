@@ -57,9 +57,7 @@ class RewardMaximiser:
         if not 1 <= self.tail <= num_steps:
             raise UserError(f"tail is {self.tail}; choose 1 to the number of sampling steps, {num_steps}")
         last = slice(num_steps - self.tail, num_steps)
-        means = jax.vmap(step_mean)(
-            trajectory.noise_predictions[last], trajectory.latents[last], schedule[last]
-        )
+        means = jax.vmap(step_mean)(trajectory.noise_predictions[last], trajectory.latents[last], schedule[last])
         shocks = trajectory.latents[1:][last] - means
         return Tail(
             start=trajectory.latents[last.start],
@@ -80,9 +78,7 @@ class RewardMaximiser:
             return step_mean(eps, x, coefficients) + shock
 
         def loss(lora: Params) -> Float[Array, ""]:
-            tail = jax.tree.map(
-                lambda leaf: jnp.swapaxes(leaf, 0, 1), (transitions.shocks, transitions.steps)
-            )
+            tail = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), (transitions.shocks, transitions.steps))
             final, _ = jax.lax.scan(lambda x, inputs: (step(x, inputs, lora), None), transitions.start, tail)
             return -model.log_reward(final, transitions.condition).mean()
 

@@ -117,9 +117,7 @@ def make_schedule(config: Mapping[str, Any], num_steps: int, eta: float = 1.0) -
 
 def expand(coefficient: Float[Array, "*batch"], like: Latents) -> Float[Array, "..."]:
     """A scalar as it is; a (B,) array as (B, 1, …, 1), to multiply `like` sample by sample."""
-    return (
-        coefficient.reshape(coefficient.shape + (1,) * (like.ndim - 1)) if coefficient.ndim else coefficient
-    )
+    return coefficient.reshape(coefficient.shape + (1,) * (like.ndim - 1)) if coefficient.ndim else coefficient
 
 
 def clean_prediction(eps: Latents, x: Latents, alpha_bar: Float[Array, "*batch"]) -> Latents:

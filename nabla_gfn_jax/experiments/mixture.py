@@ -114,9 +114,7 @@ def _interval(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return np.where(low > 0, ndtr(-low) - ndtr(-high), ndtr(high) - ndtr(low))
 
 
-def _gaussian_kl(
-    mean: np.ndarray, covariance: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray
-) -> float:
+def _gaussian_kl(mean: np.ndarray, covariance: np.ndarray, mean_2: np.ndarray, covariance_2: np.ndarray) -> float:
     inverse, offset = np.linalg.inv(covariance_2), mean_2 - mean
     log_ratio = np.linalg.slogdet(covariance_2)[1] - np.linalg.slogdet(covariance)[1]
     return float(0.5 * (np.trace(inverse @ covariance) + offset @ inverse @ offset - len(mean) + log_ratio))

@@ -100,11 +100,7 @@ def init_mlp(key: PRNGKey, inputs: int) -> Params:
 
 
 def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Points:
-    phase = (
-        t.astype(jnp.float32)[:, None]
-        / 1000
-        * (np.pi * 2.0 ** np.arange(-1, FREQUENCIES - 1))[None].astype("f4")
-    )
+    phase = t.astype(jnp.float32)[:, None] / 1000 * (np.pi * 2.0 ** np.arange(-1, FREQUENCIES - 1))[None].astype("f4")
     hidden = jnp.concatenate([inputs, jnp.sin(phase), jnp.cos(phase)], axis=1)
     layers = list(params.values())
     for layer in layers[:-1]:
@@ -250,9 +246,7 @@ def table(results: Sequence[Result]) -> str:
 @exit_on_user_error
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--out", type=Path, required=True, help="folder for results.json, table.md and samples.npz"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md and samples.npz")
     parser.add_argument("--updates", type=int, default=3000)
     parser.add_argument("--only", default="", help="run only the lines whose name contains this")
     parser.add_argument("--seed", type=int, default=0)

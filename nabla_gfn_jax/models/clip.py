@@ -74,9 +74,7 @@ class CLIPTextModel(nn.Module):
         normal = nn.initializers.normal(0.02)
 
         def embed(rows: int, name: str) -> nn.Embed:
-            return nn.Embed(
-                rows, c.hidden_size, dtype=self.dtype, embedding_init=normal, name=f"embeddings.{name}"
-            )
+            return nn.Embed(rows, c.hidden_size, dtype=self.dtype, embedding_init=normal, name=f"embeddings.{name}")
 
         positions = embed(c.max_position_embeddings, "position_embedding")(jnp.arange(ids.shape[1]))
         x = embed(c.vocab_size, "token_embedding")(ids) + positions[None]
