@@ -8,62 +8,80 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_oracle as oracle
+from diffusers import StableDiffusionPipeline
 from diffusers.schedulers import scheduling_ddim
 from torch_oracle import nchw, nhwc, relative
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
+from nabla_gfn_jax.configuration import SHIPPED_MODELS
 from nabla_gfn_jax.diffusion.sampler import draw_noise, sample
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod, make_schedule
 from nabla_gfn_jax.diffusion.text_to_image import decode, encode_prompts, guided_predictor
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.lora import init_lora
 
-PROMPTS = ["a cat", "two dogs and a frog's pond"]
 STEPS, GUIDANCE = 50, 5.0
-SHAPE = (8, 8, 4)
 LINEAR = oracle.TWO_LEVELS | {"use_linear_projection": True, "attention_head_dim": [2, 4]}
 
 
-@pytest.mark.parametrize(
-    ("prediction_type", "fields"), [("epsilon", oracle.TWO_LEVELS), ("v_prediction", LINEAR)], ids=["sd-1.5", "sd-2.1"]
-)
-def test_fifty_ddpm_steps_match_the_diffusers_pipeline(prediction_type, fields, tmp_path, monkeypatch):
-    pipe = oracle.pipeline(tmp_path, prediction_type, **fields)
-    pipe.save_pretrained(tmp_path)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(len(PROMPTS)))
-    noise = iter([nchw(draw_noise(keys, step + 1, SHAPE)) for step in range(STEPS)])
+def draw_in_both(folder, pipe, lora, prompts, monkeypatch):
+    """Fifty guided DDPM steps with one noise: the latents after each step, and the images, ours and diffusers'."""
+    model = load_folder(folder)
+    shape = model.latent_shape
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(len(prompts)))
+    noise = iter([nchw(draw_noise(keys, step + 1, shape)) for step in range(STEPS)])
     monkeypatch.setattr(scheduling_ddim, "randn_tensor", lambda *args, **kwargs: next(noise))
-    expected = []
+    theirs = []
 
     def record(pipe, step, timestep, tensors):
-        expected.append(nhwc(tensors["latents"]))
+        theirs.append(nhwc(tensors["latents"]))
         return tensors
 
-    images = pipe(
-        PROMPTS,
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        eta=1.0,
-        latents=nchw(draw_noise(keys, 0, SHAPE)),
-        output_type="np",
-        callback_on_step_end=record,
-    ).images
+    pipe.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE, "eta": 1.0, "output_type": "np"}
+    start = nchw(draw_noise(keys, 0, shape))
+    their_images = pipe(prompts, latents=start, callback_on_step_end=record, **options).images
     assert next(noise, None) is None
 
-    model = load_folder(tmp_path)
     schedule = make_schedule(model.scheduler, STEPS)
 
-    def run(params, keys, condition):
+    def run(params, lora, keys, condition):
         predictor = guided_predictor(model, params["unet"], GUIDANCE)
-        trajectory = sample(lambda x, t, c: predictor(None, x, t, c), schedule, keys, model.latent_shape, condition)
-        return trajectory.latents, decode(model, params["vae"], trajectory.samples)
+        trajectory = sample(lambda x, t, c: predictor(lora, x, t, c), schedule, keys, shape, condition)
+        return trajectory.latents[1:], decode(model, params["vae"], trajectory.samples)
 
-    arguments = (model.params, keys, encode_prompts(model, PROMPTS))
-    latents, decoded = oracle.compile_quickly(run, *arguments)(*arguments)
-    assert max(relative(ours, theirs) for ours, theirs in zip(latents[1:], expected, strict=True)) < 1e-4
-    assert relative(decoded, images) < 1e-4
-    inside = (images > 0) & (images < 1)
-    assert inside.mean() > 0.3
-    assert relative(decoded[0], decoded[1]) > 0.1
+    arguments = (model.params, lora, keys, encode_prompts(model, prompts))
+    ours, images = oracle.compile_quickly(run, *arguments)(*arguments)
+    return zip(ours, theirs, strict=True), images, their_images
+
+
+@pytest.mark.parametrize(
+    ("prediction_type", "fields", "save"),
+    [("epsilon", oracle.TWO_LEVELS, save_lora), ("v_prediction", LINEAR, save_kohya)],
+    ids=["sd-1.5, LoRA as diffusers has it", "sd-2.1, LoRA as kohya has it"],
+)
+def test_fifty_ddpm_steps_match_the_diffusers_pipeline(prediction_type, fields, save, tmp_path, monkeypatch):
+    pipe = oracle.pipeline(tmp_path, prediction_type, **fields)
+    pipe.save_pretrained(tmp_path)
+    fresh = init_lora(jax.random.key(0), load_folder(tmp_path).params["unet"], rank=3)
+    lora = jax.tree.map(lambda a: 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), fresh)
+    save(tmp_path / "lora.safetensors", lora)
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    prompts = ["a cat", "two dogs and a frog's pond"]
+    latents, images, expected = draw_in_both(tmp_path, pipe, lora, prompts, monkeypatch)
+    assert max(relative(ours, theirs) for ours, theirs in latents) < 1e-4
+    assert relative(images, expected) < 1e-4
+    assert ((expected > 0) & (expected < 1)).mean() > 0.9  # not all clamped
+    assert relative(images[0], images[1]) > 0.1
+
+
+def test_diffusers_draws_the_same_emoji(monkeypatch):
+    folder = SHIPPED_MODELS["emoji"]
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    latents, images, expected = draw_in_both(folder, pipe, None, ["a tiger", "a grinning face"], monkeypatch)
+    assert max(relative(ours, theirs) for ours, theirs in latents) < 1e-4
+    assert relative(images, expected) < 1e-4
 
 
 class FakeUNet:

@@ -20,12 +20,14 @@ from nabla_gfn_jax.typing import Params
 _WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _DIFFUSERS_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
 # The ids are those of Stable Diffusion's own file; an end of 2 tells transformers to take the highest id for it.
+# transformers computes in the dtype stated here, or else in the file's, which diffusers' other parts are not in.
 _TEXT_ENCODER_JSON: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
     "bos_token_id": 0,
     "eos_token_id": 2,
     "pad_token_id": 1,
+    "dtype": "float32",
 }
 
 
