@@ -2,10 +2,13 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's spinning threads starve XLA's on few cores
 
 import jax
+import pytest
+import torch
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -15,3 +18,12 @@ jax.config.update(
     os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "nabla_gfn_jax-test-cache")),
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def torch_autograd(request):
+    """Off in the modules that use `torch_oracle`, which switch it on where they need it; on in the others."""
+    before = torch.is_grad_enabled()
+    torch.set_grad_enabled("torch_oracle" not in Path(request.module.__file__).read_text())
+    yield
+    torch.set_grad_enabled(before)
