@@ -30,9 +30,7 @@ SUBGROUPS: dict[str, tuple[str, ...]] = {
     "drink": ("a drink",),
 }
 # Among the animals of CLDR, but none.
-NO_ANIMALS = frozenset(
-    ("paw prints", "pig nose", "feather", "wing", "spiral shell", "coral", "spider web", "microbe")
-)
+NO_ANIMALS = frozenset(("paw prints", "pig nose", "feather", "wing", "spiral shell", "coral", "spider web", "microbe"))
 # The everyday word for an animal whose CLDR name is another ("X face" is also called X).
 _EVERYDAY = {
     "black bird": "bird",
