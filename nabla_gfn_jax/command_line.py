@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from nabla_gfn_jax.errors import UserError
@@ -38,6 +39,17 @@ def parse_flags(argv: Sequence[str], config: str) -> tuple[ConfigDict, Path]:
     for name, text in overrides:
         override(fields, name, text)
     return fields, Path(named.get("--workdir", f"runs/{Path(file).stem}"))
+
+
+def read_flags(values: flags.FlagValues, argv: Sequence[str]) -> Any:
+    """The values that `argv` gives the flags. Raises `UserError` for whatever is none of them."""
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())}; see --help") from error
+    if len(rest) > 1:
+        raise UserError(f"unknown argument {rest[1]!r}; see --help")
+    return values
 
 
 def load_config(file: Path, variant: str = "") -> ConfigDict:

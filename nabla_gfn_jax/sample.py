@@ -7,9 +7,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import flags
+from tqdm import tqdm
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion, load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.command_line import read_flags
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.diffusion.sampler import sample
@@ -50,8 +52,12 @@ def draw_images(
     guidance: float = 5.0,
     eta: float = 1.0,
     seed: int = 0,
+    progress: str | None = None,
 ) -> np.ndarray:
-    """One image in [0, 1] for each prompt, (N, H, W, 3); image i depends on the seed, i and its prompt alone."""
+    """One image in [0, 1] for each prompt, (N, H, W, 3); image i depends on the seed, i and its prompt alone.
+
+    `progress`: what to call the work on a progress bar, if there is to be one.
+    """
     schedule = make_schedule(model.scheduler, steps, eta)
 
     @jax.jit
@@ -70,7 +76,7 @@ def draw_images(
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(padded)))
     batch = min(_BATCH, len(padded))
     parts = []
-    for start in range(0, len(padded), batch):
+    for start in tqdm(range(0, len(padded), batch), desc=progress, disable=progress is None):
         rows = slice(start, start + batch)
         parts.append(np.asarray(run(model.params, lora, keys[rows], {k: v[rows] for k, v in condition.items()})))
     return np.concatenate(parts)[:count]
@@ -87,13 +93,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
     flags.DEFINE_float("eta", 1.0, "1: DDPM, 0: DDIM", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the noise", flag_values=values)
     flags.DEFINE_string("out", "samples.png", "the PNG to write", flag_values=values)
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(f"{' '.join(str(error).split())}; see --help") from error
-    if len(rest) > 1:
-        raise UserError(f"unknown argument {rest[1]!r}; see --help")
-    return values
+    return read_flags(values, argv)
 
 
 if __name__ == "__main__":

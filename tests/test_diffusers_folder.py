@@ -30,7 +30,7 @@ CONFIGS = {
 def saved(tmp_path_factory):
     """A pipeline and the folder it was saved to."""
     folder = tmp_path_factory.mktemp("model")
-    pipe = oracle.pipeline(folder, "v_prediction", **oracle.TWO_LEVELS)
+    pipe = oracle.pipeline(folder, "v_prediction", **oracle.ONE_LEVEL)
     pipe.save_pretrained(folder)
     return pipe, folder
 

@@ -94,20 +94,22 @@ def test_gradient_in_every_lora_matrix(case):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_text_encoder(activation, tmp_path):
-    pipe = oracle.pipeline(tmp_path)
+    pipe = oracle.pipeline(tmp_path, **oracle.ONE_LEVEL)
     pipe.text_encoder = oracle.text_encoder(activation)
     pipe.save_pretrained(tmp_path)
     model = load_folder(tmp_path)
     ids = np.random.default_rng(0).integers(0, 600, (3, oracle.TOKENS), np.int32)
     theirs = pipe.text_encoder(torch.tensor(ids)).last_hidden_state.numpy()
-    ours = model.text_encoder.apply({"params": model.params["text_encoder"]}, ids)
+    arguments = ({"params": model.params["text_encoder"]}, ids)
+    run = oracle.compile_quickly(model.text_encoder.apply, *arguments)
+    ours = run(*arguments)
     assert relative(ours, theirs) < 1e-5
-    other = model.text_encoder.apply({"params": model.params["text_encoder"]}, np.roll(ids, 1, axis=0))
+    other = run(arguments[0], np.roll(ids, 1, axis=0))
     assert relative(other, theirs) > 0.1
 
 
 def test_bfloat16_is_close_and_stays_bfloat16(tmp_path):
-    pipe = oracle.pipeline(tmp_path, **oracle.TWO_LEVELS)
+    pipe = oracle.pipeline(tmp_path, **oracle.ONE_LEVEL)
     pipe.save_pretrained(tmp_path)
     rng = np.random.default_rng(0)
     x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 8, 4), (2, 5, oracle.WIDTH)))

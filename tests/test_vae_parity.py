@@ -14,7 +14,7 @@ from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    pipe = oracle.pipeline(folder)
+    pipe = oracle.pipeline(folder, **oracle.ONE_LEVEL)
     pipe.save_pretrained(folder)
     return pipe.vae, load_folder(folder)
 

@@ -24,7 +24,13 @@ CAPTIONS = ["a cat", "a smiling face with heart eyes", "two dogs and a frog's po
 # As the SD-1.5 and SD-2.1 config files differ: heads, projections, text encoder, prediction type.
 SD_1_5 = {"attention_head_dim": 4}
 SD_2_1 = {"attention_head_dim": [2, 4, 4, 8], "use_linear_projection": True}
-# The least that has every kind of block.
+# The least there is, and the least that has every kind of block.
+ONE_LEVEL = {
+    "attention_head_dim": 4,
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+}
 TWO_LEVELS = {
     "attention_head_dim": 4,
     "block_out_channels": (16, 32),

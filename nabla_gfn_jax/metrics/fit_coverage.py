@@ -1,0 +1,91 @@
+"""Makes the atlas of drawings that `metrics.coverage` reads: `python -m nabla_gfn_jax.metrics.fit_coverage`.
+
+The 64 dimensions are a linear discriminant analysis: directions along which drawings differ most for how much a
+drawing's own perturbed versions differ.
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+from jaxtyping import Float, UInt8
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from nabla_gfn_jax.data import emoji
+from nabla_gfn_jax.data.perturb import perturb
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.metrics import coverage
+from nabla_gfn_jax.models import efficientnet
+
+DIMENSIONS = 64
+COPIES = 4
+_SHRINKAGE = 0.3  # of the scatter within drawings towards a multiple of the identity
+_BATCH = 64
+
+
+def layouts(drawings: UInt8[np.ndarray, "count 64 64 3"]) -> Float[np.ndarray, "versions count 1080"]:
+    """Features of the drawings as they are (first) and of `COPIES` perturbed versions of each."""
+    network, layout, change = efficientnet.load("lite2"), jax.jit(coverage.layout), jax.jit(perturb)
+    padding = -len(drawings) % _BATCH
+    images = np.concatenate([drawings, drawings[:padding]]).astype(np.float32) / np.float32(255.0)
+    rows: list[np.ndarray] = []
+    for start in tqdm(range(0, len(images), _BATCH), desc="features", unit="batch"):
+        batch = images[start : start + _BATCH]
+        keys = [jax.random.fold_in(jax.random.key(copy), start) for copy in range(COPIES)]
+        versions = [layout(network, batch), *(layout(network, change(key, batch)) for key in keys)]
+        rows.append(np.stack([np.asarray(version) for version in versions]))
+    return np.concatenate(rows, axis=1)[:, : len(drawings)]
+
+
+def discriminant(
+    features: Float[np.ndarray, "versions drawings features"],
+) -> tuple[Float[np.ndarray, "features"], Float[np.ndarray, "features 64"]]:
+    """Mean and basis: the scatter within drawings is the identity in it, that between them diagonal and largest."""
+    mean = features[0].mean(axis=0)
+    scale = features[0].std(axis=0) + 1e-2
+    centred = (features - mean) / scale
+    change = (centred[1:] - centred[0]).reshape(-1, features.shape[-1])
+    within = change.T @ change / len(change)
+    within += _SHRINKAGE * np.trace(within) / len(within) * np.eye(len(within))
+    variance, axes = np.linalg.eigh(within)
+    whiten = axes / np.sqrt(variance)
+    between = whiten.T @ (centred[0].T @ centred[0] / len(centred[0])) @ whiten
+    return mean, (whiten @ np.linalg.eigh(between)[1][:, -DIMENSIONS:]) / scale[:, None]
+
+
+def write_atlas(file: Path, drawings: emoji.Drawings, features: Float[np.ndarray, "versions drawings 1080"]) -> None:
+    """Everything but the network: basis and points in half precision."""
+    mean, basis = discriminant(features.astype(np.float64))
+    tensors = {
+        "mean": mean.astype(np.float32),
+        "basis": basis.astype(np.float16),
+        "points": ((features[0] - mean) @ basis).astype(np.float16),
+        "concept": drawings.concept.astype(np.int16),
+        "vendor": drawings.vendor.astype(np.uint8),
+    }
+    names = "|".join(c.name for c in drawings.concepts)
+    subgroups = "|".join(c.subgroup for c in drawings.concepts)
+    file.parent.mkdir(exist_ok=True)
+    save_file(tensors, file, metadata={"names": names, "subgroups": subgroups})
+
+
+@exit_on_user_error
+def main() -> None:
+    """Writes `metrics/data/drawings.safetensors` and prints how often perturbed drawings are recognised."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--emoji", type=Path, help="folder of the emoji packages (default: the user's cache)")
+    drawings = emoji.load(parser.parse_args().emoji).base()
+    write_atlas(coverage.FILE, drawings, layouts(drawings.images))
+    unseen_key = jax.random.key(1000)
+    images = np.asarray(jax.jit(perturb)(unseen_key, drawings.images.astype(np.float32) / np.float32(255.0)))
+    nearest = coverage.nearest_drawing(images)
+    print(f"drawings: {len(nearest)}, perturbed anew each")
+    print(f"nearest is the drawing itself: {np.mean(nearest == np.arange(len(nearest))):.3f}")
+    print(f"nearest is of the same emoji: {np.mean(drawings.concept[nearest] == drawings.concept):.3f}")
+    print(f"nearest is by the same vendor: {np.mean(drawings.vendor[nearest] == drawings.vendor):.3f}")
+
+
+if __name__ == "__main__":
+    main()
