@@ -36,6 +36,8 @@ _BATCH = 64
 def main(argv: list[str]) -> None:
     """Prompts → images of each model → rewards and nearest drawings → a table, and JSON if --out is given."""
     options = _parse(argv)
+    if options.num < 1:
+        raise UserError(f"--num={options.num}; ask for at least one image of each prompt")
     use_compilation_cache()
     model = load_folder(resolve_model(options.model))
     loras = [(file, load_lora(Path(file), model.params["unet"])) for file in options.lora]

@@ -153,10 +153,9 @@ class Oracle:
         kappa, uses_flow = self.settings["prior_strength"], self.settings["credit"] == "lookahead"
         t, t_next = int(SCHEDULE.timestep[k]), int(SCHEDULE.next_timestep[k])
         a, a_next = float(SCHEDULE.alpha_bar[k]), float(SCHEDULE.alpha_bar_next[k])
-        weight, terms = 1.0, {}
-        if credit is not None:
-            weight = float(SCHEDULE.sigma[k]) ** 2
-        else:
+        weighted = self.settings["variance_weighted"] or credit is not None
+        weight, terms = float(SCHEDULE.sigma[k]) ** 2 if weighted else 1.0, {}
+        if credit is None:
             credit = self.guess(y, t_next, a_next)
             if uses_flow and t_next > 0:
                 flow = self.flow(y, t_next)
@@ -207,6 +206,7 @@ DEFAULTS = {
     "credit": "lookahead",
     "gamma": "alpha_bar",
     "flow_gradient_from_forward": True,
+    "variance_weighted": False,
 }
 VARIANTS = [
     {},
@@ -214,7 +214,7 @@ VARIANTS = [
     {"gamma": "sqrt_alpha_bar"},
     {"gamma": "one", "flow_gradient_from_forward": False, "prior_strength": 0.7},
     {"credit": "guess", "prior_strength": 1.5},
-    {"credit": "guess", "gamma": "one"},
+    {"credit": "guess", "gamma": "one", "variance_weighted": True},
 ]
 
 

@@ -38,6 +38,8 @@ class ResidualNablaDB:
             the reward gradient at the trajectory's end pulled back through the base model, with no φ and the
             forward term weighted by σ².
         gamma: γ_t, the trust in the guess G at time t.
+        variance_weighted: whether the forward term is weighted by σ², as under "adjoint" it always is. Without the
+            weight the nearly noiseless last steps, where the score is largest, outweigh all others.
         flow_gradient_from_forward: whether φ is trained by the forward term too, as in the paper.
         credit_clip: for "adjoint", the largest σ·(root mean square of a) that a transition's credit may
             have; it biases the credit towards zero.
@@ -49,6 +51,7 @@ class ResidualNablaDB:
     prior_strength: float = 1.0
     credit: Literal["lookahead", "guess", "adjoint"] = "lookahead"
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = "alpha_bar"
+    variance_weighted: bool = False
     flow_gradient_from_forward: bool = True
     credit_clip: float = math.inf
     transition_fraction: float = 0.1
@@ -113,7 +116,7 @@ class ResidualNablaDB:
                 out["loss_reverse"] = mean_square(score_and_guess - self.prior_strength * base_reverse + flow_x)
             residual = self._policy_minus_prior(eps, base.eps, transition) - credit
             return out | {
-                "loss_forward": mean_square(residual),
+                "loss_forward": self._forward(residual, step),
                 "loss_reg": self._regularisation(eps, transition),
             }
 
@@ -129,7 +132,7 @@ class ResidualNablaDB:
 
         def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
             residual = self._policy_minus_prior(eps, base_eps, transition) - credit
-            out = {"loss_forward": mean_square(residual), "loss_reg": self._regularisation(eps, transition)}
+            out = {"loss_forward": self._forward(residual, step), "loss_reg": self._regularisation(eps, transition)}
             if self.uses_flow:
                 out["loss_terminal"] = mean_square(model.flow(phi, y, step.next_timestep, condition))
             return out
@@ -148,7 +151,7 @@ class ResidualNablaDB:
         def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
             residual = self._policy_minus_prior(eps, adjoint.base_prediction, transition) - credit
             return {
-                "loss_forward": step.sigma**2 * mean_square(residual),
+                "loss_forward": self._forward(residual, step),
                 "loss_reg": self._regularisation(eps, transition),
             }
 
@@ -159,6 +162,10 @@ class ResidualNablaDB:
         scale = self.beta * GAMMAS[self.gamma](alpha_bar)
         cotangent = guess_cotangent(model, at.eps, at.x, alpha_bar, scale, condition)
         return (lambda eps, x: clean_prediction(eps, x, alpha_bar)), cotangent
+
+    def _forward(self, residual: Latents, step: Schedule) -> Scores:
+        weighted = self.variance_weighted or self.credit == "adjoint"
+        return (step.sigma**2 if weighted else 1.0) * mean_square(residual)
 
     def _policy_minus_prior(self, eps: Latents, base_eps: Latents, transition: Transition) -> Latents:
         """s_θ − κ s_#, as (s_θ − s_#) + (1 − κ) s_#."""
