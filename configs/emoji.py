@@ -25,6 +25,8 @@ def get_config() -> ConfigDict:
     c.algorithm.prior_strength = 1.0
     c.algorithm.credit = "lookahead"
     c.algorithm.gamma = "alpha_bar"
+    c.algorithm.variance_weighted = True
+    c.algorithm.credit_clip = 0.1
     c.algorithm.transition_fraction = 0.1
 
     c.lora = ConfigDict()
