@@ -16,17 +16,17 @@ def get_config() -> ConfigDict:
 
     c.sampling = ConfigDict()
     c.sampling.num_steps = 50
-    c.sampling.guidance = 5.0
+    c.sampling.guidance = 2.0
 
     c.algorithm = ConfigDict()
     c.algorithm.name = "residual_nabla_db"
-    c.algorithm.beta = 10.0
-    c.algorithm.output_regularisation = 1.0
+    c.algorithm.beta = 80.0
+    c.algorithm.output_regularisation = 0.0
     c.algorithm.prior_strength = 1.0
-    c.algorithm.credit = "lookahead"
+    c.algorithm.credit = "adjoint"
     c.algorithm.gamma = "alpha_bar"
     c.algorithm.variance_weighted = True
-    c.algorithm.credit_clip = 0.1
+    c.algorithm.credit_clip = 0.2
     c.algorithm.transition_fraction = 0.1
 
     c.lora = ConfigDict()
@@ -39,16 +39,17 @@ def get_config() -> ConfigDict:
     c.flow.norm_num_groups = 8
 
     c.training = ConfigDict()
-    c.training.num_epochs = 30
+    c.training.num_epochs = 40
     c.training.trajectories = 32
     c.training.micro_batches = 2
+    c.training.updates_per_epoch = 4
     c.training.learning_rate = 1e-3
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_flow = 1e-2
-    c.training.clip = 1.0
+    c.training.clip = 1e6
 
     c.logging = ConfigDict()
-    c.logging.samples_every = 15
+    c.logging.samples_every = 20
     c.logging.checkpoint_every = 5
     c.logging.tensorboard = False
     c.logging.wandb = False

@@ -27,6 +27,8 @@ def build(config: ConfigDict) -> Finetuner:
         raise UserError(
             f"training.micro_batches = {parts} does not divide {trajectories} trajectories; use one of {divisors}"
         )
+    if config.training.updates_per_epoch < 1:
+        raise UserError(f"training.updates_per_epoch = {config.training.updates_per_epoch}; make it 1 or more")
     if config.algorithm.name not in ALGORITHMS:
         raise UserError(f"algorithm.name = {config.algorithm.name!r} is unknown; use one of {sorted(ALGORITHMS)}")
     options = {k: v for k, v in config.algorithm.items() if k != "name"}
@@ -56,6 +58,7 @@ def build(config: ConfigDict) -> Finetuner:
             c.learning_rate, decay_lora=c.weight_decay_lora, decay_flow=c.weight_decay_flow, clip=c.clip
         ),
         micro_batches=parts,
+        updates_per_epoch=c.updates_per_epoch,
     )
 
 

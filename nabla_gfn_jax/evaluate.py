@@ -2,9 +2,9 @@
 
 Draws the same prompts with the same noise from the base model and from every LoRA given, and prints for each the mean
 reward, how many samples show their prompt, and the entropies over vendors and over drawings. Under each LoRA stands the
-base model tilted: its own samples weighted by exp(b log R), with b such that their mean reward is the LoRA's.
-No distribution with that mean reward is closer to the base, so its entropies are what a finetuning that
-samples in proportion would keep.
+base model tilted: its own samples weighted by exp(b log R), with b (the exponent) such that their mean reward is the
+LoRA's. No distribution with that mean reward is closer to the base, so its entropies are what a finetuning that samples
+in proportion would keep, and b is the β that it reached.
 """
 
 import json
@@ -61,10 +61,9 @@ def main(argv: list[str]) -> None:
         if lora is None:
             base_drawings, base_scores = drawings, scores
         else:
-            weights = tilt(base_scores, float(scores.mean()))
-            rows[f"base tilted to {name}"] = {"reward": float(weights @ base_scores)} | diversity(
-                base_drawings, prompts, weights
-            )
+            weights, exponent = tilt(base_scores, float(scores.mean()))
+            tilted = {"reward": float(weights @ base_scores), "exponent": exponent}
+            rows[f"base tilted to {name}"] = tilted | diversity(base_drawings, prompts, weights)
     print_table(rows)
     if options.out:
         Path(options.out).write_text(json.dumps(rows, indent=2) + "\n")
@@ -102,10 +101,11 @@ def diversity(
     }
 
 
-def tilt(log_reward: Float[np.ndarray, "n"], mean: float) -> Float[np.ndarray, "n"]:
-    """Weights ∝ exp(b log R) whose mean of log R is `mean`, by bisection over b in ±10⁴ (units of 1/range)."""
-    centred = (log_reward - log_reward.mean()) / (np.ptp(log_reward) + 1e-12)
-    goal = np.clip((mean - log_reward.mean()) / (np.ptp(log_reward) + 1e-12), centred.min(), centred.max())
+def tilt(log_reward: Float[np.ndarray, "n"], mean: float) -> tuple[Float[np.ndarray, "n"], float]:
+    """Weights ∝ exp(b log R) whose mean of log R is `mean`, and b; by bisection over b in ±10⁴ (units of 1/range)."""
+    scale = np.ptp(log_reward) + 1e-12
+    centred = (log_reward - log_reward.mean()) / scale
+    goal = np.clip((mean - log_reward.mean()) / scale, centred.min(), centred.max())
 
     def weights(b: float) -> Float[np.ndarray, "n"]:
         unnormalised = np.exp(b * centred - (b * centred).max())
@@ -115,7 +115,8 @@ def tilt(log_reward: Float[np.ndarray, "n"], mean: float) -> Float[np.ndarray, "
     for _ in range(100):
         middle = (low + high) / 2.0
         low, high = (middle, high) if weights(middle) @ centred < goal else (low, middle)
-    return weights((low + high) / 2.0)
+    b = (low + high) / 2.0
+    return weights(b), float(b / scale)
 
 
 def standard_error(values: Float[np.ndarray, "n"]) -> float:

@@ -95,7 +95,7 @@ def run(
     checkpoints = Checkpoints(workdir / "checkpoints")
     log = MetricsLog(
         workdir,
-        first,
+        first * pieces.updates_per_epoch,
         tensorboard=config.logging.tensorboard,
         wandb=config.logging.wandb,
         config=config.to_dict(),
@@ -119,7 +119,7 @@ def run(
             state, metrics = update(pieces.frozen, state, pending)
             row |= metrics
         pending = sampled.transitions
-        row = {"step": epoch} | {name: float(value) for name, value in row.items()}
+        row = {"step": epoch * pieces.updates_per_epoch} | {name: float(value) for name, value in row.items()}
         row["seconds"] = time.time() - start
         log.write(row)
         stop_if_not_finite(row, workdir)

@@ -7,8 +7,14 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's spinning threads starve XLA's on few cores
 
 import jax
+import jaxtyping
+import numpy as np
 import pytest
 import torch
+
+# Shapes and types of every call are checked against its signature; where it says a JAX array, NumPy's will do.
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook("nabla_gfn_jax", "strict_types.check")
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

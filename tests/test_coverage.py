@@ -55,22 +55,24 @@ def test_every_concept_has_a_caption_that_describes_it():
 def test_the_tilt_of_two_values_is_solved_by_hand():
     # p e^b / (p e^b + 1 − p) = q
     values, goal = np.array([0.0] * 3 + [1.0]), 0.6
-    weights = evaluate.tilt(values, goal)
+    weights, exponent = evaluate.tilt(values, goal)
     assert weights @ values == pytest.approx(goal, abs=1e-9)
     np.testing.assert_allclose(weights, [(1 - goal) / 3] * 3 + [goal], rtol=1e-6)
+    assert exponent == pytest.approx(np.log(goal / (1 - goal) * 3), rel=1e-6)
 
 
 def test_the_tilt_of_a_gaussian_shifts_it_by_b_variances():
     rng = np.random.default_rng(0)
     values = rng.normal(2.0, 0.5, 200_000)
-    weights = evaluate.tilt(values, 2.5)
+    weights, exponent = evaluate.tilt(values, 2.5)
     slope = np.polyfit(values, np.log(weights), 1)[0]
+    assert exponent == pytest.approx(slope, rel=1e-6)
     assert slope == pytest.approx((2.5 - 2.0) / 0.5**2, rel=0.02)
 
 
 def test_the_tilt_reaches_no_further_than_the_samples():
     values = np.array([0.1, 0.2, 0.7])
-    assert evaluate.tilt(values, 5.0) @ values == pytest.approx(0.7, abs=1e-3)
+    assert evaluate.tilt(values, 5.0)[0] @ values == pytest.approx(0.7, abs=1e-3)
 
 
 @pytest.mark.skipif(not (emoji.default_folder() / "pictures.npz").exists(), reason="the drawings are not downloaded")

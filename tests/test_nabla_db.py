@@ -252,11 +252,15 @@ def test_the_comparison_catches_slips(slip, monkeypatch):
         _assert_equal(*actual, *_oracle_terms(DEFAULTS, 23))
 
 
+def first_draw(transitions):
+    return jax.tree.map(lambda a: a[0], transitions)
+
+
 def test_the_loss_is_the_mean_over_all_transitions():
     algorithm = ResidualNablaDB(**DEFAULTS)
     condition = jnp.asarray(CONDITION)
-    choose = jax.jit(lambda t: algorithm.transitions(PARAMS, MODEL, _keys(), t, SCHEDULE, condition))
-    chosen = choose(_trajectory())
+    choose = jax.jit(lambda t: algorithm.transitions(PARAMS, MODEL, _keys(), t, SCHEDULE, condition, 1))
+    chosen = first_draw(choose(_trajectory()))
     (loss, metrics), gradient = jax.jit(lambda p, c: algorithm.value_and_grad(p, MODEL, c))(PARAMS, chosen)
     np.testing.assert_allclose(loss, sum(metrics.values()), rtol=1e-6)
     parts = jax.jit(lambda p, c: [algorithm.ordinary(p, MODEL, flatten(c.ordinary)), algorithm.last(p, MODEL, c.last)])(
@@ -326,6 +330,22 @@ def test_one_step_a_bin_and_the_last_never_twice():
     assert np.abs(np.corrcoef(steps.T) - np.eye(5)).max() < 0.08
 
 
+def test_several_draws_share_one_adjoint_and_differ_in_their_steps():
+    algorithm = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"})
+    condition = jnp.asarray(CONDITION)
+    choose = jax.jit(
+        lambda t, n: algorithm.transitions(PARAMS, MODEL, _keys(), t, SCHEDULE, condition, n), static_argnums=1
+    )
+    three, one = choose(_trajectory(), 3), choose(_trajectory(), 1)
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), three, one)
+    times = np.asarray(three.ordinary.step.timestep)
+    assert len(np.unique(times.reshape(3, -1), axis=0)) == 3
+    credit = adjoint_credit(MODEL, _trajectory(), SCHEDULE, condition, DEFAULTS["beta"]).gradient
+    steps = np.searchsorted(-np.asarray(SCHEDULE.timestep), -times)
+    expected = np.asarray(credit)[steps, np.arange(BATCH)[None, :, None]]
+    assert np.linalg.norm(three.ordinary.adjoint.gradient - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 def test_the_draw_belongs_to_the_sample():
     np.testing.assert_array_equal(draw_steps(_keys(8), 50, 5)[3:5], draw_steps(_keys(8)[3:5], 50, 5))
 
@@ -358,7 +378,7 @@ def test_bins_that_do_not_divide(num_steps, fraction):
 @pytest.mark.parametrize("tail", [1, 3])
 def test_reward_maximiser_gradient(tail):
     algorithm, condition, trajectory = RewardMaximiser(tail=tail), jnp.asarray(CONDITION), _trajectory()
-    chosen = algorithm.transitions(PARAMS, MODEL, _keys(), trajectory, SCHEDULE, condition)
+    chosen = first_draw(algorithm.transitions(PARAMS, MODEL, _keys(), trajectory, SCHEDULE, condition, 1))
     (loss, _), gradient = jax.jit(lambda p, c: algorithm.value_and_grad(p, MODEL, c))(PARAMS, chosen)
     oracle = _oracle(DEFAULTS)
     x = _float64(trajectory.latents[50 - tail])
@@ -377,7 +397,7 @@ def test_reward_maximiser_gradient(tail):
 
 def test_reward_maximiser_names_a_tail_too_long():
     with pytest.raises(UserError, match="tail is 51"):
-        RewardMaximiser(tail=51).transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, jnp.asarray(CONDITION))
+        RewardMaximiser(tail=51).transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, jnp.asarray(CONDITION), 1)
 
 
 # ---------------------------------------------------------------- what it costs
@@ -454,7 +474,7 @@ def test_flops_of_an_update():
     shape = (8, 8, 2)
     trajectory = sample(functools.partial(model.predict, None), SCHEDULE, _keys(2), shape, ())
     algorithm = ResidualNablaDB(beta=1.0)
-    chosen = algorithm.transitions(params, model, _keys(2), trajectory, SCHEDULE, ())
+    chosen = first_draw(algorithm.transitions(params, model, _keys(2), trajectory, SCHEDULE, (), 1))
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flatten(chosen.ordinary), chosen.last)
     ours = _flops(lambda p, c: algorithm.value_and_grad(p, model, c), params, chosen)
     naive = _flops(lambda p, c: _naive_value_and_grad(algorithm, p, model, c), params, whole)

@@ -1,12 +1,14 @@
 """A finetuning run on a model of a few thousand parameters: bit-exact resume, bad input, failure."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 from nabla_gfn_jax import configuration, train
 from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
@@ -81,11 +83,13 @@ def command(tiny_model, monkeypatch):
             "model": tiny_model,
             "reward": reward,
             "sampling.num_steps": 10,
+            "algorithm.credit": "lookahead",
             "algorithm.transition_fraction": 0.2,
             "flow.block_out_channels": "(8,8)",
             "flow.norm_num_groups": 4,
             "training.trajectories": 4,
             "training.micro_batches": 2,
+            "training.updates_per_epoch": 2,
             "training.num_epochs": 3,
             "logging.samples_every": 3,
             "logging.checkpoint_every": 1,
@@ -112,7 +116,7 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(command, tm
         assert (whole / name).is_file(), name
     for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
         assert (whole / name).is_file(), name
-    assert [row["step"] for row in rows(whole)] == [0, 1, 2, 3]
+    assert [row["step"] for row in rows(whole)] == [0, 2, 4, 6]
     assert {"reward_mean", "loss_forward", "loss_reverse", "loss_terminal", "loss_reg"} <= set(rows(whole)[1])
 
     command(cut, "--config.training.num_epochs=1")
@@ -122,12 +126,51 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(command, tm
     assert lora[0] == lora[1]
 
 
+def test_the_reward_is_climbed(command, tmp_path):
+    """Each epoch's mean reward against the first three's, whose samples are the base model's or nearly."""
+    flags = {
+        "algorithm.credit": "adjoint",
+        "algorithm.beta": "300.0",
+        "training.trajectories": 32,
+        "training.updates_per_epoch": 8,
+        "training.learning_rate": "1e-2",
+        "training.num_epochs": 12,
+        "logging.samples_every": 100,
+        "logging.checkpoint_every": 100,
+    }
+    command(tmp_path, *(f"--config.{name}={value}" for name, value in flags.items()))
+    log = rows(tmp_path)
+    first, last = ([row["reward_mean"] for row in part] for part in (log[:2], log[-3:]))
+    spread = log[0]["reward_std"]
+    assert np.mean(last) > np.mean(first) + spread, (first, last, spread)
+
+
+def test_tensorboard_has_every_number_of_the_log(command, tmp_path):
+    command(tmp_path, "--config.logging.tensorboard=True")
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    found = {(s.tag, event.step): s.simple_value for event in events(file) for s in event.summary.value}
+    expected = {(name, row["step"]): value for row in rows(tmp_path) for name, value in row.items()}
+    assert found.keys() == expected.keys()
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
+
+
+def events(file: Path) -> list[Event]:
+    """The records of a TensorBoard file: length (8 bytes), its checksum (4), the event, its checksum (4)."""
+    data, start, found = file.read_bytes(), 0, []
+    while start < len(data):
+        (length,) = struct.unpack_from("<Q", data, start)
+        found.append(Event.FromString(data[start + 12 : start + 12 + length]))
+        start += length + 16
+    return found
+
+
 @pytest.mark.parametrize(
     ("flag", "named"),
     [
         ("--config.training.epochs=1", "epochs"),
         ("--config.sampling.num_steps=11", "num_steps|steps"),
         ("--config.training.micro_batches=3", "micro_batches"),
+        ("--config.training.updates_per_epoch=0", "updates_per_epoch"),
         ("--config.model=/nowhere", "/nowhere"),
         ("--config.algorithm.name=ppo", "ppo"),
         ("--config.prompts=poems", "poems"),

@@ -3,7 +3,7 @@
 A new algorithm is one file with one class that keeps the `Algorithm` protocol.
 """
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PyTree
@@ -15,18 +15,21 @@ from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, Scores, Timesteps
 Metrics = dict[str, Float[Array, ""]]
 
 
+@runtime_checkable
 class Predict(Protocol):
     """ε_θ(x, t): the policy's noise prediction with `lora`, the base model's (ε_#) with None."""
 
     def __call__(self, lora: Params | None, x: Latents, t: Timesteps, condition: PyTree[Any]) -> Latents: ...
 
 
+@runtime_checkable
 class Flow(Protocol):
     """g_φ(x, t): the learned correction of the one-step guess, shaped like x, zero when training starts."""
 
     def __call__(self, phi: Params, x: Latents, t: Timesteps, condition: PyTree[Any]) -> Latents: ...
 
 
+@runtime_checkable
 class LogReward(Protocol):
     """log R(z) of a clean latent z, sample by sample, differentiable in z."""
 
@@ -41,6 +44,7 @@ class Model(NamedTuple):
     log_reward: LogReward
 
 
+@runtime_checkable
 class Algorithm(Protocol):
     """An epoch samples trajectories, takes `transitions` of each batch, and updates by `value_and_grad`."""
 
@@ -56,8 +60,9 @@ class Algorithm(Protocol):
         trajectory: Trajectory,
         schedule: Schedule,
         condition: PyTree[Any],
+        draws: int,
     ) -> PyTree[Any]:
-        """What the loss needs of each trajectory: arrays with leading axis B, so that a batch can be split.
+        """What the loss needs of each trajectory, `draws` times, for as many updates: leaves (draws, B, …).
 
         `params` are those that sampled; `keys` are the samples' own.
         """

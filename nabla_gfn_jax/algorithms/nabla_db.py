@@ -12,6 +12,7 @@ every ‖·‖² a mean over latent elements. The reverse term trains φ only: r
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -68,13 +69,16 @@ class ResidualNablaDB:
         trajectory: Trajectory,
         schedule: Schedule,
         condition: PyTree[Any],
+        draws: int,
     ) -> Transitions:
-        """1 + ⌊T·fraction⌋ transitions of each trajectory, with their credit if it is the adjoint."""
+        """1 + ⌊T·fraction⌋ transitions of each trajectory, drawn anew `draws` times, with their credit if it is the
+        adjoint, which is computed once."""
         bins = number_of_bins(schedule.num_steps, self.transition_fraction)
         credit = None
         if self.credit == "adjoint":
             credit = adjoint_credit(model, trajectory, schedule, condition, self.beta)
-        return select(keys, trajectory, schedule, condition, bins, credit)
+        pick = partial(select, keys, trajectory, schedule, condition, bins, credit)
+        return jax.vmap(pick)(jnp.arange(draws))
 
     def value_and_grad(
         self, params: Params, model: Model, transitions: Transitions

@@ -51,20 +51,22 @@ class RewardMaximiser:
         trajectory: Trajectory,
         schedule: Schedule,
         condition: PyTree[Any],
+        draws: int,
     ) -> Tail:
-        """The state K steps before the end and the noise drawn since."""
+        """The state K steps before the end and the noise drawn since, the same in every draw."""
         num_steps, batch = schedule.num_steps, len(keys)
         if not 1 <= self.tail <= num_steps:
             raise UserError(f"tail is {self.tail}; choose 1 to the number of sampling steps, {num_steps}")
         last = slice(num_steps - self.tail, num_steps)
         means = jax.vmap(step_mean)(trajectory.noise_predictions[last], trajectory.latents[last], schedule[last])
         shocks = trajectory.latents[1:][last] - means
-        return Tail(
+        tail = Tail(
             start=trajectory.latents[last.start],
             shocks=jnp.swapaxes(shocks, 0, 1),
             condition=condition,
             steps=jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch, self.tail)), schedule[last]),
         )
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (draws, *leaf.shape)), tail)
 
     def value_and_grad(
         self, params: Params, model: Model, transitions: Tail

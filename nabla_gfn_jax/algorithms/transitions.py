@@ -58,16 +58,19 @@ def number_of_bins(num_steps: int, fraction: float) -> int:
     return bins
 
 
-def draw_steps(keys: PRNGKeys, num_steps: int, bins: int) -> Int[Array, "batch {bins}"]:
-    """One step drawn uniformly from each equal bin; the last step, always taken, is not drawn again."""
+def draw_steps(keys: PRNGKeys, num_steps: int, bins: int, draw: int | Array = 0) -> Int[Array, "batch {bins}"]:
+    """One step drawn uniformly from each equal bin; the last step, always taken, is not drawn again.
+
+    `draw` counts the draws from one trajectory; each is independent.
+    """
     width = num_steps // bins
     widths = jnp.full(bins, width).at[-1].add(-1)
 
-    def draw(key: Array) -> Array:
-        offsets = jax.random.randint(jax.random.fold_in(key, _SELECTION), (bins,), 0, widths)
+    def of_sample(key: Array) -> Array:
+        offsets = jax.random.randint(jax.random.fold_in(key, _SELECTION + draw), (bins,), 0, widths)
         return jnp.arange(bins) * width + offsets
 
-    return jax.vmap(draw)(keys)
+    return jax.vmap(of_sample)(keys)
 
 
 def gather(
@@ -103,9 +106,10 @@ def select(
     condition: PyTree[Any],
     bins: int,
     adjoint: AdjointCredit | None = None,
+    draw: int | Array = 0,
 ) -> Transitions:
     """1 + bins transitions of each trajectory: the last, and one drawn from each equal bin of steps."""
-    steps = draw_steps(keys, schedule.num_steps, bins)
+    steps = draw_steps(keys, schedule.num_steps, bins, draw)
     last = jnp.full(len(keys), schedule.num_steps - 1)
     return Transitions(
         ordinary=gather(steps, trajectory, schedule, condition, adjoint),

@@ -10,6 +10,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
 from typing import IO, Any
 
@@ -79,7 +80,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, stream: IO[bytes], file: Path):
+    def __init__(self, stream: BufferedIOBase | IO[bytes], file: Path):
         super().__init__(stream, encoding="utf-8")
         self._file = file
 
@@ -135,7 +136,7 @@ def _read_zip(file: Path) -> Any:
         return _fill(outline, bytes_of)
 
 
-def _read_old(stream: IO[bytes], file: Path) -> Any:
+def _read_old(stream: BufferedIOBase | IO[bytes], file: Path) -> Any:
     magic, _version, _machine = (_Unpickler(stream, file).load() for _ in range(3))
     if magic != _OLD_MAGIC:
         raise ValueError("wrong magic number")

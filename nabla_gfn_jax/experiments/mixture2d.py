@@ -131,8 +131,8 @@ def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[
         params, average, optimizer_state = state
         keys = keys_of(jax.random.fold_in(sample_key, index), run.batch)
         trajectory = sample(functools.partial(model.predict, params["lora"]), SCHEDULE, keys, (2,), ())
-        transitions = run.algorithm.transitions(params, model, keys, trajectory, SCHEDULE, ())
-        _, gradient = run.algorithm.value_and_grad(params, model, transitions)
+        transitions = run.algorithm.transitions(params, model, keys, trajectory, SCHEDULE, (), draws=1)
+        _, gradient = run.algorithm.value_and_grad(params, model, jax.tree.map(lambda a: a[0], transitions))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int counts and floats
             updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)

@@ -38,7 +38,7 @@ _STEM, _HEAD, _CLASSES = (
     1280,
     1000,
 )  # the Lite variants scale neither stem nor head, nor the repeats beside them
-FeatureMap = Float[Array, "batch height width channels"]
+FeatureMap = Float[Array, "batch _height _width _channels"]
 
 
 def _same_padding(x: Array, kernel: int, stride: int) -> Padding:
@@ -209,7 +209,7 @@ def _round_width(width: float) -> int:
     return rounded + 8 if rounded < 0.9 * width else rounded
 
 
-def resize(images: Images) -> Images:
+def resize(images: Images) -> Float[Array, "batch _ _ 3"]:
     """Bilinear, to the network's resolution; antialiased where it shrinks."""
     shape = (images.shape[0], RESOLUTION, RESOLUTION, 3)
     return images if images.shape == shape else jax.image.resize(images, shape, "linear")

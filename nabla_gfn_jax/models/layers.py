@@ -6,11 +6,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.models.conv import convolve
 
-FeatureMap = Float[Array, "batch height width channels"]
+FeatureMap = Float[Array, "batch _height _width _channels"]
 Tokens = Float[Array, "batch tokens channels"]
 
 # XLA's CPU convolution is ten times slower than a matrix product on feature maps this small (2x2, 128 channels).
@@ -176,7 +176,7 @@ class Upsample(nn.Module):
 
 
 def timestep_features(
-    t: Float[Array, "batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
+    t: Int[Array, "batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
 ) -> Float[Array, "batch width"]:
     """Sinusoidal features of DDPM time (Vaswani et al. 2017, section 3.5), float32, `width` even."""
     half = width // 2

@@ -37,9 +37,10 @@ def network_params() -> Params:
 
 
 def features(network: Params, images: Images) -> Float[Array, "batch 1008"]:
-    """What is where in the image, as the ImageNet network sees it; float32."""
+    """What is where in the image, as the ImageNet network sees it; in float32 whatever the images come in, or wider."""
+    images = images.astype(np.promote_types(images.dtype, np.float32))
     with jax.default_matmul_precision("highest"):
-        layout = jnp.asarray(NETWORK.apply({"params": network}, images.astype(jnp.float32), method="layout"))
+        layout = jnp.asarray(NETWORK.apply({"params": network}, images, method="layout"))
     return layout.reshape(layout.shape[0], -1)
 
 

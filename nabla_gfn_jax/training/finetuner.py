@@ -6,6 +6,7 @@ region's θ† is the previous iterate), so its transitions wait in the state an
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -39,7 +40,7 @@ class TrainState:
 class Rollout:
     """One epoch's sampling: what the loss needs of the trajectories, the images and their log rewards."""
 
-    transitions: PyTree[Any]
+    transitions: PyTree[Any]  # leaves (updates, B, …)
     images: Images
     log_reward: Scores
 
@@ -56,6 +57,7 @@ class Finetuner:
     guidance: float
     optimizer: optax.GradientTransformation
     micro_batches: int
+    updates_per_epoch: int = 1
 
     def init(self, seed: int, rank: int) -> TrainState:
         """LoRA and flow as they start: both leave the base model's distribution as it is."""
@@ -100,14 +102,20 @@ class Finetuner:
             return model.predict(params["lora"], x, t, condition)
 
         trajectory = sample(predict, self.schedule, keys, self.base.latent_shape, condition)
-        transitions = self.algorithm.transitions(params, model, keys, trajectory, self.schedule, condition)
+        transitions = self.algorithm.transitions(
+            params, model, keys, trajectory, self.schedule, condition, self.updates_per_epoch
+        )
         images = decode(self.base, frozen["base"]["vae"], trajectory.samples)
         score = self.reward.score(frozen["reward"], images, condition["reward"])
         return Rollout(transitions=transitions, images=images, log_reward=score)
 
     def update(self, frozen: Params, state: TrainState, transitions: PyTree[Any]) -> tuple[TrainState, Metrics]:
+        """An optimizer step on each of the epoch's draws of transitions; metrics are means over them."""
+        state, metrics = jax.lax.scan(partial(self._step, self.model(frozen)), state, transitions)
+        return state, jax.tree.map(lambda a: a.mean(), metrics)
+
+    def _step(self, model: Model, state: TrainState, transitions: PyTree[Any]) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean gradient over all transitions, accumulated over the micro-batches."""
-        model = self.model(frozen)
         parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), transitions)
 
         def accumulate(total: PyTree[Any], part: PyTree[Any]) -> tuple[PyTree[Any], None]:

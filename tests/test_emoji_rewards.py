@@ -1,0 +1,120 @@
+"""The emoji rewards: the heads on a PyTorch statement of their network, what their scores mean, how good they are."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from test_efficientnet import LITE0, drawing, oracle_of, relative
+
+from nabla_gfn_jax.checkpoints.files import read_safetensors
+from nabla_gfn_jax.data import emoji
+from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.rewards import fit_recognisability, fit_valence, load_reward
+from nabla_gfn_jax.rewards.emoji import DATA
+
+WITH_DRAWINGS = pytest.mark.skipif(
+    not (emoji.default_folder() / "pictures.npz").exists(), reason="the drawings are not downloaded"
+)
+FIRST_FIVE_STAGES = 11  # blocks of EfficientNet-Lite0
+
+
+def head(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    return read_safetensors(DATA / f"{name}.safetensors")
+
+
+def torch_outputs(name: str, images: torch.Tensor) -> torch.Tensor:
+    """The head's outputs, (B, 3, H, W) in: blocks to 6 x 6, means over 2 x 2, channels last."""
+    network = oracle_of("lite0", LITE0).to(images.dtype)
+    x = torch.nn.functional.interpolate(images, (96, 96), mode="bilinear", align_corners=False)
+    x = torch.nn.functional.relu6(network._bn0(network._conv_stem((x * 255 - 127) / 128)))
+    for block in network._blocks[:FIRST_FIVE_STAGES]:
+        x = block(x)
+    layout = torch.nn.functional.avg_pool2d(x, 2).permute(0, 2, 3, 1).flatten(1)
+    tensors = {key: torch.tensor(tensor.astype(np.float64)).to(images.dtype) for key, tensor in head(name)[0].items()}
+    return layout @ tensors["kernel"] + tensors["bias"]
+
+
+def torch_score(name: str, images: torch.Tensor, animals: list[int]) -> torch.Tensor:
+    outputs = torch_outputs(name, images)
+    if name == "valence":
+        return torch.tanh(outputs[:, 0])
+    return torch.log_softmax(outputs, dim=1)[torch.arange(len(animals)), animals]
+
+
+@pytest.mark.parametrize("name", ["valence", "recognisability"])
+def test_score(name):
+    images, animals = drawing(64, seed=7), [3, 40]
+    reward = load_reward(name)
+    features = reward.encode_prompts([SIMPLE_ANIMALS[a] for a in animals])
+    ours = jax.jit(reward.score)(reward.params, images, features)
+    assert ours.dtype == jnp.float32
+    with torch.no_grad():
+        want = torch_score(name, torch.tensor(images.transpose(0, 3, 1, 2)), animals)
+    assert relative(ours, want) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["valence", "recognisability"])
+def test_image_gradient(name):
+    """In double precision, as in test_efficientnet: in single, rounding may flip one of ReLU6's many gates."""
+    images, animals = drawing(64, seed=8).astype(np.float64), [0, 21]
+    x = torch.tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
+    torch_score(name, x, animals).sum().backward()
+    assert x.grad is not None
+    reward = load_reward(name)
+    prompts = [SIMPLE_ANIMALS[a] for a in animals]
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda a: np.asarray(a, np.float64), reward.params)
+        features = reward.encode_prompts(prompts)
+        ours = jax.jit(jax.grad(lambda im, p: reward.score(p, im, features).sum()))(images, params)
+    assert relative(ours, x.grad.permute(0, 2, 3, 1)) < 1e-9
+
+
+def test_valence_is_bounded_and_ignores_the_prompt():
+    reward = load_reward("valence")
+    assert reward.encode_prompts(["a face", "a tiger"]) == {}
+    wild = np.random.default_rng(0).choice([0.0, 1.0], (2, 64, 64, 3)).astype(np.float32)
+    assert np.all(np.abs(np.asarray(reward.score(reward.params, wild, {}))) <= 1)
+
+
+def test_recognisability_is_a_probability_of_the_prompts_animal():
+    reward = load_reward("recognisability")
+    image = np.repeat(drawing(64, seed=9)[:1], len(SIMPLE_ANIMALS), axis=0)
+    features = reward.encode_prompts([f"an {a}" if a[0] in "aeiou" else f"a {a}" for a in SIMPLE_ANIMALS])
+    p = np.exp(np.asarray(reward.score(reward.params, image, features), np.float64))
+    assert 0 < p.sum() < 1  # "something else" has the rest
+    with pytest.raises(UserError, match="unicorn"):
+        reward.encode_prompts(["a unicorn"])
+
+
+@WITH_DRAWINGS
+def test_recognisability_names_the_drawings_it_was_fitted_to():
+    """The head that ships saw all vendors, so this is no measure of how good it is: it shows the labels are right."""
+    drawings = emoji.load(None).base()
+    reward = load_reward("recognisability")
+    for animal in ("tiger", "butterfly", "snake", "turtle", "whale"):
+        rows = np.isin(drawings.concept, drawings.captioned(animal))
+        images = drawings.images[rows].astype(np.float32) / np.float32(255)
+        outputs = [
+            reward.score(reward.params, images, reward.encode_prompts([name] * len(images))) for name in SIMPLE_ANIMALS
+        ]
+        assert (np.argmax(outputs, axis=0) == SIMPLE_ANIMALS.index(animal)).mean() > 0.6, animal
+
+
+@pytest.mark.slow
+@WITH_DRAWINGS
+def test_the_stated_figures_are_reproduced():
+    """Fits the heads of all folds again and compares with the figures in the heads' files; 0.02 is BLAS's rounding."""
+    examples = fit_valence.read_examples(None)
+    found = fit_valence.figures(examples, fit_valence.held_out_predictions(examples))
+    stated = head("valence")[1]
+    for name in ("held-out Spearman, emoji", "held-out Spearman, drawings, perturbed"):
+        assert abs(float(found[name]) - float(stated[name])) <= 0.02, (name, found[name])
+    assert float(found["held-out Spearman, emoji"]) > 0.6
+
+    animals = fit_recognisability.read_examples(None)
+    stated = head("recognisability")[1]
+    judged = fit_recognisability.other_vendors(animals, float(stated["weight decay"]))
+    found = fit_recognisability.figures(animals, judged)
+    assert abs(float(found["unseen vendor, top-1"]) - float(stated["unseen vendor, top-1"])) <= 0.02, found
