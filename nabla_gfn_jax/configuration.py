@@ -12,6 +12,7 @@ from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.schedule import make_schedule
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
+from nabla_gfn_jax.parallel import data_mesh
 from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.training.finetuner import Finetuner, make_optimizer
 
@@ -21,12 +22,7 @@ ALGORITHMS = {"residual_nabla_db": ResidualNablaDB, "reward_maximiser": RewardMa
 
 def build(config: ConfigDict) -> Finetuner:
     """Loads what the configuration names. Raises `UserError` for whatever is wrong, before any long work."""
-    trajectories, parts = config.training.trajectories, config.training.micro_batches
-    if trajectories % parts:
-        divisors = [d for d in range(1, trajectories + 1) if trajectories % d == 0]
-        raise UserError(
-            f"training.micro_batches = {parts} does not divide {trajectories} trajectories; use one of {divisors}"
-        )
+    mesh = data_mesh(config.training.trajectories, config.training.micro_batches)
     if config.training.updates_per_epoch < 1:
         raise UserError(f"training.updates_per_epoch = {config.training.updates_per_epoch}; make it 1 or more")
     if config.algorithm.name not in ALGORITHMS:
@@ -57,7 +53,8 @@ def build(config: ConfigDict) -> Finetuner:
         optimizer=make_optimizer(
             c.learning_rate, decay_lora=c.weight_decay_lora, decay_flow=c.weight_decay_flow, clip=c.clip
         ),
-        micro_batches=parts,
+        mesh=mesh,
+        micro_batches=c.micro_batches,
         updates_per_epoch=c.updates_per_epoch,
     )
 

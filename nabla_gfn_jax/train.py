@@ -5,6 +5,7 @@ The same command on the same workdir resumes. Docstrings of the config files say
 
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,10 @@ from nabla_gfn_jax.configuration import build, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.training.finetuner import Finetuner, Rollout, TrainState
+from nabla_gfn_jax.parallel import place, use_cpu_cores
+from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner, TrainState
 from nabla_gfn_jax.training.metrics_log import MetricsLog
-from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
+from nabla_gfn_jax.typing import PRNGKey, PRNGKeys
 
 
 @exit_on_user_error
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> None:
     config, workdir = parse_flags(argv, config="configs/emoji.py")
     claim_workdir(workdir, config)
     use_compilation_cache()
+    use_cpu_cores(config.training.trajectories // max(config.training.micro_batches, 1))
     pieces = build(config)
     prompts = Prompts(pieces, prompts_of(config))
     state, pending, first = restore(pieces, Checkpoints(workdir / "checkpoints"), config, prompts)
@@ -74,8 +77,10 @@ def restore(
     if checkpoints.latest is None:
         return state, None, 0
     keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
-    pending = jax.eval_shape(pieces.rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
-    like = {"state": state, "pending": jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)}
+    rollout = pieces.compile().rollout
+    pending = jax.eval_shape(rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
+    zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)
+    like = {"state": state, "pending": place(zeros, pieces.mesh, ROLLOUT_SPLIT.transitions)}
     saved = checkpoints.restore(like)
     return saved["state"], saved["pending"], checkpoints.latest + 1
 
@@ -90,50 +95,47 @@ def run(
     first: int,
 ) -> None:
     """The epochs. An epoch trains on the trajectories of the epoch before it; the first only samples."""
-    rollout, update = pieces.compile()
+    compiled = pieces.compile()
     seed = jax.random.key(config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    log = MetricsLog(
-        workdir,
-        first * pieces.updates_per_epoch,
-        tensorboard=config.logging.tensorboard,
-        wandb=config.logging.wandb,
-        config=config.to_dict(),
-    )
     # The same prompts and noise in every grid, and none that training draws.
     grid_keys = sample_keys(jax.random.fold_in(seed, 2**31 - 1), 0, config.training.trajectories)
     epochs = config.training.num_epochs
     bar = tqdm(range(first, epochs + 1), initial=first, total=epochs + 1, unit="epoch", dynamic_ncols=True)
-    for epoch in bar:
-        start = time.time()
-        keys = sample_keys(seed, epoch, config.training.trajectories)
-        sampled: Rollout = rollout(pieces.frozen, state.params, keys, prompts.draw(keys))
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "reward_mean": sampled.log_reward.mean(),
-            "reward_std": sampled.log_reward.std(),
-        }
-        if epoch % config.logging.samples_every == 0 or epoch == epochs:
-            save_samples(pieces, rollout, state.params, prompts, grid_keys, workdir / f"samples/epoch_{epoch:04d}.png")
-        if pending is not None:
-            state, metrics = update(pieces.frozen, state, pending)
-            row |= metrics
-        pending = sampled.transitions
-        row = {"step": epoch * pieces.updates_per_epoch} | {name: float(value) for name, value in row.items()}
-        row["seconds"] = time.time() - start
-        log.write(row)
-        stop_if_not_finite(row, workdir)
-        bar.set_postfix(reward=f"{row['reward_mean']:.3f}", loss=f"{row.get('loss', float('nan')):.3g}")
-        if epoch % config.logging.checkpoint_every == 0 or epoch == epochs:
-            checkpoints.save(epoch, {"state": state, "pending": pending})
-            save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])
-            save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
+    with closing(MetricsLog(workdir, first * pieces.updates_per_epoch, config)) as log:
+        for epoch in bar:
+            start = time.time()
+            last = epoch == epochs
+            keys = sample_keys(seed, epoch, config.training.trajectories)
+            params = jax.tree.map(jnp.copy, state.params)  # the epoch's own: the update overwrites them
+            row: dict[str, Any] = {"step": epoch * pieces.updates_per_epoch, "epoch": epoch}
+            if pending is not None:
+                state, metrics = compiled.update(pieces.frozen, state, pending)
+                row |= metrics
+            sampled = compiled.rollout(pieces.frozen, params, keys, prompts.draw(keys))
+            grid = None
+            if epoch % config.logging.samples_every == 0 or last:
+                grid = compiled.draw(pieces.frozen, params, grid_keys, prompts.cycle(len(grid_keys)))
+            if pending is None:  # compiled while the first trajectories are drawn
+                compiled.update.lower(pieces.frozen, state, sampled.transitions).compile()
+            pending = sampled.transitions
+            row |= {"reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
+            finish(row, start, log, workdir, bar)
+            if grid is not None:
+                save_grid(workdir / f"samples/epoch_{epoch:04d}.png", np.asarray(grid), columns=8, zoom=2)
+            if last or (epoch > 0 and epoch % config.logging.checkpoint_every == 0):
+                checkpoints.save(epoch, {"state": state, "pending": pending})
+                save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])
+                save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
 
 
-def save_samples(pieces: Finetuner, rollout: Any, params: Params, prompts: Prompts, keys: PRNGKeys, file: Path) -> None:
-    """A grid drawn by the function that samples for training, so nothing more is compiled; a key an image."""
-    images = rollout(pieces.frozen, params, keys, prompts.cycle(len(keys))).images
-    save_grid(file, np.asarray(images), columns=8, zoom=2)
+def finish(row: dict[str, Any], start: float, log: MetricsLog, workdir: Path, bar: tqdm) -> None:
+    """Waits for the epoch's numbers, writes and shows them, and stops the run if one is no number."""
+    numbers = {name: float(value) for name, value in row.items()}
+    numbers |= {"step": row["step"], "epoch": row["epoch"], "seconds": time.time() - start}
+    log.write(numbers)
+    stop_if_not_finite(numbers, workdir)
+    bar.set_postfix(reward=f"{numbers['reward_mean']:.3f}", loss=f"{numbers.get('loss', float('nan')):.3g}")
 
 
 def stop_if_not_finite(row: dict[str, Any], workdir: Path) -> None:

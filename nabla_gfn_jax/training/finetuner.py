@@ -1,4 +1,4 @@
-"""The two compiled functions of a finetuning run, sampling and the update, and the state they pass on.
+"""The compiled functions of a finetuning run, sampling and the update, and the state they pass on.
 
 An epoch samples trajectories with the present parameters and trains on those of the epoch before (DESIGN: the trust
 region's θ† is the previous iterate), so its transitions wait in the state and are saved with it.
@@ -6,23 +6,26 @@ region's θ† is the previous iterate), so its transitions wait in the state an
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cached_property, partial
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model
 from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion
-from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.diffusion.sampler import Trajectory, sample
 from nabla_gfn_jax.diffusion.schedule import Schedule
 from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, guided_predictor
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.unet import UNet2DConditionModel
+from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place
 from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Scores, Timesteps
 
@@ -45,9 +48,21 @@ class Rollout:
     log_reward: Scores
 
 
+class Compiled(NamedTuple):
+    """What a run calls."""
+
+    rollout: Callable[..., Rollout]  # (frozen, params, keys, condition)
+    update: Any  # (frozen, state, transitions) → (TrainState, Metrics)
+    draw: Callable[..., Images]  # (frozen, params, keys, condition)
+
+
+# How it lies on the devices: by trajectories.
+ROLLOUT_SPLIT = Rollout(transitions=PartitionSpec(None, AXIS), images=SPLIT, log_reward=SPLIT)  # type: ignore[arg-type]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Finetuner:
-    """A base model, a reward, an algorithm and an optimizer, and the functions compiled from them."""
+    """A base model, a reward, an algorithm and an optimizer, and the functions compiled from them for a mesh."""
 
     base: StableDiffusion
     flow: UNet2DConditionModel
@@ -56,6 +71,7 @@ class Finetuner:
     schedule: Schedule
     guidance: float
     optimizer: optax.GradientTransformation
+    mesh: Mesh
     micro_batches: int
     updates_per_epoch: int = 1
 
@@ -67,15 +83,16 @@ class Finetuner:
         if self.algorithm.uses_flow:
             latent, context = self._example(unet.config.cross_attention_dim)
             params["flow"] = init_flow(self.flow, flow_key, latent, context)
-        return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
+        state = TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
+        return place(state, self.mesh)
 
     def _example(self, context_width: int) -> tuple[Latents, Float[Array, "1 1 width"]]:
         return jnp.zeros((1, *self.base.latent_shape)), jnp.zeros((1, 1, context_width))
 
-    @property
+    @cached_property
     def frozen(self) -> Params:
         """Parameters that training reads and never changes; arguments, not constants, of what is compiled."""
-        return {"base": self.base.params, "reward": self.reward.params}
+        return place({"base": self.base.params, "reward": self.reward.params}, self.mesh)
 
     def model(self, frozen: Params) -> Model:
         """The algorithm's view of the pieces."""
@@ -90,18 +107,27 @@ class Finetuner:
 
         return Model(guided_predictor(self.base, frozen["base"]["unet"], self.guidance), flow, log_reward)
 
-    def compile(self) -> tuple[Callable[..., Rollout], Callable[..., tuple[TrainState, Metrics]]]:
-        """`rollout(frozen, params, keys, condition)` and `update(frozen, state, transitions)`, the state donated."""
-        return jax.jit(self.rollout), jax.jit(self.update, donate_argnums=1)
+    def compile(self) -> "Compiled":
+        """What a run calls. Each device works on its part of the batch; the update's state is donated."""
+
+        def split(function: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
+            # Unchecked: a checked map would sum the gradient over the devices in every micro-batch.
+            mapped = jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
+            return jax.jit(mapped, **options)
+
+        drawing = (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
+        return Compiled(
+            rollout=split(self.rollout, drawing, ROLLOUT_SPLIT),
+            update=split(
+                self.update, (EVERYWHERE, EVERYWHERE, ROLLOUT_SPLIT.transitions), EVERYWHERE, donate_argnums=1
+            ),
+            draw=split(self.draw, drawing, SPLIT),
+        )
 
     def rollout(self, frozen: Params, params: Params, keys: PRNGKeys, condition: Condition) -> Rollout:
-        """Samples one trajectory for each key and keeps the transitions that will be trained on."""
+        """Samples one trajectory for each key (a device's) and keeps the transitions that will be trained on."""
         model = self.model(frozen)
-
-        def predict(x: Latents, t: Timesteps, condition: Condition) -> Latents:
-            return model.predict(params["lora"], x, t, condition)
-
-        trajectory = sample(predict, self.schedule, keys, self.base.latent_shape, condition)
+        trajectory = self._sample(model, params, keys, condition)
         transitions = self.algorithm.transitions(
             params, model, keys, trajectory, self.schedule, condition, self.updates_per_epoch
         )
@@ -109,25 +135,36 @@ class Finetuner:
         score = self.reward.score(frozen["reward"], images, condition["reward"])
         return Rollout(transitions=transitions, images=images, log_reward=score)
 
+    def draw(self, frozen: Params, params: Params, keys: PRNGKeys, condition: Condition) -> Images:
+        """The images of a rollout, and nothing that is trained on."""
+        trajectory = self._sample(self.model(frozen), params, keys, condition)
+        return decode(self.base, frozen["base"]["vae"], trajectory.samples)
+
+    def _sample(self, model: Model, params: Params, keys: PRNGKeys, condition: Condition) -> Trajectory:
+        def predict(x: Latents, t: Timesteps, condition: Condition) -> Latents:
+            return model.predict(params["lora"], x, t, condition)
+
+        return sample(predict, self.schedule, keys, self.base.latent_shape, condition)
+
     def update(self, frozen: Params, state: TrainState, transitions: PyTree[Any]) -> tuple[TrainState, Metrics]:
         """An optimizer step on each of the epoch's draws of transitions; metrics are means over them."""
         state, metrics = jax.lax.scan(partial(self._step, self.model(frozen)), state, transitions)
         return state, jax.tree.map(lambda a: a.mean(), metrics)
 
     def _step(self, model: Model, state: TrainState, transitions: PyTree[Any]) -> tuple[TrainState, Metrics]:
-        """One optimizer step on the mean gradient over all transitions, accumulated over the micro-batches."""
+        """One optimizer step on the mean gradient over all transitions: added up over the micro-batches of a device,
+        then, once, over the devices.
+        """
         parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), transitions)
 
-        def accumulate(total: PyTree[Any], part: PyTree[Any]) -> tuple[PyTree[Any], None]:
+        def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, Metrics]:
             (loss, terms), gradient = self.algorithm.value_and_grad(state.params, model, part)
-            return jax.tree.map(jnp.add, total, ({"loss": loss, **terms}, gradient)), None
+            return jax.tree.map(jnp.add, total, gradient), {"loss": loss, **terms}
 
-        (loss, terms), gradient = jax.eval_shape(
-            lambda part: self.algorithm.value_and_grad(state.params, model, part), jax.tree.map(lambda a: a[0], parts)
-        )
-        zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), ({"loss": loss, **terms}, gradient))
-        total, _ = jax.lax.scan(accumulate, zero, parts)
-        metrics, gradient = jax.tree.map(lambda a: a / self.micro_batches, total)
+        total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
+        total = (jax.tree.map(lambda a: a.sum(), terms), total)
+        flat, unravel = ravel_pytree(total)
+        metrics, gradient = unravel(jax.lax.psum(flat, AXIS) / (self.micro_batches * self.mesh.size))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
             updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -2,23 +2,33 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
 
 from nabla_gfn_jax.errors import UserError
+
+
+class Sink(NamedTuple):
+    """Another place for the rows."""
+
+    write: Callable[[dict[str, float]], None]
+    close: Callable[[], None]
 
 
 class MetricsLog:
     """Appends one row an update to `metrics.jsonl`; rows of a step that is repeated after a resume are replaced."""
 
-    def __init__(self, workdir: Path, first_step: int, *, tensorboard: bool, wandb: bool, config: dict[str, Any]):
+    def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
         self._file = workdir / "metrics.jsonl"
         self._keep_rows_before(first_step)
-        self._sinks: list[Any] = []
-        if tensorboard:
+        self._sinks: list[Sink] = []
+        if config.logging.tensorboard:
             self._sinks.append(_tensorboard(workdir))
-        if wandb:
-            self._sinks.append(_wandb(workdir, config))
+        if config.logging.wandb:
+            self._sinks.append(_wandb(workdir, config.to_dict()))
 
     def write(self, row: dict[str, float]) -> None:
         """`row` has `step`; numbers that are not finite are written as null."""
@@ -26,7 +36,12 @@ class MetricsLog:
         with self._file.open("a") as file:
             file.write(json.dumps(clean) + "\n")
         for sink in self._sinks:
-            sink(row)
+            sink.write(row)
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        for sink in self._sinks:
+            sink.close()
 
     def _keep_rows_before(self, step: int) -> None:
         if self._file.exists():
@@ -34,25 +49,24 @@ class MetricsLog:
             self._file.write_text("".join(line + "\n" for line in rows))
 
 
-def _tensorboard(workdir: Path) -> Any:
+def _tensorboard(workdir: Path) -> Sink:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("logging.tensorboard needs tensorboardX; pip install 'nabla_gfn_jax[logging]'") from None
-    writer = SummaryWriter(str(workdir / "tensorboard"))
+    writer = SummaryWriter(str(workdir / "tensorboard"), flush_secs=5)
 
     def write(row: dict[str, float]) -> None:
         for name, value in row.items():
             writer.add_scalar(name, value, int(row["step"]))
-        writer.flush()
 
-    return write
+    return Sink(write, writer.close)
 
 
-def _wandb(workdir: Path, config: dict[str, Any]) -> Any:
+def _wandb(workdir: Path, config: dict[str, Any]) -> Sink:
     try:
         import wandb
     except ImportError:
         raise UserError("logging.wandb needs wandb; pip install 'nabla_gfn_jax[logging]'") from None
     run = wandb.init(project="nabla_gfn_jax", dir=str(workdir), config=config, resume="allow", id=workdir.name)
-    return lambda row: run.log(row, step=int(row["step"]))
+    return Sink(lambda row: run.log(row, step=int(row["step"])), run.finish)

@@ -1,0 +1,19 @@
+"""The baseline that collapses: DRaFT-10 on the emoji model, towards how positive a face looks.
+
+python -m nabla_gfn_jax.train --config=configs/emoji_maximiser.py
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from nabla_gfn_jax.command_line import load_config
+
+
+def get_config() -> ConfigDict:
+    """`emoji.py` with the reward of the sample itself, differentiated through the last ten steps."""
+    c = load_config(Path(__file__).with_name("emoji.py"))
+    c.algorithm = ConfigDict({"name": "reward_maximiser", "tail": 10})
+    c.training.updates_per_epoch = 1
+    c.training.num_epochs = 30
+    return c

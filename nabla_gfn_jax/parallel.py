@@ -1,0 +1,42 @@
+"""Data parallelism: one axis of devices, "data", over which every batch is split and every parameter repeated."""
+
+import os
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nabla_gfn_jax.errors import UserError
+
+AXIS = "data"
+EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
+
+
+def use_cpu_cores(batch: int) -> None:
+    """Makes a device of each CPU core, as many as divide `batch`; XLA alone leaves cores idle on small models.
+
+    Before anything else of JAX. JAX_NUM_CPU_DEVICES, if set, decides instead; GPUs and TPUs are not touched.
+    """
+    if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, max(cores, 1) + 1) if batch % n == 0))
+
+
+def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
+    """All devices in a row. Raises `UserError` if the trajectories cannot be split over micro-batches and devices."""
+    devices = len(jax.devices())
+    unit = micro_batches * devices
+    if micro_batches < 1 or trajectories < 1 or trajectories % unit:
+        below = trajectories // unit * unit if micro_batches > 0 else 0
+        nearest = " or ".join(str(n) for n in (below, below + unit) if n > 0)
+        raise UserError(
+            f"training.trajectories = {trajectories} cannot be split into training.micro_batches = {micro_batches} on "
+            f"each of {devices} device{'s' * (devices > 1)}; use {nearest} trajectories, or fewer micro-batches"
+        )
+    return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
+    """The arrays of `tree` on the mesh's devices, repeated on each, or split as `spec` says."""
+    return jax.device_put(tree, NamedSharding(mesh, spec))
