@@ -25,8 +25,9 @@ from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.metrics import coverage
+from nabla_gfn_jax.parallel import use_cpu_cores
 from nabla_gfn_jax.rewards import Reward, load_reward
-from nabla_gfn_jax.sample import draw_images
+from nabla_gfn_jax.sample import BATCH, draw_images
 
 EVERY_CONCEPT = "every_concept"  # a caption for each emoji of the base model
 _BATCH = 64
@@ -39,6 +40,7 @@ def main(argv: list[str]) -> None:
     if options.num < 1:
         raise UserError(f"--num={options.num}; ask for at least one image of each prompt")
     use_compilation_cache()
+    use_cpu_cores(BATCH)
     model = load_folder(resolve_model(options.model))
     loras = [(file, load_lora(Path(file), model.params["unet"])) for file in options.lora]
     prompts = [

@@ -1,6 +1,7 @@
 """Data parallelism: one axis of devices, "data", over which every batch is split and every parameter repeated."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +35,20 @@ def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
             f"training.trajectories = {trajectories} cannot be split into training.micro_batches = {micro_batches} on "
             f"each of {devices} device{'s' * (devices > 1)}; use {nearest} trajectories, or fewer micro-batches"
         )
-    return jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
+    return all_devices()
+
+
+def all_devices() -> Mesh:
+    """Every device there is, in a row."""
+    return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def split(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any, **options: Any) -> Any:
+    """`function` compiled to run on each device, on its part of the inputs; `options` are those of `jax.jit`.
+
+    Unchecked: a checked map would sum a gradient over the devices wherever it is taken, in every micro-batch.
+    """
+    return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False), **options)
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:

@@ -19,9 +19,10 @@ from nabla_gfn_jax.diffusion.schedule import make_schedule
 from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, encode_prompts, guided_predictor
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
+from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, place, split, use_cpu_cores
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Timesteps
 
-_BATCH = 16
+BATCH = 32  # images drawn together
 
 
 @exit_on_user_error
@@ -31,6 +32,7 @@ def main(argv: list[str]) -> None:
     if options.num < 1:
         raise UserError(f"--num={options.num}; ask for at least one image")
     use_compilation_cache()
+    use_cpu_cores(BATCH)
     model = load_folder(resolve_model(options.model))
     lora = load_lora(Path(options.lora), model.params["unet"]) if options.lora else None
     prompts = [prompt for prompt in options.prompt for _ in range(options.num)]
@@ -60,7 +62,6 @@ def draw_images(
     """
     schedule = make_schedule(model.scheduler, steps, eta)
 
-    @jax.jit
     def run(params: Params, lora: Params | None, keys: PRNGKeys, condition: Condition) -> Images:
         predictor = guided_predictor(model, params["unet"], guidance)
 
@@ -70,15 +71,18 @@ def draw_images(
         latents = sample(predict, schedule, keys, model.latent_shape, condition).samples
         return decode(model, params["vae"], latents)
 
+    mesh = all_devices()
+    drawing = split(run, mesh, (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT), SPLIT)
+    params, lora = place((model.params, lora), mesh)
     count = len(prompts)
-    padded = prompts + prompts[-1:] * (-count % _BATCH if count > _BATCH else 0)
+    batch = -(-min(BATCH, count) // mesh.size) * mesh.size
+    padded = prompts + prompts[-1:] * (-count % batch)
     condition = encode_prompts(model, padded)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), np.arange(len(padded)))
-    batch = min(_BATCH, len(padded))
     parts = []
     for start in tqdm(range(0, len(padded), batch), desc=progress, disable=progress is None):
         rows = slice(start, start + batch)
-        parts.append(np.asarray(run(model.params, lora, keys[rows], {k: v[rows] for k, v in condition.items()})))
+        parts.append(np.asarray(drawing(params, lora, keys[rows], {k: v[rows] for k, v in condition.items()})))
     return np.concatenate(parts)[:count]
 
 

@@ -25,7 +25,7 @@ from nabla_gfn_jax.diffusion.schedule import Schedule
 from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, guided_predictor
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.unet import UNet2DConditionModel
-from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place
+from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
 from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Scores, Timesteps
 
@@ -109,19 +109,12 @@ class Finetuner:
 
     def compile(self) -> "Compiled":
         """What a run calls. Each device works on its part of the batch; the update's state is donated."""
-
-        def split(function: Callable[..., Any], inputs: Any, outputs: Any, **options: Any) -> Any:
-            # Unchecked: a checked map would sum the gradient over the devices in every micro-batch.
-            mapped = jax.shard_map(function, mesh=self.mesh, in_specs=inputs, out_specs=outputs, check_vma=False)
-            return jax.jit(mapped, **options)
-
         drawing = (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
+        updating = (EVERYWHERE, EVERYWHERE, ROLLOUT_SPLIT.transitions)
         return Compiled(
-            rollout=split(self.rollout, drawing, ROLLOUT_SPLIT),
-            update=split(
-                self.update, (EVERYWHERE, EVERYWHERE, ROLLOUT_SPLIT.transitions), EVERYWHERE, donate_argnums=1
-            ),
-            draw=split(self.draw, drawing, SPLIT),
+            rollout=split(self.rollout, self.mesh, drawing, ROLLOUT_SPLIT),
+            update=split(self.update, self.mesh, updating, EVERYWHERE, donate_argnums=1),
+            draw=split(self.draw, self.mesh, drawing, SPLIT),
         )
 
     def rollout(self, frozen: Params, params: Params, keys: PRNGKeys, condition: Condition) -> Rollout:
