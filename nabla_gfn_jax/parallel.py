@@ -26,7 +26,8 @@ def use_cpu_cores(batch: int) -> None:
 
 def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
     """All devices in a row. Raises `UserError` if the trajectories cannot be split over micro-batches and devices."""
-    devices = len(jax.devices())
+    mesh = all_devices()
+    devices = mesh.size
     unit = micro_batches * devices
     if micro_batches < 1 or trajectories < 1 or trajectories % unit:
         below = trajectories // unit * unit if micro_batches > 0 else 0
@@ -35,7 +36,7 @@ def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
             f"training.trajectories = {trajectories} cannot be split into training.micro_batches = {micro_batches} on "
             f"each of {devices} device{'s' * (devices > 1)}; use {nearest} trajectories, or fewer micro-batches"
         )
-    return all_devices()
+    return mesh
 
 
 def all_devices() -> Mesh:

@@ -31,6 +31,8 @@ jax.config.update(
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
+from tiny_run import command, tiny_model  # noqa: E402, F401  fixtures, of modules imported under the settings above
+
 
 @pytest.fixture(autouse=True, scope="module")
 def torch_autograd(request):

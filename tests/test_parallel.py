@@ -1,0 +1,137 @@
+"""One program on any number of devices: the same numbers, one all-reduce an update."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from tiny_run import CONFIG
+
+from nabla_gfn_jax import command_line, configuration, parallel, train
+from nabla_gfn_jax.checkpoints.training_state import Checkpoints
+from nabla_gfn_jax.errors import UserError
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """What a run saves, by epoch, on the host."""
+    trees = {}
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: trees.update({step: jax.device_get(tree)}))
+    return trees
+
+
+def use_devices(monkeypatch, number):
+    monkeypatch.setattr(parallel, "all_devices", lambda: Mesh(jax.devices()[:number], (parallel.AXIS,)))
+
+
+def distance(tree, other) -> float:
+    """‖a − b‖ / ‖b‖ over all leaves."""
+    flat, reference = (
+        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)]) for t in (tree, other)
+    )
+    return float(np.linalg.norm(flat - reference) / np.linalg.norm(reference))
+
+
+@pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
+def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, tmp_path, credit):
+    """Three epochs on 1, 2 and 8 devices, and with the batch accumulated in 1 and 2 parts."""
+    results = {}
+    for devices, parts in [(1, 2), (2, 1), (8, 2)]:
+        use_devices(monkeypatch, devices)
+        command(
+            tmp_path / f"{devices}x{parts}",
+            f"--config.algorithm.credit={credit}",
+            f"--config.training.micro_batches={parts}",
+            "--config.algorithm.beta=3000.0",
+        )
+        results[devices] = dict(saved)
+        saved.clear()
+    alone = results.pop(1)
+    for other in results.values():
+        assert other.keys() == alone.keys() == {1, 2, 3}
+        for epoch, tree in other.items():
+            state, pending = tree["state"], tree["pending"]
+            for group in ("lora", *(["flow"] if credit == "lookahead" else [])):
+                assert distance(state.params[group], alone[epoch]["state"].params[group]) < 1e-5
+            assert distance(state.optimizer, alone[epoch]["state"].optimizer) < 1e-5
+            assert distance(pending.last.y, alone[epoch]["pending"].last.y) < 1e-5
+            assert distance(pending.ordinary.x, alone[epoch]["pending"].ordinary.x) < 1e-5
+
+
+def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch):
+    """In the compiled program: one, of LoRA and flow gradients, outside the loop over the micro-batches."""
+    config = command_line.load_config(CONFIG)
+    for name, value in {
+        "model": str(tiny_model),
+        "sampling.num_steps": "10",
+        "algorithm.transition_fraction": "0.2",
+        "flow.norm_num_groups": "4",
+        "flow.block_out_channels": "(8,)",
+        "training.trajectories": "16",
+    }.items():
+        command_line.override(config, name, value)
+    pieces = configuration.build(config)
+    prompts = train.Prompts(pieces, configuration.prompts_of(config))
+    state = pieces.init(0, config.lora.rank)
+    keys = train.sample_keys(jax.random.key(0), 0, 16)
+    compiled = pieces.compile()
+    arguments = (pieces.frozen, state.params, keys, prompts.draw(keys))
+    rollout = compiled.rollout.lower(*arguments)
+    assert "all-reduce" not in rollout.compile().as_text()
+    transitions = jax.eval_shape(compiled.rollout, *arguments).transitions
+    update = compiled.update.lower(pieces.frozen, state, transitions).compile().as_text()
+    (where,) = loops_around(update, "all-reduce")
+    assert where == 1  # the loop over the epoch's updates; the one over micro-batches is inside it
+    reduced = re.search(r"f32\[(\d+)\]\S* all-reduce\(", update)
+    assert reduced is not None
+    numbers = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert numbers <= int(reduced.group(1)) < numbers + 10  # and a few metrics
+    assert max(loops_around(update, "dot")) > 1  # the count of loops sees nested ones
+
+
+def loops_around(program: str, operation: str) -> list[int]:
+    """For each `operation` of a compiled program, how many loops it is in."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", program, re.M | re.S))
+    parent = {}
+    for name, body in bodies.items():
+        for line in body.splitlines():
+            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
+                parent[called] = (name, " while(" in line)
+
+    def depth(name: str) -> int:
+        if name not in parent:
+            return 0
+        outer, loop = parent[name]
+        return depth(outer) + loop
+
+    return [depth(name) for name, body in bodies.items() for _ in re.findall(rf" {operation}(?:-start)?\(", body)]
+
+
+@pytest.mark.parametrize(
+    ("trajectories", "parts", "advice"),
+    [(12, 2, "use 8 or 16"), (4, 1, "use 8 "), (48, 5, "use 40 or 80"), (16, 0, "micro_batches = 0")],
+)
+def test_a_batch_that_does_not_divide_the_devices(monkeypatch, trajectories, parts, advice):
+    use_devices(monkeypatch, 4 if parts == 2 else 8)
+    with pytest.raises(UserError, match=advice):
+        parallel.data_mesh(trajectories, parts)
+
+
+@pytest.mark.parametrize("batch", [1, 6, 7, 16])
+def test_a_device_for_each_core_that_the_batch_can_use(monkeypatch, batch):
+    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    set_to = {}
+    monkeypatch.setattr(parallel.jax.config, "update", set_to.__setitem__)
+    parallel.use_cpu_cores(batch)
+    assert not set_to  # as many as the tests ask for
+    monkeypatch.setattr(type(parallel.jax.config), "jax_num_cpu_devices", -1, raising=False)
+    parallel.use_cpu_cores(batch)
+    assert set_to == {"jax_num_cpu_devices": {1: 1, 6: 6, 7: 1, 16: 4}[batch]}
+
+
+def test_sums_do_not_depend_on_how_they_are_split():
+    """`distance` is what the first test says: it sees a difference of 1e-4."""
+    tree = {"a": jnp.ones(3), "b": jnp.zeros(2)}
+    assert distance(jax.tree.map(lambda x: x * 1.0001, tree), tree) == pytest.approx(1e-4, rel=1e-2)

@@ -1,0 +1,96 @@
+"""A finetuning run on a model of a few thousand parameters."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nabla_gfn_jax import configuration, train
+from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
+from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from nabla_gfn_jax.models.tokenizer import train_tokenizer
+from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
+from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
+from nabla_gfn_jax.rewards import Reward
+
+CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """A diffusers folder with random weights: 8x8 images, 4x4x4 latents."""
+    folder = tmp_path_factory.mktemp("tiny")
+    blocks = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
+    unet = blocks | {
+        "sample_size": 4,
+        "in_channels": 4,
+        "out_channels": 4,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 8,
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D"],
+    }
+    vae = blocks | {
+        "block_out_channels": [8, 8],
+        "latent_channels": 4,
+        "scaling_factor": 1.0,
+        "down_block_types": ["DownEncoderBlock2D"] * 2,
+        "up_block_types": ["UpDecoderBlock2D"] * 2,
+    }
+    text = {
+        "vocab_size": 600,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 8,
+    }
+    train_tokenizer(["a face", "an animal"], folder / "tokenizer", 600, 8)
+    modules = (
+        UNet2DConditionModel(UNetConfig.from_json(unet)),
+        AutoencoderKL(VAEConfig.from_json(vae)),
+        CLIPTextModel(CLIPTextConfig.from_json(text)),
+    )
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), abstract_params(*modules))
+    configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": STABLE_DIFFUSION}
+    save_folder(folder, configs, params, np.float32)
+    return folder
+
+
+def brightness(scale: float) -> Reward:
+    """log R = scale · mean pixel."""
+    return Reward(
+        params={"scale": jnp.float32(scale)},
+        encode_prompts=lambda prompts: {},
+        score=lambda params, images, features: params["scale"] * images.mean(axis=(1, 2, 3)),
+    )
+
+
+@pytest.fixture
+def command(tiny_model, monkeypatch):
+    """Runs the training command on the tiny model with a few fields set; returns nothing, raises SystemExit(2)."""
+    monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
+
+    def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
+        arguments = {
+            "model": tiny_model,
+            "reward": reward,
+            "sampling.num_steps": 10,
+            "algorithm.transition_fraction": 0.2,
+            "flow.block_out_channels": "(8,)",
+            "flow.norm_num_groups": 4,
+            "training.trajectories": 16,
+            "training.micro_batches": 2,
+            "training.updates_per_epoch": 2,
+            "training.num_epochs": 3,
+            "logging.samples_every": 3,
+            "logging.checkpoint_every": 1,
+        }
+        flags = [f"--config.{name}={value}" for name, value in arguments.items()]
+        train.main(["train", f"--config={CONFIG}", f"--workdir={workdir}", *flags, *more])
+
+    return call
