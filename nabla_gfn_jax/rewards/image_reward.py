@@ -1,7 +1,7 @@
 """ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977): BLIP-large and a linear head, trained on people's rankings.
 
-A prompt is tokenised once. Its features are not computed once: the text encoder attends to the image, so BERT runs
-for every image.
+A prompt is tokenised once; its first token is BERT's [CLS], which the released program leaves where BLIP puts [ENC].
+Its features are not computed once: the text encoder attends to the image, so BERT runs for every image.
 """
 
 from pathlib import Path

@@ -24,18 +24,20 @@ def _weights(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"
     """What each old pixel gives to each new one.
 
     Keys' cubic (1981) with a = -1/2 where antialiased, stretched by the factor of shrinking and cut off at the border;
-    else with a = -3/4, and the border's pixels repeated beyond it.
+    else with a = -3/4, and the border's pixels repeated beyond it. In float32, whose rounding of the positions shows in
+    torch's fifth decimal.
     """
-    scale = old / new
-    stretch = max(scale, 1.0) if antialias else 1.0
+    half, scale = np.float32(0.5), np.float32(old / new)
+    shrink = np.float32(1) / max(scale, np.float32(1)) if antialias else np.float32(1)
     beyond = 0 if antialias else 2
-    centre = (np.arange(new) + 0.5) * scale
+    centre = (np.arange(new, dtype=np.float32) + half) * scale
     pixel = np.arange(-beyond, old + beyond)
-    weights = _cubic((pixel[None] + 0.5 - centre[:, None]) / stretch, -0.5 if antialias else -0.75)
+    distance = (pixel.astype(np.float32)[None] - centre[:, None] + half) * shrink
+    weights = _cubic(distance, -0.5 if antialias else -0.75)
     weights /= weights.sum(axis=1, keepdims=True)
-    matrix = np.zeros((new, old))
+    matrix = np.zeros((new, old), np.float32)
     np.add.at(matrix.T, pixel.clip(0, old - 1), weights.T)
-    return matrix.astype(np.float32)
+    return matrix
 
 
 def _cubic(x: Float[np.ndarray, "new pixels"], a: float) -> Float[np.ndarray, "new pixels"]:
