@@ -12,6 +12,8 @@ from nabla_gfn_jax.typing import Params
 _WEIGHT_LEAVES = ("kernel", "scale", "embedding")
 # Older checkpoints' names of the VAE's attention.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# torch's MultiheadAttention joins its first projection's name to "weight" and "bias" by an underscore.
+_UNDERSCORED = "in_proj"
 # Buffers some versions save; they carry nothing that is learned.
 _BUFFERS = ("embeddings.position_ids",)
 # transformers before 5 wraps the text encoder once more.
@@ -21,7 +23,8 @@ _OLD_PREFIX = "text_model."
 def torch_name(path: Iterable[str]) -> str:
     """('down_blocks.0.resnets.0', 'conv1', 'kernel') → 'down_blocks.0.resnets.0.conv1.weight'."""
     *modules, leaf = path
-    return ".".join([*modules, "weight" if leaf in _WEIGHT_LEAVES else leaf])
+    name = ".".join([*modules, "weight" if leaf in _WEIGHT_LEAVES else leaf])
+    return name.replace(f".{_UNDERSCORED}.", f".{_UNDERSCORED}_")
 
 
 def to_torch_layout(leaf: str, array: np.ndarray) -> np.ndarray:
@@ -49,10 +52,13 @@ def to_state_dict(params: Params) -> dict[str, np.ndarray]:
     return {torch_name(path): np.ascontiguousarray(to_torch_layout(path[-1], array)) for path, array in paths}
 
 
-def from_state_dict(state: Mapping[str, np.ndarray], expected: Params, source: str) -> Params:
+def from_state_dict(
+    state: Mapping[str, np.ndarray], expected: Params, source: str, config: str = "its config.json"
+) -> Params:
     """The state dict as Flax parameters shaped like `expected` (or its shapes), dtype as stored.
 
-    Raises `UserError` naming `source` and all tensors that are missing, left over or misshapen, together.
+    Raises `UserError` naming `source`, `config` that says what to expect, and all tensors that are missing, left over
+    or misshapen, together.
     """
     renamed = {_current_name(name): name for name in state}
     for name in _BUFFERS:
@@ -67,14 +73,14 @@ def from_state_dict(state: Mapping[str, np.ndarray], expected: Params, source: s
             return None
         array = from_torch_layout(names[-1], state[renamed.pop(wanted)], len(leaf.shape))
         if array.shape != leaf.shape:
-            problems.append(f"{wanted} has shape {array.shape}, config.json implies {leaf.shape}")
+            problems.append(f"{wanted} has shape {array.shape}, {config} implies {leaf.shape}")
         return array
 
     params = jax.tree_util.tree_map_with_path(take, expected)
     problems += [f"{name} is not part of the model" for name in renamed.values()]
     if problems:
         shown = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise UserError(f"{source} does not match its config.json: {shown}")
+        raise UserError(f"{source} does not match {config}: {shown}")
     return params
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,7 @@ from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.layers import Dense, Tokens
 from nabla_gfn_jax.typing import Context, TokenIds
 
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
@@ -35,31 +35,59 @@ class CLIPTextConfig:
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "CLIPTextConfig":
         """From the parsed `text_encoder/config.json`. Raises `UserError` for a value this model does not implement."""
-        only = {"hidden_act": tuple(_ACTIVATIONS), "model_type": ("clip_text_model",)}
+        only = {"hidden_act": tuple(ACTIVATIONS), "model_type": ("clip_text_model",)}
         return read_fields(cls, fields, only=only, source="text_encoder/config.json")
 
 
-class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer with causal self-attention."""
+class EncoderConfig(Protocol):
+    """What a transformer layer needs of its model's config."""
 
-    config: CLIPTextConfig
-    dtype: Any
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNames:
+    """What a checkpoint calls the parts of a layer. One name in `qkv`: the three are one matrix, in this order."""
+
+    norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    out: str = "self_attn.out_proj"
+    mlp: tuple[str, str] = ("mlp.fc1", "mlp.fc2")
+
+
+class CLIPEncoderLayer(nn.Module):
+    """Pre-norm transformer layer; each token attends to those before it alone if `causal`."""
+
+    config: EncoderConfig
+    dtype: Any = jnp.float32
+    causal: bool = True
+    names: LayerNames = LayerNames()
 
     @nn.compact
     def __call__(self, x: Tokens) -> Tokens:
-        c = self.config
+        c, names = self.config, self.names
 
         def dense(features: int, name: str) -> Dense:
             return Dense(features, dtype=self.dtype, name=name)
 
-        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="layer_norm1")(x)
+        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[0])(x)
+        parts = [dense(3 * c.hidden_size // len(names.qkv), name)(h) for name in names.qkv]
         per_head = (*h.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
-        q, k, v = (dense(c.hidden_size, f"self_attn.{n}_proj")(h).reshape(per_head) for n in "qkv")
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(x.shape)
-        x = x + dense(c.hidden_size, "self_attn.out_proj")(h)
-        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="layer_norm2")(x)
-        h = _ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, "mlp.fc1")(h))
-        return x + dense(c.hidden_size, "mlp.fc2")(h)
+        q, k, v = (y.reshape(per_head) for y in (parts if len(parts) == 3 else jnp.split(parts[0], 3, axis=-1)))
+        h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape)
+        x = x + dense(c.hidden_size, names.out)(h)
+        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[1])(x)
+        h = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, names.mlp[0])(h))
+        return x + dense(c.hidden_size, names.mlp[1])(h)
 
 
 class CLIPTextModel(nn.Module):

@@ -1,7 +1,7 @@
 """CLIP's byte-pair tokenizer: from the files of a diffusers folder, or learned from captions."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,11 +26,15 @@ class CLIPTokenizer:
     encoder: Tokenizer
     max_length: int
     padding_id: int
+    start: str = START
+    end: str = END
+    clean: Callable[[str], str] = str  # what is done to a prompt before `encoder` sees it
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch tokens"]:
-        start, end = self.encoder.token_to_id(START), self.encoder.token_to_id(END)
+        start, end = self.encoder.token_to_id(self.start), self.encoder.token_to_id(self.end)
         ids = np.full((len(prompts), self.max_length), self.padding_id, np.int32)
-        for row, encoding in enumerate(self.encoder.encode_batch(list(prompts), add_special_tokens=False)):
+        texts = [self.clean(prompt) for prompt in prompts]
+        for row, encoding in enumerate(self.encoder.encode_batch(texts, add_special_tokens=False)):
             text = np.asarray([start, *encoding.ids[: self.max_length - 2], end], np.int32)
             ids[row, : len(text)] = text
         return ids
@@ -44,16 +48,25 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         settings |= read_json(older)
     padding = settings.get("pad_token", END)
     padding = padding["content"] if isinstance(padding, dict) else padding
-    vocabulary, merges = _read_vocabulary(folder)
+    vocabulary, merges = read_vocabulary(folder)
     if not all(token in vocabulary for token in (START, END, padding)):
         raise UserError(f"{folder}: the vocabulary lacks {START}, {END} or {padding}; download the model again")
-    encoder = _pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=_WORD_END, unk_token=END))
-    encoder.add_special_tokens([START, END])
+    encoder = make_encoder(vocabulary, merges, [START, END])
     return CLIPTokenizer(encoder, int(settings.get("model_max_length", 77)), vocabulary[padding])
 
 
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """From `tokenizer.json` (all that transformers 5 writes) or `vocab.json` and `merges.txt`."""
+def make_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
+    """Text to the ids of its byte pairs; the two `special` tokens, start and end, are found in text too."""
+    encoder = _pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=_WORD_END, unk_token=special[1]))
+    encoder.add_special_tokens(special)
+    return encoder
+
+
+def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Ids and merges, from `tokenizer.json` (all that transformers 5 writes) or `vocab.json` and `merges.txt`.
+
+    Raises `UserError` naming a missing or damaged file.
+    """
     file = folder / "tokenizer.json"
     try:
         if file.is_file():

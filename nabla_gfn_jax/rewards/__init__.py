@@ -3,12 +3,14 @@
 from collections.abc import Callable
 
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.rewards import emoji
+from nabla_gfn_jax.rewards import emoji, hps, image_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "valence": emoji.valence,
     "recognisability": emoji.recognisability,
+    "hps": hps.hps,
+    "image_reward": image_reward.image_reward,
 }
 
 

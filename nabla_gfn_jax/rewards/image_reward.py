@@ -1,0 +1,92 @@
+"""ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977): BLIP-large and a linear head, trained on people's rankings.
+
+A prompt is tokenised once; its first token is BERT's [CLS], which the released program leaves where BLIP puts [ENC].
+Its features are not computed once: the text encoder attends to the image, so BERT runs for every image.
+"""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from nabla_gfn_jax.checkpoints import weights
+from nabla_gfn_jax.checkpoints.files import read_json
+from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
+from nabla_gfn_jax.models.bert_tokenizer import load_bert_tokenizer
+from nabla_gfn_jax.models.blip import VIT_L_16, BertConfig, BLIPText, BLIPVision, Mask
+from nabla_gfn_jax.models.layers import Dense
+from nabla_gfn_jax.models.vision_transformer import VisionConfig
+from nabla_gfn_jax.rewards.preprocess import clip_normalise, crop_longer_side
+from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.typing import Images, Params, Scores, TokenIds
+
+TOKENS = 35  # of a prompt, [CLS] and [SEP] among them: as the paper's model was trained
+# Of the raw scores on the training set: log R is standardised.
+_MEAN, _STD = 0.16717362830052426, 1.0333394966054072
+# The head's layers by their place in the checkpoint; between them is dropout, and no nonlinearity.
+_HEAD = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
+# What the score does not use is left aside, whatever it is: the released program does not ask for more either.
+_USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+_BUFFER = "position_ids"
+
+
+class ImageRewardModel(nn.Module):
+    """Normalised images (B, image_size, image_size, 3), token ids and their mask to a score each."""
+
+    vision: VisionConfig
+    text: BertConfig
+
+    @nn.compact
+    def __call__(self, images: Images, ids: TokenIds, mask: Mask) -> Scores:
+        tokens = BLIPVision(self.vision, name="blip.visual_encoder")(images)
+        x = BLIPText(self.text, name="blip.text_encoder")(ids, mask, tokens)[:, 0]
+        for place, features in _HEAD.items():
+            x = Dense(features, name=f"mlp.layers.{place}")(x)
+        return (x[:, 0] - _MEAN) / _STD
+
+
+def image_reward() -> Reward:
+    """log R = the standardised score: 0 is the mean of the model's training data and 1 its deviation.
+
+    Raises `UserError` naming a file that is not there, and how to get it.
+    """
+
+    def find(file: str, repo: str = "THUDM/ImageReward") -> Path:
+        return weights.find("image_reward", file, repo=repo, revision="main")
+
+    words = find("vocab.txt", repo="google-bert/bert-base-uncased")
+    return from_files(find("ImageReward.pt"), find("med_config.json"), words)
+
+
+def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionConfig = VIT_L_16) -> Reward:
+    """From a state dict of the released program's model, its `med_config.json` and BERT's `vocab.txt`."""
+    model = ImageRewardModel(vision, BertConfig.from_json(read_json(med_config), str(med_config)))
+    tokenizer = load_bert_tokenizer(vocabulary, TOKENS)
+    size = vision.image_size
+
+    def init(key: Array) -> Params:
+        ids = jnp.zeros((1, TOKENS), jnp.int32)
+        return model.init(key, jnp.zeros((1, size, size, 3)), ids, ids == 0)["params"]
+
+    state = weights.read_state_dict(file)
+    used = {name: a for name, a in state.items() if name.startswith(_USED) and not name.endswith(_BUFFER)}
+    params = from_state_dict(used, jax.eval_shape(init, jax.random.key(0)), str(file), f"BLIP and {med_config}")
+
+    def encode(prompts: list[str]) -> dict[str, Array]:
+        ids, mask = tokenizer(prompts)
+        return {"ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
+
+    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
+        with jax.default_matmul_precision("highest"):
+            raw = model.apply({"params": params}, preprocess(images, size), prompts["ids"], prompts["mask"])
+        return jnp.asarray(raw)
+
+    return Reward(jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params), encode, score)
+
+
+def preprocess(images: Images, size: int) -> Images:
+    """The middle square of each image at `size` pixels, in CLIP's normalisation."""
+    return clip_normalise(crop_longer_side(images.astype(jnp.float32), size))

@@ -1,0 +1,38 @@
+"""From an image in [0, 1] to what CLIP and its kin were trained on; differentiable."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from nabla_gfn_jax.rewards.resize import resize
+from nabla_gfn_jax.typing import Images
+
+# Mean and deviation of CLIP's training images (Radford et al. 2021's released files).
+_MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
+_STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+
+def clip_normalise(images: Images) -> Images:
+    """(image - mean) / deviation of each colour."""
+    return (images - _MEAN.reshape(1, 1, 1, 3)) / _STD.reshape(1, 1, 1, 3)
+
+
+def fit_longer_side(images: Images, size: int) -> Images:
+    """The whole image in a square of `size`, by antialiased bicubic interpolation, the rest black.
+
+    Where the black is odd, the right and the bottom have one pixel more.
+    """
+    height, width = images.shape[1:3]
+    scale = size / max(height, width)
+    new_height, new_width = round(height * scale), round(width * scale)
+    resized = resize(images, new_height, new_width, antialias=True)
+    black = [(extra // 2, extra - extra // 2) for extra in (size - new_height, size - new_width)]
+    return jnp.pad(resized, ((0, 0), *black, (0, 0)))
+
+
+def crop_longer_side(images: Images, size: int) -> Images:
+    """The shorter side made `size` by antialiased bicubic interpolation, the middle of the longer side kept."""
+    height, width = images.shape[1:3]
+    shorter = min(height, width)
+    resized = resize(images, size * height // shorter, size * width // shorter, antialias=True)
+    top, left = (round((n - size) / 2) for n in resized.shape[1:3])
+    return resized[:, top : top + size, left : left + size]
