@@ -18,6 +18,7 @@ CHECKED = (
     *("models", "rewards", "metrics", "data", "experiments.mixture", "evaluate", "images"),
     *("algorithms.base", "algorithms.credit", "algorithms.nabla_db"),
     *("checkpoints.files", "checkpoints.lora_file", "checkpoints.torch_layout", "checkpoints.torch_pickle"),
+    "checkpoints.weights",
 )
 jaxtyping.Array = jax.Array | np.ndarray
 jaxtyping.install_import_hook([f"nabla_gfn_jax.{name}" for name in CHECKED], "strict_types.check")

@@ -12,7 +12,7 @@ from nabla_gfn_jax.models.clip import ACTIVATIONS, CLIPEncoderLayer, LayerNames
 from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.layers import Dense, Tokens
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
-from nabla_gfn_jax.typing import Images, TokenIds
+from nabla_gfn_jax.typing import Context, Images, TokenIds
 
 Mask = Bool[Array, "batch tokens"]  # False: padding
 ImageTokens = Float[Array, "batch image_tokens image_width"]
@@ -87,7 +87,7 @@ class BertLayer(nn.Module):
         h = Dense(c.intermediate_size, dtype=self.dtype, name="intermediate.dense")(x)
         return self._add("output", x, ACTIVATIONS[c.hidden_act](h))
 
-    def _attend(self, name: str, x: Tokens, context: Tokens, mask: Mask | None) -> Tokens:
+    def _attend(self, name: str, x: Tokens, context: Context, mask: Mask | None) -> Tokens:
         c = self.config
 
         def heads_of(part: str, tokens: Tokens) -> Array:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -39,6 +39,7 @@ class CLIPTextConfig:
         return read_fields(cls, fields, only=only, source="text_encoder/config.json")
 
 
+@runtime_checkable
 class EncoderConfig(Protocol):
     """What a transformer layer needs of its model's config."""
 

@@ -14,7 +14,7 @@ from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig,
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.rewards.preprocess import clip_normalise, fit_longer_side
 from nabla_gfn_jax.rewards.reward import Reward
-from nabla_gfn_jax.typing import Images, Params, Scores
+from nabla_gfn_jax.typing import Images, Params, Resized, Scores
 
 _ENCODED_TOGETHER = 32  # prompts
 _UNUSED = "logit_scale"
@@ -54,7 +54,7 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
     return Reward(visual, _prompt_encoder(text, params, tokenize), score)
 
 
-def preprocess(images: Images, size: int) -> Images:
+def preprocess(images: Images, size: int) -> Resized:
     """The longer side made `size`, black to the left and right or above and below, CLIP's normalisation.
 
     As the package's own transform, which leaves an image whose longer side is `size` as it is: here it is padded too.

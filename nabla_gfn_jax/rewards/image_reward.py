@@ -21,7 +21,7 @@ from nabla_gfn_jax.models.layers import Dense
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.preprocess import clip_normalise, crop_longer_side
 from nabla_gfn_jax.rewards.reward import Reward
-from nabla_gfn_jax.typing import Images, Params, Scores, TokenIds
+from nabla_gfn_jax.typing import Images, Params, Resized, Scores, TokenIds
 
 TOKENS = 35  # of a prompt, [CLS] and [SEP] among them: as the paper's model was trained
 # Of the raw scores on the training set: log R is standardised.
@@ -87,6 +87,6 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
     return Reward(jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params), encode, score)
 
 
-def preprocess(images: Images, size: int) -> Images:
+def preprocess(images: Images, size: int) -> Resized:
     """The middle square of each image at `size` pixels, in CLIP's normalisation."""
     return clip_normalise(crop_longer_side(images.astype(jnp.float32), size))

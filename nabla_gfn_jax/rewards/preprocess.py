@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.rewards.resize import resize
-from nabla_gfn_jax.typing import Images
+from nabla_gfn_jax.typing import Images, Resized
 
 # Mean and deviation of CLIP's training images (Radford et al. 2021's released files).
 _MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
@@ -16,7 +16,7 @@ def clip_normalise(images: Images) -> Images:
     return (images - _MEAN.reshape(1, 1, 1, 3)) / _STD.reshape(1, 1, 1, 3)
 
 
-def fit_longer_side(images: Images, size: int) -> Images:
+def fit_longer_side(images: Images, size: int) -> Resized:
     """The whole image in a square of `size`, by antialiased bicubic interpolation, the rest black.
 
     Where the black is odd, the right and the bottom have one pixel more.
@@ -29,7 +29,7 @@ def fit_longer_side(images: Images, size: int) -> Images:
     return jnp.pad(resized, ((0, 0), *black, (0, 0)))
 
 
-def crop_longer_side(images: Images, size: int) -> Images:
+def crop_longer_side(images: Images, size: int) -> Resized:
     """The shorter side made `size` by antialiased bicubic interpolation, the middle of the longer side kept."""
     height, width = images.shape[1:3]
     shorter = min(height, width)
