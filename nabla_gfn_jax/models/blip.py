@@ -99,7 +99,7 @@ class BertLayer(nn.Module):
         h = jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(x.shape)
         return self._add(f"{name}.output", x, h)
 
-    def _add(self, name: str, x: Tokens, h: Tokens) -> Tokens:
+    def _add(self, name: str, x: Tokens, h: Float[Array, "batch tokens hidden"]) -> Tokens:
         h = Dense(self.config.hidden_size, dtype=self.dtype, name=f"{name}.dense")(h)
         norm = nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, name=f"{name}.LayerNorm")
         return norm(h + x)
