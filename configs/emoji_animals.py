@@ -15,5 +15,5 @@ def get_config() -> ConfigDict:
     c = load_config(Path(__file__).with_name("emoji.py"))
     c.reward = "recognisability"
     c.prompts = "simple_animals"
-    c.algorithm.beta = 4.0
+    c.algorithm.beta = 100.0
     return c

@@ -1,15 +1,15 @@
 """XLA's persistent compilation cache, on by default: the second start of a run compiles nothing."""
 
 import os
-from pathlib import Path
 
 import jax
+
+from nabla_gfn_jax.user_cache import user_cache
 
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
     if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    jax.config.update("jax_compilation_cache_dir", str(home / "nabla_gfn_jax" / "xla"))
+    jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones too: seconds together

@@ -8,6 +8,7 @@ from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
 from nabla_gfn_jax.algorithms.transitions import number_of_bins
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.hub import model_folder
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.schedule import make_schedule
 from nabla_gfn_jax.errors import UserError
@@ -60,11 +61,15 @@ def build(config: ConfigDict) -> Finetuner:
 
 
 def resolve_model(name: str) -> Path:
-    """The folder of a shipped model's name, or of a path."""
+    """The folder of a shipped model's name, of a path, or of a model of the hub, `OWNER/NAME[@REVISION]`."""
     folder = SHIPPED_MODELS.get(name, Path(name))
-    if not folder.is_dir():
-        raise UserError(f"model {name!r} is neither a folder nor a shipped model ({', '.join(SHIPPED_MODELS)})")
-    return folder
+    if folder.is_dir():
+        return folder
+    found = model_folder(name)
+    if found is None:
+        shipped = ", ".join(SHIPPED_MODELS)
+        raise UserError(f"model {name!r} is no folder, no model of the hub (OWNER/NAME) and no shipped one ({shipped})")
+    return found
 
 
 def prompts_of(config: ConfigDict) -> tuple[str, ...]:

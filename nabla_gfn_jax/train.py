@@ -114,15 +114,18 @@ def run(
                 row |= metrics
             sampled = compiled.rollout(pieces.frozen, params, keys, prompts.draw(keys))
             grid = None
-            if epoch % config.logging.samples_every == 0 or last:
-                grid = compiled.draw(pieces.frozen, params, grid_keys, prompts.cycle(len(grid_keys)))
+            if epoch == 1 or (epoch > 0 and epoch % config.logging.samples_every == 0) or last:
+                made = epoch if last else epoch - 1  # epochs of updates; the first grid, in epoch 1, is the base's
+                drawn = state.params if last else params
+                grid = compiled.draw(pieces.frozen, drawn, grid_keys, prompts.cycle(len(grid_keys)))
             if pending is None:  # compiled while the first trajectories are drawn
                 compiled.update.lower(pieces.frozen, state, sampled.transitions).compile()
             pending = sampled.transitions
             row |= {"reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
             finish(row, start, log, workdir, bar)
             if grid is not None:
-                save_grid(workdir / f"samples/epoch_{epoch:04d}.png", np.asarray(grid), columns=8, zoom=2)
+                file = workdir / f"samples/update_{made * pieces.updates_per_epoch:05d}.png"
+                save_grid(file, np.asarray(grid), columns=8, zoom=2)
             if last or (epoch > 0 and epoch % config.logging.checkpoint_every == 0):
                 checkpoints.save(epoch, {"state": state, "pending": pending})
                 save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])

@@ -13,7 +13,7 @@ import transformers
 from reward_oracle import CLIP, PROMPTS
 from torch_oracle import CAPTIONS, compile_quickly, nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints import weights
+from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.models.tokenizer import train_tokenizer
@@ -121,11 +121,11 @@ def test_weights_that_do_not_fit(case, tmp_path):
 def test_the_released_files_are_looked_for(monkeypatch):
     asked = []
 
-    def find(name, file, *, repo, revision):
+    def find(name, file, *, repo, revision="main"):
         asked.append((file, repo))
         return Path(file)
 
-    monkeypatch.setattr(weights, "find", find)
+    monkeypatch.setattr(hub, "find", find)
     with pytest.raises(UserError, match=r"(does not exist|missing|cannot be read)"):
         load_reward("hps")
     assert asked == [("HPS_v2.1_compressed.pt", "xswu/HPSv2"), ("tokenizer.json", "openai/clip-vit-large-patch14")]

@@ -12,7 +12,7 @@ import transformers
 from reward_oracle import BLIP, MED, PROMPTS
 from torch_oracle import CAPTIONS, compile_quickly, nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints import weights
+from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.bert_tokenizer import load_bert_tokenizer
@@ -127,11 +127,11 @@ def test_files_that_do_not_fit(case, tmp_path):
 def test_the_released_files_are_looked_for(monkeypatch):
     asked = []
 
-    def find(name, file, *, repo, revision):
+    def find(name, file, *, repo, revision="main"):
         asked.append((file, repo))
         return Path(file)
 
-    monkeypatch.setattr(weights, "find", find)
+    monkeypatch.setattr(hub, "find", find)
     with pytest.raises(UserError, match=r"(does not exist|missing|cannot be read)"):
         load_reward("image_reward")
     assert asked == [

@@ -23,7 +23,7 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(command, tm
     whole, cut, credit = tmp_path / "whole", tmp_path / "cut", f"--config.algorithm.credit={credit}"
     command(whole, credit)
     assert "lora" in capsys.readouterr().out.lower()
-    for name in ("metrics.jsonl", "config.json", "samples/epoch_0000.png", "samples/epoch_0003.png"):
+    for name in ("metrics.jsonl", "config.json", "samples/update_00000.png", "samples/update_00003.png"):
         assert (whole / name).is_file(), name
     for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
         assert (whole / name).is_file(), name

@@ -1,5 +1,6 @@
 """Stable Diffusion in a folder, in diffusers' layout: read it, write it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nabla_gfn_jax.checkpoints.files import read_json, read_safetensors, write_json, write_safetensors
+from nabla_gfn_jax.checkpoints.files import TensorFiles, read_json, write_json, write_safetensors
+from nabla_gfn_jax.checkpoints.hub import WEIGHTS, weights_files
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict, to_state_dict
+from nabla_gfn_jax.checkpoints.weights import read_state_dict
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer, load_tokenizer
@@ -17,7 +20,6 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.typing import Params
 
-_WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _DIFFUSERS_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
 # The ids are those of Stable Diffusion's own file; an end of 2 tells transformers to take the highest id for it.
 # transformers computes in the dtype stated here, or else in the file's, which diffusers' other parts are not in.
@@ -52,9 +54,10 @@ class StableDiffusion:
 def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """The model in a diffusers folder, parameters and computation in `dtype`, however the files are stored.
 
-    Weights may be one file or several with an index; where a part has only its fp16 variant, that is read.
-    Raises `UserError` naming the file that is missing, truncated, of another layout, or at odds with its
-    config.json, and parts that do not fit each other.
+    Weights may be one file or several with an index; where a part has only its fp16 variant, that is read, and where
+    it has only pickled weights, those. Tensors are read one by one, so that the model is in memory once.
+    Raises `UserError` naming the file that is missing, truncated, of another layout, or at odds with its config.json,
+    and parts that do not fit each other.
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
@@ -65,13 +68,13 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     scheduler = read_json(folder / "scheduler/scheduler_config.json")
     _check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
     expected = abstract_params(unet, vae, text_encoder)
-    params = {part: _load_params(folder / part, stem, expected[part], dtype) for part, stem in _WEIGHTS.items()}
+    params = {part: _load_params(folder, part, expected[part], dtype) for part in WEIGHTS}
     return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, params)
 
 
-def _load_params(folder: Path, stem: str, expected: Params, dtype: Any) -> Params:
-    state, source = _read_weights(folder, stem)
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), from_state_dict(state, expected, str(source)))
+def _load_params(folder: Path, part: str, expected: Params, dtype: Any) -> Params:
+    state, source = _read_weights(folder / part, part)
+    return from_state_dict(state, expected, str(source), place=lambda a: jnp.asarray(a, dtype))
 
 
 def _check_parts_fit(
@@ -89,20 +92,15 @@ def _check_parts_fit(
         raise UserError(f"{folder}/tokenizer makes {size} tokens of {entries} kinds; text_encoder has {limits}")
 
 
-def _read_weights(folder: Path, stem: str) -> tuple[dict[str, np.ndarray], Path]:
+def _read_weights(folder: Path, part: str) -> tuple[Mapping[str, np.ndarray], Path]:
     """A part's tensors and the file that names them."""
-    for single, index in (
-        (f"{stem}.safetensors", f"{stem}.safetensors.index.json"),
-        (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json"),
-    ):
-        if (folder / single).is_file():
-            return read_safetensors(folder / single)[0], folder / single
-        if (folder / index).is_file():
-            state: dict[str, np.ndarray] = {}
-            for shard in sorted(set(read_json(folder / index).get("weight_map", {}).values())):
-                state |= read_safetensors(folder / shard)[0]
-            return state, folder / index
-    raise UserError(f"{folder / stem}.safetensors is missing; download the model again, as safetensors")
+    for file in (folder / name for name in weights_files(part)):
+        if file.suffix == ".json" and file.is_file():
+            shards = sorted(set(read_json(file).get("weight_map", {}).values()))
+            return TensorFiles(*(folder / shard for shard in shards)), file
+        if file.is_file():
+            return read_state_dict(file), file
+    raise UserError(f"{folder / weights_files(part)[0]} is missing; download the model again")
 
 
 def save_folder(
@@ -124,7 +122,7 @@ def save_folder(
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         write_json(folder / part / file, configs[part] | {"_class_name": name})
     write_json(folder / "text_encoder/config.json", configs["text_encoder"] | _TEXT_ENCODER_JSON)
-    for part, stem in _WEIGHTS.items():
+    for part, stem in WEIGHTS.items():
         state = {key: array.astype(weights_dtype) for key, array in to_state_dict(params[part]).items()}
         if part == "text_encoder":  # as transformers before 5 has it; later ones read it too
             state = {f"text_model.{key}": array for key, array in state.items()}

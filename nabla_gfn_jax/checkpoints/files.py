@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,38 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
     Raises `UserError` naming a file that is missing, truncated or damaged.
     """
-    if not file.is_file():
-        raise UserError(f"{file} is missing; check the path, or download it again")
-    try:
-        with safe_open(file, framework="np") as tensors:
-            return {name: tensors.get_tensor(name) for name in tensors.keys()}, tensors.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+    tensors = dict(TensorFiles(file))
+    with safe_open(file, framework="np") as opened:
+        return tensors, opened.metadata() or {}
+
+
+class TensorFiles(Mapping[str, np.ndarray]):
+    """The tensors of safetensors files as stored, each read when it is asked for, so that nothing is held twice.
+
+    Raises `UserError` naming a file that is missing, truncated or damaged.
+    """
+
+    def __init__(self, *files: Path):
+        self._file_of: dict[str, Path] = {}
+        for file in files:
+            if not file.is_file():
+                raise UserError(f"{file} is missing; check the path, or download it again")
+            try:
+                with safe_open(file, framework="np") as tensors:
+                    self._file_of |= dict.fromkeys(tensors.keys(), file)
+            except (SafetensorError, OSError, ValueError) as error:
+                raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        # Opened anew for each: the pages that have been read stay mapped, and counted, as long as the file is open.
+        with safe_open(self._file_of[name], framework="np") as tensors:
+            return tensors.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:

@@ -1,6 +1,7 @@
 """PyTorch state dicts to Flax parameters and back: names are the checkpoint's, so the table is short."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,8 +36,11 @@ def to_torch_layout(leaf: str, array: np.ndarray) -> np.ndarray:
 
 
 def from_torch_layout(leaf: str, array: np.ndarray, ndim: int) -> np.ndarray:
-    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer are one thing."""
-    if leaf != "kernel":
+    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer are one thing.
+
+    A kernel that is neither is left as it is.
+    """
+    if leaf != "kernel" or array.ndim not in (2, 4):
         return array
     if array.ndim == 4 and ndim == 2 and array.shape[2:] == (1, 1):
         array = array[:, :, 0, 0]
@@ -53,19 +57,26 @@ def to_state_dict(params: Params) -> dict[str, np.ndarray]:
 
 
 def from_state_dict(
-    state: Mapping[str, np.ndarray], expected: Params, source: str, config: str = "its config.json"
+    state: Mapping[str, np.ndarray],
+    expected: Params,
+    source: str,
+    config: str = "its config.json",
+    *,
+    place: Callable[[np.ndarray], Any] = np.asarray,
+    ignore: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """The state dict as Flax parameters shaped like `expected` (or its shapes), dtype as stored.
+    """The state dict as Flax parameters shaped like `expected` (or its shapes), one tensor after the other.
 
-    Raises `UserError` naming `source`, `config` that says what to expect, and all tensors that are missing, left over
-    or misshapen, together.
+    `place` makes of each array, in Flax's axes and the dtype as stored, what is wanted: one on a device, say. Tensors
+    whose name `ignore` is true of are not read. Raises `UserError` naming `source`, `config` that says what to expect,
+    and all tensors that are missing, left over or misshapen, together.
     """
-    renamed = {_current_name(name): name for name in state}
+    renamed = {_current_name(name): name for name in state if not ignore(name)}
     for name in _BUFFERS:
         renamed.pop(name, None)
     problems: list[str] = []
 
-    def take(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray | None:
+    def take(path: tuple, leaf: jax.ShapeDtypeStruct) -> Any:
         names = tuple(str(k.key) for k in path)
         wanted = torch_name(names)
         if wanted not in renamed:
@@ -74,7 +85,7 @@ def from_state_dict(
         array = from_torch_layout(names[-1], state[renamed.pop(wanted)], len(leaf.shape))
         if array.shape != leaf.shape:
             problems.append(f"{wanted} has shape {array.shape}, {config} implies {leaf.shape}")
-        return array
+        return None if problems else place(array)
 
     params = jax.tree_util.tree_map_with_path(take, expected)
     problems += [f"{name} is not part of the model" for name in renamed.values()]

@@ -1,14 +1,17 @@
 """The discrete noise schedule of Stable Diffusion and the Gaussian step x → y between two of its times.
 
-A step goes from timestep t to t' = max(t − Δ, 0), Δ = 1000 // num_steps, and is
+A step goes from timestep t to the next, t', and is
 
     y ~ N(μ, σ²),   μ = √ᾱ' x̂ + √(1 − ᾱ' − σ²) ε,   x̂ = (x − √(1−ᾱ) ε) / √ᾱ
+    σ² = η² (1−ᾱ')/(1−ᾱ) (1 − ᾱ/ᾱ')
 
-which is DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) with η = 0 and DDPM with η = 1.
+which is DDIM (Song et al. 2021, arXiv 2010.02502, eq. 12) with η = 0 and DDPM with η = 1. First-order SDE-DPM-Solver++
+(Lu et al. 2022, arXiv 2211.01095, eq. 18) is the very same step: with h the step in log(√ᾱ/√(1−ᾱ)), its
+σ² = (1−ᾱ')(1 − e^{−2h}) is η = 1's, and its mean too. The two samplers differ in the times they visit.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.struct
 import jax
@@ -18,6 +21,8 @@ from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Latents
+
+Sampler = Literal["ddpm", "sde_dpm_solver"]
 
 # Stable Diffusion's own scheduler_config.json, as far as it says what is computed.
 STABLE_DIFFUSION: dict[str, Any] = {
@@ -85,13 +90,18 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Array, "1000"]:
     return jnp.asarray(_alphas_cumprod(config), jnp.float32)
 
 
-def make_schedule(config: Mapping[str, Any], num_steps: int, eta: float = 1.0) -> Schedule:
-    """The `num_steps` steps of the sampler described by diffusers' `scheduler_config.json`.
+def make_schedule(
+    config: Mapping[str, Any], num_steps: int, eta: float = 1.0, sampler: Sampler = "ddpm"
+) -> Schedule:
+    """The `num_steps` steps of a sampler on the noise schedule described by diffusers' `scheduler_config.json`.
 
     Args:
         config: contents of scheduler/scheduler_config.json (Stable Diffusion's fields; others are ignored).
         num_steps: 1 to 999.
         eta: 1 for DDPM, 0 for deterministic DDIM (σ = 0: no scores, so sampling only).
+        sampler: "ddpm": times in equal steps Δ = 1000 // num_steps up from 1, diffusers' `leading` spacing with offset
+            1. "sde_dpm_solver": from 999 in equal steps to 0, its `linspace` spacing, and to the least noise of the
+            schedule at last (`final_sigmas_type="sigma_min"`). Either ends at ᾱ[0] < 1, so the last σ > 0.
 
     Raises:
         UserError: an argument is out of range or a field has a value this sampler does not implement.
@@ -101,9 +111,15 @@ def make_schedule(config: Mapping[str, Any], num_steps: int, eta: float = 1.0) -
         raise UserError(f"num_steps is {num_steps}; choose 1 to {len(alpha_bars) - 1}")
     if not 0.0 <= eta <= 1.0:
         raise UserError(f"eta is {eta}; choose 0 (DDIM) to 1 (DDPM)")
-    spacing = len(alpha_bars) // num_steps
-    timestep = np.arange(num_steps)[::-1] * spacing + 1
-    next_timestep = np.maximum(timestep - spacing, 0)
+    if sampler not in get_args(Sampler):
+        raise UserError(f"sampler is {sampler!r}; choose one of {', '.join(get_args(Sampler))}")
+    if sampler == "ddpm":
+        spacing = len(alpha_bars) // num_steps
+        timestep = np.arange(num_steps)[::-1] * spacing + 1
+        next_timestep = np.maximum(timestep - spacing, 0)
+    else:
+        times = np.linspace(len(alpha_bars) - 1, 0, num_steps + 1).round().astype(int)
+        timestep, next_timestep = times[:-1], times[1:]
     alpha_bar, alpha_bar_next = alpha_bars[timestep], alpha_bars[next_timestep]
     variance = eta**2 * (1 - alpha_bar_next) / (1 - alpha_bar) * (1 - alpha_bar / alpha_bar_next)
     return Schedule(

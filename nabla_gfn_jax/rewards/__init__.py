@@ -3,12 +3,13 @@
 from collections.abc import Callable
 
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.rewards import emoji, hps, image_reward
+from nabla_gfn_jax.rewards import aesthetic, emoji, hps, image_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "valence": emoji.valence,
     "recognisability": emoji.recognisability,
+    "aesthetic": aesthetic.aesthetic,
     "hps": hps.hps,
     "image_reward": image_reward.image_reward,
 }

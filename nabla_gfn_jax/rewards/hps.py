@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from nabla_gfn_jax.checkpoints import weights
+from nabla_gfn_jax.checkpoints import hub, weights
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig, OpenCLIPText, OpenCLIPVision
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
@@ -25,8 +25,8 @@ def hps() -> Reward:
 
     Raises `UserError` naming a file that is not there, and how to get it.
     """
-    file = weights.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2", revision="main")
-    words = weights.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14", revision="main")
+    file = hub.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2", revision="main")
+    words = hub.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14", revision="main")
     return from_files(file, words.parent)
 
 
@@ -35,15 +35,19 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
     vision = OpenCLIPVision(config.vision, config.embed_dim)
     text = OpenCLIPText(config.text, config.embed_dim)
     tokenize = load_open_clip_tokenizer(tokenizer, config.text.max_position_embeddings)
-    state = weights.read_state_dict(file)
-    state = {name.removeprefix("state_dict."): a for name, a in state.items() if not name.endswith(_UNUSED)}
     size = config.vision.image_size
 
     def init(key: Array) -> Params:
         ids = jnp.zeros((1, config.text.max_position_embeddings), jnp.int32)
         return {"visual": vision.init(key, jnp.zeros((1, size, size, 3)))["params"], **text.init(key, ids)["params"]}
 
-    params = from_state_dict(state, jax.eval_shape(init, jax.random.key(0)), str(file), "OpenCLIP's layout")
+    params = from_state_dict(
+        weights.read_state_dict(file),
+        jax.eval_shape(init, jax.random.key(0)),
+        str(file),
+        "OpenCLIP's layout",
+        ignore=lambda name: name.endswith(_UNUSED),
+    )
     visual = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params.pop("visual"))
 
     def score(params: Params, images: Images, prompts: Embeddings) -> Scores:

@@ -9,10 +9,9 @@ from pathlib import Path
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
 
-from nabla_gfn_jax.checkpoints import weights
+from nabla_gfn_jax.checkpoints import hub, weights
 from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.bert_tokenizer import load_bert_tokenizer
@@ -55,7 +54,7 @@ def image_reward() -> Reward:
     """
 
     def find(file: str, repo: str = "THUDM/ImageReward") -> Path:
-        return weights.find("image_reward", file, repo=repo, revision="main")
+        return hub.find("image_reward", file, repo=repo, revision="main")
 
     words = find("vocab.txt", repo="google-bert/bert-base-uncased")
     return from_files(find("ImageReward.pt"), find("med_config.json"), words)
@@ -71,9 +70,14 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
         ids = jnp.zeros((1, TOKENS), jnp.int32)
         return model.init(key, jnp.zeros((1, size, size, 3)), ids, ids == 0)["params"]
 
-    state = weights.read_state_dict(file)
-    used = {name: a for name, a in state.items() if name.startswith(_USED) and not name.endswith(_BUFFER)}
-    params = from_state_dict(used, jax.eval_shape(init, jax.random.key(0)), str(file), f"BLIP and {med_config}")
+    params = from_state_dict(
+        weights.read_state_dict(file),
+        jax.eval_shape(init, jax.random.key(0)),
+        str(file),
+        f"BLIP and {med_config}",
+        place=lambda a: jnp.asarray(a, jnp.float32),
+        ignore=lambda name: not name.startswith(_USED) or name.endswith(_BUFFER),
+    )
 
     def encode(prompts: list[str]) -> dict[str, Array]:
         ids, mask = tokenizer(prompts)
@@ -84,7 +88,7 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
             raw = model.apply({"params": params}, preprocess(images, size), prompts["ids"], prompts["mask"])
         return jnp.asarray(raw)
 
-    return Reward(jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params), encode, score)
+    return Reward(params, encode, score)
 
 
 def preprocess(images: Images, size: int) -> Resized:

@@ -1,0 +1,119 @@
+"""The files of a pretrained model: in the user's folder, in the hub's cache, or downloaded to it."""
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from nabla_gfn_jax.errors import UserError
+
+FOLDER = "NABLA_GFN_JAX_WEIGHTS"  # environment variable: a folder that holds NAME/FILE
+# The state of a model at a commit, so that a run of next year reads what one of today does.
+PINNED = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"}
+_MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+
+# What of a diffusers repository is read: the configs, the tokenizer, and one file of weights a part, or its shards.
+_CONFIGS = (
+    "model_index.json",
+    "scheduler/scheduler_config.json",
+    "text_encoder/config.json",
+    "unet/config.json",
+    "vae/config.json",
+)
+_TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
+WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
+
+
+def find(name: str, file: str, *, repo: str, revision: str = "main", repo_type: str = "model") -> Path:
+    """`file` of the model called `name`: in the user's folder, else in the hub's cache, else downloaded to it.
+
+    Raises `UserError` that says how to get it.
+    """
+    if os.environ.get(FOLDER):
+        own = Path(os.environ[FOLDER]) / name / Path(file).name
+        if own.is_file():
+            return own
+    try:
+        return Path(hf_hub_download(repo, file, revision=revision, repo_type=repo_type))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
+        raise UserError(
+            f"{file} of {repo} is not here and cannot be downloaded ({type(error).__name__}); run `hf download {repo} "
+            f"{file} --revision {revision}{kind}` where there is a network, or put it at "
+            f"${FOLDER}/{name}/{Path(file).name}"
+        ) from error
+
+
+def model_folder(model: str) -> Path | None:
+    """The snapshot of the model `OWNER/NAME` or `OWNER/NAME@REVISION`, only what is read of it; None for other texts.
+
+    What is in the hub's cache is not asked for again. Raises `UserError` with the command that downloads it.
+    """
+    match = _MODEL_ID.fullmatch(model)
+    if match is None:
+        return None
+    repo = match["repo"]
+    revision = match["revision"] or PINNED.get(repo, "main")
+    try:
+        cached = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        if _is_complete(cached):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    try:
+        wanted = choose_files(HfApi().list_repo_files(repo, revision=revision))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        usual = [*_CONFIGS, *(f"tokenizer/{file}" for file in ("merges.txt", "tokenizer_config.json", "vocab.json"))]
+        files = " ".join([*usual, *(f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items())])
+        raise UserError(
+            f"model {repo} is not here and cannot be downloaded ({type(error).__name__}); run `hf download {repo} "
+            f"{files} --revision {revision}` where there is a network, or name a folder"
+        ) from error
+
+
+def choose_files(listing: Sequence[str]) -> list[str]:
+    """Of a diffusers repository's files those that `load_folder` reads: safetensors before pickles, full before fp16.
+
+    Of a part without weights nothing is chosen; `load_folder` names it.
+    """
+    there = set(listing)
+    chosen = [file for file in _CONFIGS if file in there]
+    chosen += [f"tokenizer/{file}" for file in _TOKENIZER if f"tokenizer/{file}" in there]
+    for part in WEIGHTS:
+        for file in weights_files(part):
+            if f"{part}/{file}" in there:
+                chosen.append(f"{part}/{file}")
+                if file.endswith(".json"):
+                    chosen += sorted(f for f in there if _is_shard(f, part, file))
+                break
+    return chosen
+
+
+def weights_files(part: str) -> list[str]:
+    """What a part's weights, or the index of its shards, may be called, the best first."""
+    stem, old = WEIGHTS[part], PICKLED[part]
+    return [
+        f"{stem}.safetensors",
+        f"{stem}.safetensors.index.json",
+        f"{stem}.fp16.safetensors",
+        f"{stem}.safetensors.index.fp16.json",
+        f"{old}.bin",
+        f"{old}.fp16.bin",
+    ]
+
+
+def _is_shard(file: str, part: str, index: str) -> bool:
+    fp16 = ".fp16" if index.endswith(".fp16.json") else ""
+    return re.fullmatch(rf"{part}/{WEIGHTS[part]}{re.escape(fp16)}-\d+-of-\d+\.safetensors", file) is not None
+
+
+def _is_complete(folder: Path) -> bool:
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    chosen = choose_files(files)
+    parts = [part for part in WEIGHTS if any(file.startswith(f"{part}/") and file not in _CONFIGS for file in chosen)]
+    return set(_CONFIGS) <= set(chosen) and len(parts) == len(WEIGHTS)

@@ -1,0 +1,87 @@
+"""LAION's aesthetic score: CLIP ViT-L/14's image features and a head fitted to people's ratings of 1 to 10.
+
+The reward of DDPO (arXiv 2305.13301) and of the paper's first experiment; it ignores the prompt. Schuhmann 2022,
+"improved aesthetic predictor", the weights `sac+logos+ava1-l14-linearMSE.pth`.
+"""
+
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from nabla_gfn_jax.checkpoints import hub, weights
+from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
+from nabla_gfn_jax.models.clip_vision import VIT_L_14, VIT_L_14_DIM, CLIPVisionModelWithProjection
+from nabla_gfn_jax.models.layers import Dense
+from nabla_gfn_jax.models.vision_transformer import VisionConfig
+from nabla_gfn_jax.rewards.preprocess import clip_normalise
+from nabla_gfn_jax.rewards.resize import resize
+from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.typing import Images, Params, Resized, Scores
+
+CLIP = "openai/clip-vit-large-patch14"
+# The head's layers by their place in the checkpoint; between them is dropout, and no nonlinearity.
+_HEAD = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
+_IMAGE_TOWER = ("vision_model.", "visual_projection.")
+_BUFFER = "position_ids"
+
+
+class AestheticModel(nn.Module):
+    """Normalised images (B, image_size, image_size, 3) to a score each."""
+
+    vision: VisionConfig
+    embed_dim: int
+
+    @nn.compact
+    def __call__(self, images: Images) -> Scores:
+        x = CLIPVisionModelWithProjection(self.vision, self.embed_dim, name="clip")(images)
+        x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+        for i, width in _HEAD.items():
+            x = Dense(width, name=f"layers.{i}")(x)
+        return x[:, 0]
+
+
+def aesthetic() -> Reward:
+    """log R = the score, about 1 to 10, from the released files. Raises `UserError` naming a file that is not there."""
+    clip = hub.find("aesthetic", "model.safetensors", repo=CLIP, revision="main")
+    head = hub.find("aesthetic", "aesthetic-model.pth", repo="trl-lib/ddpo-aesthetic-predictor", revision="main")
+    return from_files(clip, head)
+
+
+def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_dim: int = VIT_L_14_DIM) -> Reward:
+    """`clip`: transformers' CLIP, of which the image tower is read; `head`: the state dict of LAION's head."""
+    model = AestheticModel(vision, embed_dim)
+    size = vision.image_size
+    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    tower = from_state_dict(
+        weights.read_state_dict(clip),
+        expected.pop("clip"),
+        str(clip),
+        "CLIP ViT-L/14's image tower",
+        place=_float32,
+        ignore=lambda name: not name.startswith(_IMAGE_TOWER) or name.endswith(_BUFFER),
+    )
+    layers = from_state_dict(
+        weights.read_state_dict(head), expected, str(head), "LAION's aesthetic head", place=_float32
+    )
+
+    def encode(prompts: list[str]) -> Array:
+        return jnp.zeros((len(prompts), 0))
+
+    def score(params: Params, images: Images, prompts: Array) -> Scores:
+        with jax.default_matmul_precision("highest"):
+            return jnp.asarray(model.apply({"params": params}, preprocess(images, size)))
+
+    return Reward({"clip": tower, **layers}, encode, score)
+
+
+def preprocess(images: Images, size: int) -> Resized:
+    """Images stretched to a square of `size` by bicubic interpolation without antialiasing, CLIP's normalisation."""
+    return clip_normalise(resize(images.astype(jnp.float32), size, size, antialias=False))
+
+
+def _float32(array: np.ndarray) -> Array:
+    return jnp.asarray(array, jnp.float32)
