@@ -10,11 +10,13 @@ def get_config() -> ConfigDict:
     """Every field of a run; override one with --config.FIELD=VALUE."""
     c = ConfigDict()
     c.seed = 0
-    c.model = "emoji"  # a shipped model's name, or a diffusers folder
+    c.model = "emoji"  # a shipped model's name, or a diffusers folder, or OWNER/NAME on the hub
+    c.model_dtype = "float32"
     c.reward = "valence"
     c.prompts = "a_face"
 
     c.sampling = ConfigDict()
+    c.sampling.sampler = "ddpm"
     c.sampling.num_steps = 50
     c.sampling.guidance = 2.0
 
@@ -28,9 +30,11 @@ def get_config() -> ConfigDict:
     c.algorithm.variance_weighted = True
     c.algorithm.credit_clip = 0.2
     c.algorithm.transition_fraction = 0.1
+    c.algorithm.uneven_bins = False
 
     c.lora = ConfigDict()
     c.lora.rank = 8
+    c.lora.start_from = ""
 
     c.flow = ConfigDict()
     c.flow.block_out_channels = (32, 64)

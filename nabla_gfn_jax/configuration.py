@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
-from nabla_gfn_jax.algorithms.transitions import number_of_bins
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion, load_folder
 from nabla_gfn_jax.checkpoints.hub import model_folder
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.schedule import make_schedule
 from nabla_gfn_jax.errors import UserError
@@ -16,8 +18,11 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.parallel import data_mesh
 from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.training.finetuner import Finetuner, make_optimizer
+from nabla_gfn_jax.typing import Params
 
 SHIPPED_MODELS = {"emoji": Path(__file__).parent / "assets" / "emoji"}
+# Of the frozen UNet, VAE and text encoder; rewards, LoRA, g_φ and the optimizer are in float32 always.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ALGORITHMS = {"residual_nabla_db": ResidualNablaDB, "reward_maximiser": RewardMaximiser}
 
 
@@ -31,8 +36,10 @@ def build(config: ConfigDict) -> Finetuner:
     options = {k: v for k, v in config.algorithm.items() if k != "name"}
     algorithm = ALGORITHMS[config.algorithm.name](**options)
     if isinstance(algorithm, ResidualNablaDB):
-        number_of_bins(config.sampling.num_steps, algorithm.transition_fraction)
-    base = load_folder(resolve_model(config.model))
+        algorithm.bins(config.sampling.num_steps)
+    if config.model_dtype not in DTYPES:
+        raise UserError(f"model_dtype = {config.model_dtype!r} is unknown; use one of {sorted(DTYPES)}")
+    base = load_folder(resolve_model(config.model), DTYPES[config.model_dtype])
     unet = base.unet.config
     flow = UNetConfig(
         sample_size=unet.sample_size,
@@ -49,15 +56,28 @@ def build(config: ConfigDict) -> Finetuner:
         flow=UNet2DConditionModel(flow),
         reward=load_reward(config.reward),
         algorithm=algorithm,
-        schedule=make_schedule(base.scheduler, config.sampling.num_steps),
+        schedule=make_schedule(base.scheduler, config.sampling.num_steps, sampler=config.sampling.sampler),
         guidance=config.sampling.guidance,
         optimizer=make_optimizer(
             c.learning_rate, decay_lora=c.weight_decay_lora, decay_flow=c.weight_decay_flow, clip=c.clip
         ),
         mesh=mesh,
+        start_from=starting_lora(config.lora.start_from, base, config.lora.rank),
         micro_batches=c.micro_batches,
         updates_per_epoch=c.updates_per_epoch,
     )
+
+
+def starting_lora(file: str, base: StableDiffusion, rank: int) -> Params | None:
+    """The LoRA in `file`, whose layers are then those that are trained; None for "". Its rank must be `rank`."""
+    if not file:
+        return None
+    lora = load_lora(Path(file), base.params["unet"])
+    ranks = sorted({leaf.shape[1] for name, leaf in flatten_dict(lora, sep=".").items() if name.endswith(".down")})
+    if ranks != [rank]:
+        found = " and ".join(str(n) for n in ranks)
+        raise UserError(f"lora.start_from = {file} has rank {found} and lora.rank is {rank}; make them the same")
+    return lora
 
 
 def resolve_model(name: str) -> Path:
@@ -74,4 +94,4 @@ def resolve_model(name: str) -> Path:
 
 def prompts_of(config: ConfigDict) -> tuple[str, ...]:
     """The prompts that training draws from."""
-    return prompt_set(config.prompts)
+    return prompt_set(config.prompts).train

@@ -52,7 +52,14 @@ def main(argv: list[str]) -> None:
     base_drawings, base_scores = np.zeros(0, int), np.zeros(0)
     for name, lora in [("base", None), *loras]:
         images = draw_images(
-            model, lora, prompts, steps=options.steps, guidance=options.guidance, seed=options.seed, progress=name
+            model,
+            lora,
+            prompts,
+            steps=options.steps,
+            guidance=options.guidance,
+            sampler=options.sampler,
+            seed=options.seed,
+            progress=name,
         )
         drawings = coverage.nearest_drawing(images)
         rows[name] = diversity(drawings, prompts)
@@ -72,8 +79,8 @@ def main(argv: list[str]) -> None:
 
 
 def choose_prompts(name: str, number: int, seed: int) -> list[str]:
-    """A prompt set's prompts, or `number` of them drawn without replacement if it is not 0."""
-    known = coverage.concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name))
+    """A prompt set's held-out prompts, or `number` of them drawn without replacement if it is not 0."""
+    known = coverage.concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name).held_out)
     if number > len(known):
         raise UserError(f"--num_prompts={number}, but {name} has {len(known)}")
     return known if number == 0 else list(np.random.default_rng(seed).choice(known, number, replace=False))
@@ -136,14 +143,15 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
 
 def _parse(argv: list[str]) -> Any:
     values = flags.FlagValues()
-    flags.DEFINE_string("model", "emoji", "a diffusers folder or a shipped model's name", flag_values=values)
+    flags.DEFINE_string("model", "emoji", "a shipped model, a folder, or OWNER/NAME on the hub", flag_values=values)
     flags.DEFINE_multi_string("lora", [], "a LoRA file; give it again to compare several", flag_values=values)
-    flags.DEFINE_string("prompts", "a_face", f"a prompt set, or {EVERY_CONCEPT}", flag_values=values)
+    flags.DEFINE_string("prompts", "a_face", f"a prompt set's held out, or {EVERY_CONCEPT}", flag_values=values)
     flags.DEFINE_integer(
         "num_prompts", 0, "draw this many prompts of the set; 0: all", flag_values=values, lower_bound=0
     )
     flags.DEFINE_integer("num", 512, "images for each prompt", flag_values=values)
     flags.DEFINE_string("reward", "valence", "the reward, or nothing", flag_values=values)
+    flags.DEFINE_string("sampler", "ddpm", "ddpm or sde_dpm_solver", flag_values=values)
     flags.DEFINE_integer("steps", 50, "sampling steps", flag_values=values)
     flags.DEFINE_float("guidance", 5.0, "classifier-free guidance", flag_values=values)
     flags.DEFINE_integer("seed", 0, "of the noise and the choice of prompts", flag_values=values)

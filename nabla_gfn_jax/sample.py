@@ -15,7 +15,7 @@ from nabla_gfn_jax.command_line import read_flags
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.diffusion.sampler import sample
-from nabla_gfn_jax.diffusion.schedule import make_schedule
+from nabla_gfn_jax.diffusion.schedule import Sampler, make_schedule
 from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, encode_prompts, guided_predictor
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
@@ -37,7 +37,14 @@ def main(argv: list[str]) -> None:
     lora = load_lora(Path(options.lora), model.params["unet"]) if options.lora else None
     prompts = [prompt for prompt in options.prompt for _ in range(options.num)]
     images = draw_images(
-        model, lora, prompts, steps=options.steps, guidance=options.guidance, eta=options.eta, seed=options.seed
+        model,
+        lora,
+        prompts,
+        steps=options.steps,
+        guidance=options.guidance,
+        eta=options.eta,
+        sampler=options.sampler,
+        seed=options.seed,
     )
     one_prompt = len(options.prompt) == 1
     columns = math.ceil(math.sqrt(options.num)) if one_prompt else options.num
@@ -53,6 +60,7 @@ def draw_images(
     steps: int = 50,
     guidance: float = 5.0,
     eta: float = 1.0,
+    sampler: Sampler = "ddpm",
     seed: int = 0,
     progress: str | None = None,
 ) -> np.ndarray:
@@ -60,7 +68,7 @@ def draw_images(
 
     `progress`: what to call the work on a progress bar, if there is to be one.
     """
-    schedule = make_schedule(model.scheduler, steps, eta)
+    schedule = make_schedule(model.scheduler, steps, eta, sampler)
 
     def run(params: Params, lora: Params | None, keys: PRNGKeys, condition: Condition) -> Images:
         predictor = guided_predictor(model, params["unet"], guidance)
@@ -88,10 +96,11 @@ def draw_images(
 
 def _parse(argv: list[str]) -> flags.FlagValues:
     values = flags.FlagValues()
-    flags.DEFINE_string("model", "emoji", "a diffusers folder or a shipped model's name", flag_values=values)
-    flags.DEFINE_string("lora", None, "a LoRA file, diffusers or kohya layout", flag_values=values)
+    flags.DEFINE_string("model", "emoji", "a shipped model, a folder, or OWNER/NAME on the hub", flag_values=values)
+    flags.DEFINE_string("lora", None, "a LoRA file, in diffusers', PEFT's or kohya's layout", flag_values=values)
     flags.DEFINE_multi_string("prompt", ["a face"], "what to draw; give it again for another row", flag_values=values)
     flags.DEFINE_integer("num", 16, "images for each prompt", flag_values=values)
+    flags.DEFINE_string("sampler", "ddpm", "ddpm or sde_dpm_solver", flag_values=values)
     flags.DEFINE_integer("steps", 50, "sampling steps", flag_values=values)
     flags.DEFINE_float("guidance", 5.0, "classifier-free guidance", flag_values=values)
     flags.DEFINE_float("eta", 1.0, "1: DDPM, 0: DDIM", flag_values=values)

@@ -47,21 +47,22 @@ def main(argv: list[str]) -> None:
 
 
 class Prompts:
-    """A prompt set with its text features, encoded once, and draws from it by key."""
+    """A prompt set with its text features, encoded once and kept in the host's memory, and draws from it by key."""
 
     def __init__(self, pieces: Finetuner, prompts: tuple[str, ...]):
         self.texts = prompts
-        self.features: Condition = encode_prompts(pieces.base, prompts)
-        self.features["reward"] = pieces.reward.encode_prompts(list(prompts))
+        features = encode_prompts(pieces.base, prompts)
+        features["reward"] = pieces.reward.encode_prompts(list(prompts))
+        self.features: Condition = jax.tree.map(np.asarray, features)
 
     def draw(self, keys: PRNGKeys) -> Condition:
         """One prompt for each key."""
-        chosen = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(keys)
+        chosen = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(keys))
         return jax.tree.map(lambda a: a[chosen], self.features)
 
     def cycle(self, count: int) -> Condition:
         """The prompts in order, over and over."""
-        return jax.tree.map(lambda a: a[jnp.arange(count) % len(self.texts)], self.features)
+        return jax.tree.map(lambda a: a[np.arange(count) % len(self.texts)], self.features)
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:

@@ -11,7 +11,7 @@ import torch_oracle as oracle
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 from flax.traverse_util import flatten_dict, unflatten_dict
-from peft import get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from torch_oracle import nchw, nhwc, relative
 
@@ -105,6 +105,27 @@ def test_we_open_what_diffusers_writes(case, tmp_path):
     settings = unet.peft_config["default"].to_dict()
     file = diffusers_file(tmp_path, unet, unet_lora_adapter_metadata=settings)
     assert relative(case.ours(load_lora(file, case.params)), case.theirs(unet)) < 1e-5
+
+
+def test_we_open_what_peft_writes(case, tmp_path):
+    """Its own folder: keys under base_model.model, the scale alpha / rank in adapter_config.json."""
+    unet = open_pipeline(case).unet
+    torch.manual_seed(0)
+    config = LoraConfig(
+        r=RANK, lora_alpha=1.5, target_modules=["to_q", "to_k", "to_v", "to_out.0"], init_lora_weights="gaussian"
+    )
+    adapted = get_peft_model(unet, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.25)
+    adapted.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    expected = case.theirs(adapted)
+    assert relative(case.ours(load_lora(file, case.params)), expected) < 1e-5
+    assert relative(case.ours(jax.tree.map(jnp.zeros_like, case.lora)), expected) > 0.02
+    (tmp_path / "adapter_config.json").unlink()
+    with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
+        load_lora(file, case.params)
 
 
 def test_alpha_of_single_layers_in_the_header(case, tmp_path):

@@ -330,6 +330,19 @@ def test_one_step_a_bin_and_the_last_never_twice():
     assert np.abs(np.corrcoef(steps.T) - np.eye(5)).max() < 0.08
 
 
+def test_bins_that_divide_a_step():
+    """20 steps, 8 bins: one step in each two and a half; the last bin is without the last step."""
+    assert number_of_bins(20, 0.4, uneven=True) == 8
+    steps = np.asarray(draw_steps(_keys(4000), 20, 8))
+    edges = np.arange(9) * 2.5
+    assert (steps >= np.floor(edges[:-1])).all()
+    assert (steps <= np.floor(edges[1:])).all()
+    counts = np.bincount(steps.ravel(), minlength=20) / 4000
+    assert counts[19] == 0
+    np.testing.assert_allclose(counts[:17], 0.4, atol=0.03)
+    np.testing.assert_allclose(counts[17:19], [0.5 / 2.5 + 0.5 / 1.5, 1 / 1.5], atol=0.03)
+
+
 def test_several_draws_share_one_adjoint_and_differ_in_their_steps():
     algorithm = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"})
     condition = jnp.asarray(CONDITION)

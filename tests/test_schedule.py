@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION as CONFIG
 from nabla_gfn_jax.diffusion.schedule import alphas_cumprod, clean_prediction, make_schedule, step_mean
@@ -63,6 +63,56 @@ def test_a_batch_of_different_steps_matches_diffusers(eta):
         )
         np.testing.assert_allclose(y[i], expected.prev_sample.numpy(), rtol=1e-4, atol=2e-5)
         np.testing.assert_allclose(clean[i], expected.pred_original_sample.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def dpm_solver(num_steps, **fields):
+    oracle = DPMSolverMultistepScheduler.from_config(
+        {**CONFIG, "timestep_spacing": "linspace", **fields},
+        algorithm_type="sde-dpmsolver++",
+        solver_order=1,
+        final_sigmas_type="sigma_min",
+    )
+    oracle.set_timesteps(num_steps)
+    return oracle
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("num_steps", [1, 7, 20, 50])
+def test_dpm_solver_times_and_noise_levels_match_diffusers(num_steps):
+    oracle, schedule = dpm_solver(num_steps), make_schedule(CONFIG, num_steps, sampler="sde_dpm_solver")
+    np.testing.assert_array_equal(schedule.timestep, oracle.timesteps.numpy())
+    np.testing.assert_array_equal(schedule.next_timestep, [*oracle.timesteps.numpy()[1:], 0])
+    levels = np.append(schedule.alpha_bar, schedule.alpha_bar_next[-1])
+    np.testing.assert_allclose(np.sqrt((1 - levels) / levels), oracle.sigmas.numpy(), rtol=1e-5)
+    assert float(schedule.sigma.min()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_dpm_solver_trajectory_matches_diffusers(prediction_type):
+    """Twenty steps with the same noise; the network's part is played by a fixed nonlinear function."""
+    oracle, schedule = (
+        dpm_solver(20, prediction_type=prediction_type),
+        make_schedule(CONFIG, 20, sampler="sde_dpm_solver"),
+    )
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 2)).astype(np.float32)
+    theirs, ours = torch.from_numpy(x), jnp.asarray(x)
+    for k in range(20):
+        noise = rng.normal(size=x.shape).astype(np.float32)
+        output = torch.tanh(theirs) + 0.3 * torch.roll(theirs, 1, 2)
+        theirs = oracle.step(output, oracle.timesteps[k], theirs, variance_noise=torch.from_numpy(noise)).prev_sample
+        output = jnp.tanh(ours) + 0.3 * jnp.roll(ours, 1, 2)
+        step = schedule[k]
+        if prediction_type == "v_prediction":
+            output = jnp.sqrt(step.alpha_bar) * output + jnp.sqrt(1 - step.alpha_bar) * ours
+        ours = step_mean(output, ours, step) + step.sigma * noise
+        assert np.linalg.norm(ours - theirs.numpy()) < 1e-4 * np.linalg.norm(theirs.numpy()), k
+
+
+def test_an_unknown_sampler():
+    with pytest.raises(UserError, match="sampler is 'heun'; choose one of ddpm, sde_dpm_solver"):
+        make_schedule(CONFIG, 20, sampler="heun")
 
 
 def test_indexing_keeps_the_structure():

@@ -45,6 +45,7 @@ class ResidualNablaDB:
         credit_clip: for "adjoint", the largest σ·(root mean square of a) that a transition's credit may
             have; it biases the credit towards zero.
         transition_fraction: how many of a trajectory's steps are trained on, beside the last.
+        uneven_bins: whether the bins that they are drawn from may divide a step between two.
     """
 
     beta: float
@@ -56,10 +57,15 @@ class ResidualNablaDB:
     flow_gradient_from_forward: bool = True
     credit_clip: float = math.inf
     transition_fraction: float = 0.1
+    uneven_bins: bool = False
 
     @property
     def uses_flow(self) -> bool:
         return self.credit == "lookahead"
+
+    def bins(self, num_steps: int) -> int:
+        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
+        return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
 
     def transitions(
         self,
@@ -73,7 +79,7 @@ class ResidualNablaDB:
     ) -> Transitions:
         """1 + ⌊T·fraction⌋ transitions of each trajectory, drawn anew `draws` times, with their credit if it is the
         adjoint, which is computed once."""
-        bins = number_of_bins(schedule.num_steps, self.transition_fraction)
+        bins = self.bins(schedule.num_steps)
         credit = None
         if self.credit == "adjoint":
             credit = adjoint_credit(model, trajectory, schedule, condition, self.beta)

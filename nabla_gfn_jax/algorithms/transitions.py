@@ -43,32 +43,36 @@ class Transitions:
     last: Transition  # leading axis (B,)
 
 
-def number_of_bins(num_steps: int, fraction: float) -> int:
-    """⌊T·fraction⌋ equal bins of steps.
+def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> int:
+    """⌊T·fraction⌋ bins of steps, equal ones unless `uneven`.
 
     Raises:
         UserError: the bins do not divide the steps, or leave the last bin nothing but the last step.
     """
     bins = int(num_steps * fraction + 1e-6)
-    if bins < 1 or num_steps % bins or num_steps // bins < 2:
+    if bins < 1 or (num_steps % bins and not uneven) or num_steps // bins < 2:
         raise UserError(
             f"{num_steps} sampling steps do not fall into {bins} equal bins of at least 2 "
-            f"(fraction {fraction:g}); choose another number of steps or fraction"
+            f"(fraction {fraction:g}); choose another number of steps or fraction, or algorithm.uneven_bins"
         )
     return bins
 
 
 def draw_steps(keys: PRNGKeys, num_steps: int, bins: int, draw: int | Array = 0) -> Int[Array, "batch {bins}"]:
-    """One step drawn uniformly from each equal bin; the last step, always taken, is not drawn again.
+    """One step drawn uniformly from each bin; the last step, always taken, is not drawn again.
 
-    `draw` counts the draws from one trajectory; each is independent.
+    `draw` counts the draws from one trajectory; each is independent. Where the bins do not divide the steps, a bin's
+    end lies within a step, which both its bins may then draw.
     """
-    width = num_steps // bins
+    width = num_steps // bins if num_steps % bins == 0 else num_steps / bins
     widths = jnp.full(bins, width).at[-1].add(-1)
 
     def of_sample(key: Array) -> Array:
-        offsets = jax.random.randint(jax.random.fold_in(key, _SELECTION + draw), (bins,), 0, widths)
-        return jnp.arange(bins) * width + offsets
+        key = jax.random.fold_in(key, _SELECTION + draw)
+        if num_steps % bins == 0:
+            return jnp.arange(bins) * width + jax.random.randint(key, (bins,), 0, widths)
+        points = jnp.arange(bins, dtype=jnp.float32) * width + widths * jax.random.uniform(key, (bins,))
+        return jnp.minimum(points.astype(jnp.int32), num_steps - 2)
 
     return jax.vmap(of_sample)(keys)
 
@@ -108,7 +112,7 @@ def select(
     adjoint: AdjointCredit | None = None,
     draw: int | Array = 0,
 ) -> Transitions:
-    """1 + bins transitions of each trajectory: the last, and one drawn from each equal bin of steps."""
+    """1 + bins transitions of each trajectory: the last, and one drawn from each bin of steps."""
     steps = draw_steps(keys, schedule.num_steps, bins, draw)
     last = jnp.full(len(keys), schedule.num_steps - 1)
     return Transitions(

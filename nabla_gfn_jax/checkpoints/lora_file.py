@@ -1,8 +1,8 @@
-"""LoRA files in diffusers' (PEFT) and kohya's safetensors layouts, to and from the UNet's `lora` collection.
+"""LoRA files in diffusers', PEFT's and kohya's safetensors layouts, to and from the UNet's `lora` collection.
 
-Both hold, for each adapted layer, A or "down" (rank, in) and B or "up" (out, rank); the layer adds
+All hold, for each adapted layer, A or "down" (rank, in) and B or "up" (out, rank); the layer adds
 alpha / rank · B A x. Our own scale is 1, so alpha equals the rank in what we write (kohya's layout states it,
-diffusers' takes it for granted), and alpha / rank is folded into "up" in what we read.
+diffusers' takes it for granted, PEFT's has it in a file beside), and alpha / rank is folded into "up" in what we read.
 """
 
 import json
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nabla_gfn_jax.checkpoints.files import read_safetensors, write_safetensors
+from nabla_gfn_jax.checkpoints.files import read_json, read_safetensors, write_safetensors
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Params
 
@@ -27,6 +27,7 @@ _PARTS = {
     ".lora_up.weight": "up",
     ".alpha": "alpha",
 }
+_PEFT = "base_model.model."
 _SHOWN = 20  # problems in one message
 
 
@@ -51,7 +52,7 @@ def save_kohya(file: Path, lora: Params) -> None:
 
 
 def load_lora(file: Path, unet: Params) -> Params:
-    """The `lora` collection in `file`, in either layout, float32: down (in, rank), up (rank, out), scale 1.
+    """The `lora` collection in `file`, in any of the three layouts, float32: down (in, rank), up (rank, out), scale 1.
 
     `unet` holds the UNet's parameters (or their shapes); any of its linear layers may be adapted. Raises
     `UserError` naming a file that is missing or truncated, and all its tensors that do not fit, together.
@@ -62,7 +63,7 @@ def load_lora(file: Path, unet: Params) -> Params:
         for path, leaf in flatten_dict(unet).items()
         if path[-1] == "kernel" and len(leaf.shape) == 2
     }
-    names = {f"unet.{name}": name for name in layers} | {_kohya_name(name): name for name in layers}
+    names = {write(name): name for name in layers for write in ("unet.{}".format, f"{_PEFT}{{}}".format, _kohya_name)}
     found: dict[str, dict[str, np.ndarray]] = defaultdict(dict)
     problems: list[str] = []
     for key, tensor in state.items():
@@ -77,7 +78,7 @@ def load_lora(file: Path, unet: Params) -> Params:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         reason = "; ".join([*problems[:_SHOWN], *more]) or "it has no tensors"
         raise UserError(f"{file} is no LoRA for this UNet: {reason}")
-    alpha_of = _alphas(file, metadata)
+    alpha_of = _alphas(file, metadata, is_peft=any(key.startswith(_PEFT) for key in state))
     paths = {".".join(path[:-1]): path[:-1] for path in flatten_dict(unet)}
     lora = {}
     for name, parts in found.items():
@@ -112,14 +113,17 @@ def _misfits(name: str, parts: dict[str, np.ndarray], kernel: tuple[int, int]) -
     return []
 
 
-def _alphas(file: Path, metadata: dict[str, str]) -> Any:
-    """(layer, rank) → alpha, from the adapter settings that newer diffusers puts into the header."""
-    settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+def _alphas(file: Path, metadata: dict[str, str], *, is_peft: bool) -> Any:
+    """(layer, rank) → alpha, from the settings in PEFT's own file or, as newer diffusers has it, in the header."""
+    if is_peft:
+        settings = {f"unet.{name}": value for name, value in read_json(file.with_name("adapter_config.json")).items()}
+    else:
+        settings = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     if settings.get("unet.use_rslora"):
         raise UserError(f"{file} uses rank-stabilised scaling, which is not supported; train or export it without")
 
     def alpha_of(name: str, rank: int) -> float:
-        for pattern, alpha in settings.get("unet.alpha_pattern", {}).items():
+        for pattern, alpha in (settings.get("unet.alpha_pattern") or {}).items():
             if f".{name}".endswith(f".{pattern}"):
                 return alpha
         return settings.get("unet.lora_alpha", rank)

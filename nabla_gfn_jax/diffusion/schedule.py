@@ -90,9 +90,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[Array, "1000"]:
     return jnp.asarray(_alphas_cumprod(config), jnp.float32)
 
 
-def make_schedule(
-    config: Mapping[str, Any], num_steps: int, eta: float = 1.0, sampler: Sampler = "ddpm"
-) -> Schedule:
+def make_schedule(config: Mapping[str, Any], num_steps: int, eta: float = 1.0, sampler: Sampler = "ddpm") -> Schedule:
     """The `num_steps` steps of a sampler on the noise schedule described by diffusers' `scheduler_config.json`.
 
     Args:

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from nabla_gfn_jax.algorithms.base import Predict
@@ -13,15 +14,20 @@ from nabla_gfn_jax.diffusion.schedule import alphas_cumprod, expand
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Images, Latents, Params, Scores, Timesteps
 
+_ENCODED_TOGETHER = 64  # prompts
 Condition = dict[str, Any]  # "context" and "negative" (B, tokens, width); "reward": the reward's prompt features
 
 
 def encode_prompts(model: StableDiffusion, prompts: Sequence[str]) -> Condition:
-    """Text features of the prompts and, for guidance, of "" as often. Each is encoded once."""
+    """Text features of the prompts and, for guidance, of "" as often. Each is encoded once, a few at a time."""
     unique = list(dict.fromkeys(["", *prompts]))
     rows = {prompt: row for row, prompt in enumerate(unique)}
     apply = jax.jit(model.text_encoder.apply)
-    features = apply({"params": model.params["text_encoder"]}, jnp.asarray(model.tokenizer(unique)))
+    together = min(_ENCODED_TOGETHER, len(unique))
+    ids = np.asarray(model.tokenizer(unique + [""] * (-len(unique) % together)))
+    variables = {"params": model.params["text_encoder"]}
+    parts = [apply(variables, ids[start : start + together]) for start in range(0, len(ids), together)]
+    features = jnp.concatenate(parts)
     context = features[jnp.asarray([rows[prompt] for prompt in prompts])]
     return {"context": context, "negative": jnp.broadcast_to(features[:1], context.shape)}
 

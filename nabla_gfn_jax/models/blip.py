@@ -4,13 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from nabla_gfn_jax.models.clip import ACTIVATIONS, CLIPEncoderLayer, LayerNames
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.layers import Dense, Tokens
+from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens, attend
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Context, Images, TokenIds
 
@@ -70,7 +69,7 @@ class BLIPVision(nn.Module):
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, c.hidden_size)), x], axis=1) + positions
         for i in range(c.num_hidden_layers):
             x = CLIPEncoderLayer(c, self.dtype, causal=False, names=_NAMES, name=f"blocks.{i}")(x)
-        return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="norm")(x)
+        return LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="norm")(x)
 
 
 class BertLayer(nn.Module):
@@ -96,12 +95,12 @@ class BertLayer(nn.Module):
 
         q, k, v = heads_of("query", x), heads_of("key", context), heads_of("value", context)
         seen = None if mask is None else mask[:, None, None, :]
-        h = jax.nn.dot_product_attention(q, k, v, mask=seen).reshape(x.shape)
+        h = attend(q, k, v, mask=seen).reshape(x.shape)
         return self._add(f"{name}.output", x, h)
 
     def _add(self, name: str, x: Tokens, h: Float[Array, "batch tokens hidden"]) -> Tokens:
         h = Dense(self.config.hidden_size, dtype=self.dtype, name=f"{name}.dense")(h)
-        norm = nn.LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, name=f"{name}.LayerNorm")
+        norm = LayerNorm(epsilon=self.config.layer_norm_eps, dtype=self.dtype, name=f"{name}.LayerNorm")
         return norm(h + x)
 
 
@@ -120,7 +119,7 @@ class BLIPText(nn.Module):
 
         positions = embed(c.max_position_embeddings, "position_embeddings")(jnp.arange(ids.shape[1]))
         x = embed(c.vocab_size, "word_embeddings")(ids) + positions[None]
-        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="embeddings.LayerNorm")(x)
+        x = LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="embeddings.LayerNorm")(x)
         for i in range(c.num_hidden_layers):
             x = BertLayer(c, self.dtype, name=f"encoder.layer.{i}")(x, mask, image)
         return x

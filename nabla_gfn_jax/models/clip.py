@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.layers import Dense, Tokens
+from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens, attend
 from nabla_gfn_jax.typing import Context, TokenIds
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -80,13 +79,13 @@ class CLIPEncoderLayer(nn.Module):
         def dense(features: int, name: str) -> Dense:
             return Dense(features, dtype=self.dtype, name=name)
 
-        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[0])(x)
+        h = LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[0])(x)
         parts = [dense(3 * c.hidden_size // len(names.qkv), name)(h) for name in names.qkv]
         per_head = (*h.shape[:2], c.num_attention_heads, c.hidden_size // c.num_attention_heads)
         q, k, v = (y.reshape(per_head) for y in (parts if len(parts) == 3 else jnp.split(parts[0], 3, axis=-1)))
-        h = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal).reshape(x.shape)
+        h = attend(q, k, v, is_causal=self.causal).reshape(x.shape)
         x = x + dense(c.hidden_size, names.out)(h)
-        h = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[1])(x)
+        h = LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=names.norms[1])(x)
         h = ACTIVATIONS[c.hidden_act](dense(c.intermediate_size, names.mlp[0])(h))
         return x + dense(c.hidden_size, names.mlp[1])(h)
 
@@ -109,4 +108,4 @@ class CLIPTextModel(nn.Module):
         x = embed(c.vocab_size, "token_embedding")(ids) + positions[None]
         for i in range(c.num_hidden_layers):
             x = CLIPEncoderLayer(c, self.dtype, name=f"encoder.layers.{i}")(x)
-        return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)
+        return LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="final_layer_norm")(x)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nabla_gfn_jax.models.clip import CLIPEncoderLayer
-from nabla_gfn_jax.models.layers import Dense
+from nabla_gfn_jax.models.layers import Dense, LayerNorm
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Images
 
@@ -35,8 +35,8 @@ class CLIPVisionModelWithProjection(nn.Module):
     def __call__(self, images: Images) -> Float[Array, "batch features"]:
         c = self.config
 
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=f"vision_model.{name}")
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=f"vision_model.{name}")
 
         patches = PatchEmbedding(
             c.hidden_size,

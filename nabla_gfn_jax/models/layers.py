@@ -77,6 +77,23 @@ class Dense(nn.Module):
         return y.reshape(*x.shape[:-1], self.features)
 
 
+class LayerNorm(nn.Module):
+    """Each token to mean 0 and variance 1 over its channels, then scale and bias; in float32, whatever `dtype` is."""
+
+    epsilon: float = 1e-5
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, shape).astype(jnp.float32)
+        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+        centred = rows - rows.mean(axis=-1, keepdims=True)
+        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
+        return (normal * scale[None] + bias[None]).reshape(x.shape).astype(self.dtype)
+
+
 class GroupNorm(nn.Module):
     """Group normalisation over channels; statistics in float32.
 
@@ -127,6 +144,15 @@ class ResnetBlock(nn.Module):
         return x.astype(self.dtype) + h
 
 
+Heads = Float[Array, "batch _ heads width"]
+
+
+def attend(q: Heads, k: Heads, v: Heads, **options: Any) -> Heads:
+    """softmax(q kᵀ / √width) v of each head, the softmax in float32; `options` of `jax.nn.dot_product_attention`."""
+    with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes bfloat16
+        return jax.nn.dot_product_attention(q, k, v, **options)
+
+
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself when None): q, k, v, out, the four layers LoRA adapts."""
 
@@ -144,7 +170,7 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
         q, k, v = heads_of("to_q", x), heads_of("to_k", source), heads_of("to_v", source)
-        h = jax.nn.dot_product_attention(q, k, v).reshape(x.shape)
+        h = attend(q, k, v).reshape(x.shape)
         return Dense(width, dtype=self.dtype, name="to_out.0")(h)
 
 

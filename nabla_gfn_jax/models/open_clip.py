@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nabla_gfn_jax.models.clip import CLIPEncoderLayer, CLIPTextConfig, LayerNames
-from nabla_gfn_jax.models.layers import Tokens
+from nabla_gfn_jax.models.layers import LayerNorm, Tokens
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Images, TokenIds
 
@@ -56,8 +56,8 @@ class OpenCLIPVision(nn.Module):
     def __call__(self, images: Images) -> Embeddings:
         c = self.config
 
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=name)
 
         x = PatchEmbedding(c.hidden_size, c.patch_size, use_bias=False, dtype=self.dtype, name="conv1")(images)
         first = self.param("class_embedding", _NORMAL, (c.hidden_size,)).astype(self.dtype)
@@ -82,6 +82,6 @@ class OpenCLIPText(nn.Module):
         shape = (c.max_position_embeddings, c.hidden_size)
         positions = self.param("positional_embedding", _NORMAL, shape).astype(self.dtype)
         x = _transformer(embed(ids) + positions[None, : ids.shape[1]], c, self.dtype, causal=True)
-        x = nn.LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="ln_final")(x)
+        x = LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="ln_final")(x)
         end = jnp.take_along_axis(x, ids.argmax(axis=1)[:, None, None], axis=1)[:, 0]
         return end @ self.param("text_projection", _NORMAL, (c.hidden_size, self.embed_dim)).astype(self.dtype)

@@ -15,6 +15,7 @@ from nabla_gfn_jax.models.layers import (
     Downsample,
     FeatureMap,
     GroupNorm,
+    LayerNorm,
     ResnetBlock,
     Tokens,
     Upsample,
@@ -89,8 +90,8 @@ class TransformerBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Tokens, context: Context) -> Tokens:
-        def norm(name: str) -> nn.LayerNorm:
-            return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
+        def norm(name: str) -> LayerNorm:
+            return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         width = x.shape[-1]
         x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))

@@ -74,12 +74,14 @@ class Finetuner:
     mesh: Mesh
     micro_batches: int
     updates_per_epoch: int = 1
+    start_from: Params | None = None  # a LoRA
 
     def init(self, seed: int, rank: int) -> TrainState:
-        """LoRA and flow as they start: both leave the base model's distribution as it is."""
+        """LoRA and flow as they start: both leave the base model's distribution as it is, or LoRA as `start_from`."""
         lora_key, flow_key = jax.random.split(jax.random.key(seed))
         unet = self.base.unet
-        params: Params = {"lora": init_lora(lora_key, self.base.params["unet"], rank), "flow": {}}
+        lora = self.start_from or init_lora(lora_key, self.base.params["unet"], rank)
+        params: Params = {"lora": lora, "flow": {}}
         if self.algorithm.uses_flow:
             latent, context = self._example(unet.config.cross_attention_dim)
             params["flow"] = init_flow(self.flow, flow_key, latent, context)

@@ -1,0 +1,81 @@
+"""What the paper's experiments on Stable Diffusion 1.5 share (arXiv 2412.07775, appendix); no experiment by itself.
+
+`hps.py`, `aesthetic.py` and `image_reward.py` add a reward, its prompts, β and λ. Each has two cheaper variants:
+
+- `--config=configs/hps.py:forward_only`: no flow network g_φ and no reverse term (w_B = 0): the credit is the guess
+  G alone. An update then costs about half.
+- `--config=configs/hps.py:fast`: that, and SDE-DPM-Solver++ in 20 steps for DDPM in 50, with 8 + 1 transitions of
+  each trajectory.
+"""
+
+import math
+
+from ml_collections import ConfigDict
+
+from nabla_gfn_jax.errors import UserError
+
+VARIANTS = ("", "forward_only", "fast")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Every field of a run but `reward`, `prompts`, β and λ, which are filled with ""  and 0."""
+    if variant not in VARIANTS:
+        raise UserError(f"there is no variant {variant!r}; use none, or one of {', '.join(VARIANTS[1:])}")
+    c = ConfigDict()
+    c.seed = 0  # the paper: three
+    c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    c.model_dtype = "bfloat16"
+    c.reward = ""
+    c.prompts = ""
+
+    c.sampling = ConfigDict()
+    c.sampling.sampler = "ddpm"
+    c.sampling.num_steps = 50
+    c.sampling.guidance = 5.0
+
+    c.algorithm = ConfigDict()
+    c.algorithm.name = "residual_nabla_db"
+    c.algorithm.beta = 0.0
+    c.algorithm.output_regularisation = 0.0
+    c.algorithm.prior_strength = 1.0
+    c.algorithm.credit = "lookahead"
+    c.algorithm.gamma = "alpha_bar"
+    c.algorithm.variance_weighted = False
+    c.algorithm.credit_clip = math.inf
+    c.algorithm.transition_fraction = 0.1
+    c.algorithm.uneven_bins = False
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8
+    c.lora.start_from = ""
+
+    c.flow = ConfigDict()
+    c.flow.block_out_channels = (64, 128, 256, 256)
+    c.flow.layers_per_block = 1
+    c.flow.attention_head_dim = 8
+    c.flow.norm_num_groups = 32
+
+    c.training = ConfigDict()
+    c.training.num_epochs = 200  # an update each
+    c.training.trajectories = 64
+    c.training.micro_batches = 4
+    c.training.updates_per_epoch = 1
+    c.training.learning_rate = 1e-3
+    c.training.weight_decay_lora = 1e-4
+    c.training.weight_decay_flow = 1e-2
+    c.training.clip = 1.0
+
+    c.logging = ConfigDict()
+    c.logging.samples_every = 20
+    c.logging.checkpoint_every = 10
+    c.logging.tensorboard = False
+    c.logging.wandb = False
+
+    if variant in ("forward_only", "fast"):
+        c.algorithm.credit = "guess"
+    if variant == "fast":
+        c.sampling.sampler = "sde_dpm_solver"
+        c.sampling.num_steps = 20
+        c.algorithm.transition_fraction = 0.4
+        c.algorithm.uneven_bins = True
+    return c

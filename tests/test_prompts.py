@@ -1,0 +1,164 @@
+"""Prompt sets: what each holds, its split, and where it comes from. The files here are small and made up.
+
+NABLA_GFN_JAX_PROMPTS names a folder with the released files of HPDv2 and DrawBench, as $NABLA_GFN_JAX_WEIGHTS/prompts
+has them; where it is set they are read too.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nabla_gfn_jax.checkpoints import hub
+from nabla_gfn_jax.data.prompts import PROMPT_SETS, prompt_set
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.train import Prompts, sample_keys
+
+RELEASED = os.environ.get("NABLA_GFN_JAX_PROMPTS", "")
+STYLES = ("photo", "paintings", "anime", "concept-art")
+CSV = """Prompts,Category
+A red car.,Colors
+A black car.,Colors
+"A pink, ""shiny"" car.",Colors
+Rbefraigerator.,Misspellings
+Artophagous.,Rare Words
+One cat.,Counting
+A yellow car.,Colors
+Two cats.,Counting
+Three cats.,Counting
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """What a user without a network has put there."""
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    for style in STYLES:
+        (folder / f"{style}.json").write_text(json.dumps([f"{style} {i}" for i in range(25)]))
+    (folder / "DrawBench Prompts - Sheet1.csv").write_text(CSV.replace("\n", "\r\n"))
+    labels = {str(i): f"class {i}, class of {i}" for i in range(1000)}
+    (folder / "imagenet-1k-id2label.json").write_text(json.dumps(labels))
+    monkeypatch.setenv(hub.FOLDER, str(tmp_path))
+    return folder
+
+
+def test_hpd(folder):
+    photo = prompt_set("hpd_photo")
+    assert photo.held_out == tuple(f"photo {i}" for i in range(10))
+    assert photo.train == tuple(f"photo {i}" for i in range(10, 25))
+    both = prompt_set("hpd_photo_paintings")
+    assert both.held_out == (*photo.held_out, *prompt_set("hpd_paintings").held_out)
+    assert both.train == (*photo.train, *prompt_set("hpd_paintings").train)
+    assert prompt_set("hpd_concept_art").train[0] == "concept-art 10"
+    assert prompt_set("hpd_photo_paintings") == both  # and does not grow
+
+
+def test_drawbench(folder):
+    found = prompt_set("drawbench")
+    assert found.held_out == ("A red car.", "A black car.", "One cat.", "Two cats.")
+    assert found.train == ('A pink, "shiny" car.', "A yellow car.", "Three cats.")
+
+
+def test_imagenet_animals(folder):
+    found = prompt_set("imagenet_animals").train
+    assert (len(found), found[0], found[-1]) == (398, "class 0", "class 397")
+
+
+@pytest.mark.skipif(not RELEASED, reason="NABLA_GFN_JAX_PROMPTS names no folder with the released files")
+def test_the_released_files(tmp_path, monkeypatch):
+    (tmp_path / "prompts").symlink_to(RELEASED)
+    monkeypatch.setenv(hub.FOLDER, str(tmp_path))
+    for style in STYLES:
+        found = prompt_set(f"hpd_{style.replace('-', '_')}")
+        assert (len(found.train), len(found.held_out)) == (790, 10)
+    both = prompt_set("hpd_photo_paintings")
+    assert (len(both.train), len(both.held_out)) == (1580, 20)
+    assert not set(both.train) & set(both.held_out)
+    drawbench = prompt_set("drawbench")
+    assert (len(drawbench.train), len(drawbench.held_out)) == (165, 18)  # 200 - 17, nine categories
+    assert drawbench.held_out[:2] == ("A red colored car.", "A black colored car.")
+
+
+def test_files(tmp_path):
+    contents = {"a.txt": "a cat\n\n  a dog \n", "a.json": '["a cat", "a dog"]'}
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+        assert prompt_set(str(tmp_path / name)).train == ("a cat", "a dog")
+        assert prompt_set(str(tmp_path / name)).held_out == ("a cat", "a dog")
+
+
+def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repo, file, *, revision, repo_type):
+        asked.append((repo, file, repo_type))
+        return str(tmp_path / Path(file).name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    (tmp_path / "a.csv").write_text("text,n\na cat,1\n")
+    (tmp_path / "a.jsonl").write_text('{"text": "a dog"}\n')
+    (tmp_path / "a.json").write_text('[{"text": "a cow"}]')
+    for file, animal in (("a.csv", "a cat"), ("a.jsonl", "a dog"), ("a.json", "a cow")):
+        assert prompt_set(f"hub:some.one/prompts/data/{file}:text").train == (animal,)
+    assert asked[0] == ("some.one/prompts", "data/a.csv", "dataset")
+    with pytest.raises(UserError, match="name the column"):
+        prompt_set("hub:some.one/prompts/data/a.csv")
+    with pytest.raises(UserError, match="no text in column 'prompt' of every row; it has text, n"):
+        prompt_set("hub:some.one/prompts/data/a.csv:prompt")
+
+
+BAD = {
+    "empty.txt": ("\n", "has no prompts"),
+    "numbers.json": ("[1, 2]", "is not a list of prompts"),
+    "broken.json": ("[", "is no JSON"),
+    "object.json": ("{}", "is not a list of prompts"),
+    "table.csv": ("a,b\n", "is a table"),
+    "picture.png": ("x", "cannot be read; use a .txt"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files_are_named_in_one_line(tmp_path, name):
+    text, reason = BAD[name]
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError) as caught:
+        prompt_set(str(tmp_path / name))
+    assert reason in str(caught.value)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name():
+    with pytest.raises(
+        UserError, match=r"'simple_animal' is unknown; use a text file, hub:OWNER.* or a_face"
+    ):
+        prompt_set("simple_animal")
+
+
+def test_without_a_network(monkeypatch, tmp_path):
+    def unreachable(*arguments, **options):
+        raise OSError("no network")
+
+    monkeypatch.setenv(hub.FOLDER, str(tmp_path))
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    for name in set(PROMPT_SETS) - {"simple_animals", "a_face"}:
+        with pytest.raises(UserError, match=r"`hf download .* --repo-type dataset` .*/prompts/"):
+            prompt_set(name)
+
+
+def test_training_draws_by_key():
+    """The same prompts for the same keys, whatever the state of Python's and NumPy's generators."""
+    texts = tuple(f"a {i}" for i in range(7))
+    prompts = object.__new__(Prompts)
+    prompts.texts, prompts.features = texts, {"row": np.arange(7)}
+    keys = sample_keys(jax.random.key(3), 5, 4000)
+    first = prompts.draw(keys)["row"]
+    np.random.seed(1)  # noqa: NPY002
+    np.testing.assert_array_equal(prompts.draw(keys)["row"], first)
+    np.testing.assert_array_equal(prompts.draw(keys[50:60])["row"], first[50:60])
+    assert np.abs(np.bincount(first) / 4000 - 1 / 7).max() < 0.02
+    assert prompts.cycle(9)["row"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
