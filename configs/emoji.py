@@ -50,6 +50,7 @@ def get_config() -> ConfigDict:
     c.training.learning_rate = 1e-3
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_flow = 1e-2
+    c.training.remat = False
     c.training.clip = 1e6
 
     c.logging = ConfigDict()

@@ -1,5 +1,6 @@
 """From a configuration to the pieces it names, checked before any long work."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -40,6 +41,7 @@ def build(config: ConfigDict) -> Finetuner:
     if config.model_dtype not in DTYPES:
         raise UserError(f"model_dtype = {config.model_dtype!r} is unknown; use one of {sorted(DTYPES)}")
     base = load_folder(resolve_model(config.model), DTYPES[config.model_dtype])
+    base = replace(base, unet=base.unet.clone(remat=config.training.remat))
     unet = base.unet.config
     flow = UNetConfig(
         sample_size=unet.sample_size,

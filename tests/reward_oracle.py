@@ -123,21 +123,22 @@ _IMAGE_REWARD = {
 class HPS(torch.nn.Module):
     """transformers' CLIP scoring as HPS does."""
 
-    def __init__(self):
+    def __init__(self, config: OpenCLIPConfig = CLIP):
         super().__init__()
-        text, vision = ({k: v for k, v in vars(c).items()} for c in (CLIP.text, CLIP.vision))
+        self.size = config.vision.image_size
+        text, vision = ({k: v for k, v in vars(c).items()} for c in (config.text, config.vision))
         self.clip = transformers.CLIPModel(
             transformers.CLIPConfig(
                 text_config=text | {"bos_token_id": 0, "eos_token_id": 2},
                 vision_config=vision,
-                projection_dim=CLIP.embed_dim,
+                projection_dim=config.embed_dim,
             )
         ).eval()
         make_random(self.clip, 0)
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
-        size = CLIP.vision.image_size
+        size = self.size
         scale = size / max(height, width)
         images = resized(images, round(scale * height), round(scale * width))
         rows, columns = (size - n for n in images.shape[2:])
@@ -146,7 +147,7 @@ class HPS(torch.nn.Module):
         output = self.clip(pixel_values=images, input_ids=ids)
         return (output.image_embeds * output.text_embeds).sum(-1)
 
-    def save(self, file: Path) -> None:
+    def save(self, file: Path, dtype: torch.dtype = torch.float32) -> None:
         """As OpenCLIP's own training does."""
         state = {}
         for name, tensor in self.clip.state_dict().items():
@@ -156,19 +157,22 @@ class HPS(torch.nn.Module):
                 state[joined] = torch.cat(parts)
             elif not re.search(r"self_attn\.[kv]_proj|position_ids", name):
                 state[rename(name, _OPEN_CLIP)] = tensor.T if name.endswith("projection.weight") else tensor
-        torch.save({"epoch": 1, "state_dict": state}, file)
+        torch.save({"epoch": 1, "state_dict": {name: tensor.to(dtype) for name, tensor in state.items()}}, file)
 
 
 class ImageReward(torch.nn.Module):
     """transformers' BLIP with ImageReward's head."""
 
-    def __init__(self):
+    def __init__(self, vision_config: VisionConfig = BLIP, med: dict = MED):
         super().__init__()
-        vision = {k: v for k, v in vars(BLIP).items()}
+        self.size = vision_config.image_size
+        vision = {k: v for k, v in vars(vision_config).items()}
         self.vision_model = transformers.BlipVisionModel(transformers.BlipVisionConfig(**vision)).eval()
-        text = transformers.BlipTextConfig(**MED | {"encoder_hidden_size": BLIP.hidden_size, "is_decoder": True})
+        text = transformers.BlipTextConfig(
+            **med | {"encoder_hidden_size": vision_config.hidden_size, "is_decoder": True}
+        )
         self.text_encoder = transformers.models.blip.modeling_blip_text.BlipTextModel(text, add_pooling_layer=False)
-        widths = (MED["hidden_size"], 1024, 128, 64, 16, 1)
+        widths = (med["hidden_size"], 1024, 128, 64, 16, 1)
         dense = [torch.nn.Linear(a, b) for a, b in pairwise(widths)]
         dropout = [torch.nn.Dropout(p) for p in (0.2, 0.2, 0.1)]
         layers = [dense[0], dropout[0], dense[1], dropout[1], dense[2], dropout[2], *dense[3:]]
@@ -178,7 +182,7 @@ class ImageReward(torch.nn.Module):
 
     def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         height, width = images.shape[2:]
-        size, shorter = BLIP.image_size, min(images.shape[2:])
+        size, shorter = self.size, min(images.shape[2:])
         images = resized(images, int(size * height / shorter), int(size * width / shorter))
         top, left = (round((n - size) / 2) for n in images.shape[2:])
         tokens = self.vision_model(normalised(images)[:, :, top : top + size, left : left + size]).last_hidden_state
@@ -191,7 +195,7 @@ class ImageReward(torch.nn.Module):
         state = {rename(name, _IMAGE_REWARD): tensor for name, tensor in self.state_dict().items()}
         state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
         state |= {
-            "blip.vision_proj.weight": torch.zeros(256, BLIP.hidden_size),
+            "blip.vision_proj.weight": torch.zeros(256, 7),
             "blip.text_proj.bias": torch.zeros(256),
         }
         torch.save(state, file)

@@ -16,6 +16,7 @@ from torch_oracle import nchw, nhwc, relative
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.models.lora import init_lora
 
 
 @pytest.fixture(scope="module", params=[oracle.SD_1_5, oracle.SD_2_1], ids=["sd-1.5", "sd-2.1"])
@@ -114,10 +115,35 @@ def test_bfloat16_is_close_and_stays_bfloat16(tmp_path):
     rng = np.random.default_rng(0)
     x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 8, 8, 4), (2, 5, oracle.WIDTH)))
     t = np.asarray([981, 1], np.int32)
-    with jax.numpy_dtype_promotion("standard"):  # jax's attention and flax's norms mix the two by themselves
-        model = load_folder(tmp_path, jnp.bfloat16)
-        arguments = ({"params": model.params["unet"]}, x, t, context)
-        y = oracle.compile_quickly(model.unet.apply, *arguments)(*arguments)
+    model = load_folder(tmp_path, jnp.bfloat16)
+    arguments = ({"params": model.params["unet"]}, x, t, context)
+    y = oracle.compile_quickly(model.unet.apply, *arguments)(*arguments)
     assert y.dtype == jnp.bfloat16
     expected = nhwc(pipe.unet(nchw(x), torch.tensor(t), torch.tensor(context)).sample)
     assert relative(y.astype(jnp.float32), expected) < 0.03
+
+
+def test_remat_is_the_same_gradient_in_less_memory(tmp_path):
+    """In the input and the LoRA; what XLA itself says of the program's temporary memory."""
+    oracle.pipeline(tmp_path, **oracle.ONE_LEVEL).save_pretrained(tmp_path)
+    model = load_folder(tmp_path)
+    rng = np.random.default_rng(0)
+    params = model.params["unet"]
+    lora = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), init_lora(jax.random.key(0), params, 2)
+    )
+    x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 16, 16, 4), (2, 5, oracle.WIDTH)))
+
+    def gradient(unet):
+        def loss(params, lora, x):
+            y = unet.apply({"params": params, "lora": lora}, x, np.asarray([981, 1], np.int32), context)
+            return jnp.square(y).sum()
+
+        return oracle.compile_quickly(jax.grad(loss, (1, 2)), params, lora, x)
+
+    plain, remat = gradient(model.unet), gradient(model.unet.clone(remat=True))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+        *(f(params, lora, x) for f in (plain, remat)),
+    )
+    assert remat.memory_analysis().temp_size_in_bytes < 0.7 * plain.memory_analysis().temp_size_in_bytes

@@ -133,9 +133,7 @@ def test_bad_files_are_named_in_one_line(tmp_path, name):
 
 
 def test_an_unknown_name():
-    with pytest.raises(
-        UserError, match=r"'simple_animal' is unknown; use a text file, hub:OWNER.* or a_face"
-    ):
+    with pytest.raises(UserError, match=r"'simple_animal' is unknown; use a text file, hub:OWNER.* or a_face"):
         prompt_set("simple_animal")
 
 

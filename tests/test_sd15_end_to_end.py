@@ -8,6 +8,7 @@ and saves, and `sample` draws with the LoRA that was saved. One trajectory at a 
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -15,16 +16,147 @@ import time
 from pathlib import Path
 
 import diffusers
+import jax
 import numpy as np
 import pytest
+import reward_oracle
 import torch
 import transformers
+from PIL import Image
 from safetensors.numpy import load_file
+from test_aesthetic import Aesthetic
 from torch_oracle import CAPTIONS
 
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
+from nabla_gfn_jax.models.blip import VIT_L_16
+from nabla_gfn_jax.models.clip_vision import VIT_L_14, VIT_L_14_DIM
+from nabla_gfn_jax.models.open_clip import VIT_H_14
 from nabla_gfn_jax.models.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"
-WORDS = 2000  # of a tokenizer trained here; the text encoder's table has its true 49408 rows
+WORDS = 600  # of a tokenizer trained here; the networks' tables have all their rows
+MED = reward_oracle.MED | {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 512,
+    "num_attention_heads": 12,
+    "num_hidden_layers": 12,
+    "vocab_size": 30524,
+    "encoder_width": 768,
+}
+
+
+def write_aesthetic(folder: Path) -> None:
+    _, head = Aesthetic(VIT_L_14, VIT_L_14_DIM).save(folder)
+    head.rename(folder / "aesthetic-model.pth")
+
+
+def write_hps(folder: Path) -> None:
+    reward_oracle.HPS(VIT_H_14).save(folder / "HPS_v2.1_compressed.pt", torch.float16)
+    train_tokenizer(CAPTIONS, folder, WORDS, 77)
+    fast = transformers.CLIPTokenizer.from_pretrained(folder)
+    fast.save_pretrained(folder)
+
+
+def write_image_reward(folder: Path) -> None:
+    reward_oracle.ImageReward(VIT_L_16, MED).save(folder / "ImageReward.pt")
+    (folder / "med_config.json").write_text(json.dumps(MED))
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz.", "a", "cat"]
+    (folder / "vocab.txt").write_text("\n".join([*words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]) + "\n")
+
+
+WRITERS = {"aesthetic": write_aesthetic, "hps": write_hps, "image_reward": write_image_reward}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A diffusers folder of Stable Diffusion 1.5's sizes, by diffusers' and transformers' own classes."""
+    folder = tmp_path_factory.mktemp("sd15")
+    train_tokenizer(CAPTIONS, folder / "words", WORDS, 77)
+    torch.manual_seed(0)
+    text = transformers.CLIPTextConfig(
+        vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+    )
+    blocks = (128, 256, 512, 512)
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(
+            block_out_channels=blocks,
+            down_block_types=["DownEncoderBlock2D"] * 4,
+            up_block_types=["UpDecoderBlock2D"] * 4,
+            layers_per_block=2,
+            sample_size=512,
+        ),
+        text_encoder=transformers.CLIPTextModel(text),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words"),
+        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        scheduler=diffusers.PNDMScheduler(
+            **{k: STABLE_DIFFUSION[k] for k in ("beta_start", "beta_end", "beta_schedule", "set_alpha_to_one")},
+            steps_offset=1,
+            skip_prk_steps=True,
+        ),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    assert sum(p.numel() for p in pipe.unet.parameters()) == 859_520_964
+    assert sum(p.numel() for p in pipe.vae.parameters()) == 83_653_863
+    assert sum(p.numel() for p in pipe.text_encoder.parameters()) == 123_060_480
+    pipe.to(torch.float16).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+def run(command: str, *flags: str, **environment: str) -> str:
+    """A command in a process of its own; prints its time and peak memory."""
+    start = time.time()
+    done = subprocess.run(
+        [sys.executable, "-m", f"nabla_gfn_jax.{command}", *flags],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    print(f"\n{command} {flags[0]}: {time.time() - start:.0f} s, peak of all so far {peak:.1f} GiB")
+    return done.stdout
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
+    weights = tmp_path / "weights"
+    (weights / name).mkdir(parents=True)
+    torch.manual_seed(0)
+    WRITERS[name](weights / name)
+    (tmp_path / "prompts.txt").write_text("a cat\n")
+    fields = {
+        "model": model,
+        "prompts": tmp_path / "prompts.txt",
+        "model_dtype": "float32",
+        "sampling.num_steps": 2,
+        "algorithm.transition_fraction": 0.5,
+        "training.trajectories": 1,
+        "training.micro_batches": 1,
+        "training.num_epochs": 1,
+    }
+    run(
+        "train",
+        f"--config={CONFIGS / name}.py",
+        f"--workdir={tmp_path / 'run'}",
+        *(f"--config.{field}={value}" for field, value in fields.items()),
+        NABLA_GFN_JAX_WEIGHTS=str(weights),
+        XDG_CACHE_HOME=str(tmp_path / "cache"),
+    )
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1]
+    assert all(np.isfinite(value) for row in rows for value in row.values() if not np.isnan(value))
+    for term in ("loss_forward", "loss_reverse", "grad_norm_lora", "grad_norm_flow"):
+        assert rows[1][term] > 0, term
+    lora = load_file(tmp_path / "run/lora/diffusers.safetensors")
+    assert len(lora) == 256
+    assert max(np.abs(a).max() for key, a in lora.items() if "lora_B" in key) > 1e-4  # one AdamW step
+
+    out = tmp_path / "cat.png"
+    drawing = ("--num=1", "--steps=2", "--prompt=a cat", f"--out={out}")
+    run("sample", f"--model={model}", f"--lora={tmp_path / 'run/lora/kohya.safetensors'}", *drawing)
+    assert Image.open(out).size == (512, 512)
+    jax.clear_caches()

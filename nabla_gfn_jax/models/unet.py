@@ -129,17 +129,21 @@ class UNet2DConditionModel(nn.Module):
 
     `apply({"params": base}, x, t, context)` is the reference model and
     `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged.
+    With `remat` a gradient keeps each block's input alone and computes what is within the block again.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
-    def _resnet(self, features: int, name: str) -> ResnetBlock:
-        return ResnetBlock(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
+    def _resnet(self, features: int, name: str) -> Any:
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
+        return block(features, self.config.norm_num_groups, self.config.norm_eps, self.dtype, name=name)
 
-    def _transformer(self, level: int, name: str) -> SpatialTransformer:
+    def _transformer(self, level: int, name: str) -> Any:
         c = self.config
-        return SpatialTransformer(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
+        block = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
+        return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
 
     @nn.compact
     def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:
