@@ -1,6 +1,20 @@
 """Residual ∇-DB on the emoji model that ships with the package, towards how positive a face looks.
 
-python -m nabla_gfn_jax.train --config=configs/emoji.py
+    python -m nabla_gfn_jax.train --config=configs/emoji.py
+
+Hardware: 2 CPU cores, 7.7 minutes (462 s; the first updates are made after 58 s compiling everything, after 28 s with a warm cache), peak 3.6 GB.
+Expect: mean log R from .22 ± .01 to .41-.45 in seeds 0 to 3, faces that still differ (README: the table), the loss
+about .01 all the while: it is dominated by the spread of the credit.
+
+How it differs from the paper's settings (`paper.py`), and why:
+
+- `credit = "adjoint"`: reaches the exact target in two dimensions where the lookahead stops short, and has no flow
+  network to train (docs/exact_target.md).
+- `credit_clip = 0.2`: the adjoint has heavy tails; clipped transition by transition it needs no clip of the whole
+  gradient, so `clip = 1e6`.
+- `beta = 80`: 10 and 40 climb less in the same time. The clip and 40 epochs stop short of β itself: the reward that is
+  reached is that of the base tilted with an exponent of 7 to 8.
+- `updates_per_epoch = 4`: sampling is two thirds of the cost, so each epoch's trajectories are used four times.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,11 @@
 """Residual ∇-DB on the emoji model that ships with the package, towards animals that are recognised.
 
-python -m nabla_gfn_jax.train --config=configs/emoji_animals.py
+    python -m nabla_gfn_jax.train --config=configs/emoji_animals.py
+
+`emoji.py` with a reward that depends on the prompt, log p(the animal | image) by a network of its own, over 45 prompts.
+Hardware: 2 CPU cores, 8.4 minutes, peak 3.6 GB. Expect: mean log R from -.57 ± .03 to -.43 ± .02 in seeds 0 to 2
+(README: the table). β: 4 did not climb, 25 ended at -.49, 100 at -.43; vendors and drawings stay as they were with
+each, so 100.
 """
 
 from pathlib import Path
@@ -11,7 +16,7 @@ from nabla_gfn_jax.command_line import load_config
 
 
 def get_config() -> ConfigDict:
-    """`emoji.py` with another reward, and a β for its scale: log p spreads ten times as wide as valence."""
+    """`emoji.py` with another reward, its prompts and its β."""
     c = load_config(Path(__file__).with_name("emoji.py"))
     c.reward = "recognisability"
     c.prompts = "simple_animals"

@@ -123,27 +123,36 @@ def test_bfloat16_is_close_and_stays_bfloat16(tmp_path):
     assert relative(y.astype(jnp.float32), expected) < 0.03
 
 
-def test_remat_is_the_same_gradient_in_less_memory(tmp_path):
-    """In the input and the LoRA; what XLA itself says of the program's temporary memory."""
+def test_remat_is_the_same_gradient_and_keeps_less(tmp_path):
+    """In the input and the LoRA. What is kept, not the compiled program's memory: XLA on CPU merges the repetition."""
     oracle.pipeline(tmp_path, **oracle.ONE_LEVEL).save_pretrained(tmp_path)
     model = load_folder(tmp_path)
     rng = np.random.default_rng(0)
     params = model.params["unet"]
     lora = jax.tree.map(
-        lambda a: jnp.asarray(rng.normal(size=a.shape), jnp.float32), init_lora(jax.random.key(0), params, 2)
+        lambda a: jnp.asarray(rng.normal(size=a.shape) / 8, jnp.float32), init_lora(jax.random.key(0), params, 2)
     )
     x, context = (rng.normal(size=shape).astype(np.float32) for shape in ((2, 16, 16, 4), (2, 5, oracle.WIDTH)))
 
+    def pull_back(unet):
+        def output(lora, x):
+            variables = {"params": params, "lora": lora}
+            return unet.apply(variables, x, np.asarray([981, 1], np.int32), context)
+
+        return jax.vjp(output, lora, x)
+
     def gradient(unet):
-        def loss(params, lora, x):
-            y = unet.apply({"params": params, "lora": lora}, x, np.asarray([981, 1], np.int32), context)
-            return jnp.square(y).sum()
+        def run(_):
+            y, pull = pull_back(unet)
+            return pull(y)
 
-        return oracle.compile_quickly(jax.grad(loss, (1, 2)), params, lora, x)
+        return jax.tree.leaves(oracle.compile_quickly(run, 0.0)(0.0))
 
-    plain, remat = gradient(model.unet), gradient(model.unet.clone(remat=True))
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
-        *(f(params, lora, x) for f in (plain, remat)),
-    )
-    assert remat.memory_analysis().temp_size_in_bytes < 0.7 * plain.memory_analysis().temp_size_in_bytes
+    def kept(unet):
+        leaves = jax.tree.leaves(jax.eval_shape(lambda: pull_back(unet)[1]))
+        return sum(leaf.size for leaf in leaves)
+
+    remat = model.unet.clone(remat=True)
+    assert max(relative(a, b) for a, b in zip(gradient(remat), gradient(model.unet), strict=True)) < 1e-4
+    weights = sum(a.size for a in jax.tree.leaves(params))
+    assert kept(remat) - weights < 0.3 * (kept(model.unet) - weights)

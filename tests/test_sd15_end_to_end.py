@@ -27,7 +27,6 @@ from safetensors.numpy import load_file
 from test_aesthetic import Aesthetic
 from torch_oracle import CAPTIONS
 
-from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.models.blip import VIT_L_16
 from nabla_gfn_jax.models.clip_vision import VIT_L_14, VIT_L_14_DIM
 from nabla_gfn_jax.models.open_clip import VIT_H_14
@@ -36,6 +35,19 @@ from nabla_gfn_jax.models.tokenizer import train_tokenizer
 pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"
 WORDS = 600  # of a tokenizer trained here; the networks' tables have all their rows
+# The released file's fields.
+SCHEDULER = {
+    "_class_name": "PNDMScheduler",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+    "clip_sample": False,
+}
 MED = reward_oracle.MED | {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -90,11 +102,7 @@ def model(tmp_path_factory):
         text_encoder=transformers.CLIPTextModel(text),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words"),
         unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
-        scheduler=diffusers.PNDMScheduler(
-            **{k: STABLE_DIFFUSION[k] for k in ("beta_start", "beta_end", "beta_schedule", "set_alpha_to_one")},
-            steps_offset=1,
-            skip_prk_steps=True,
-        ),
+        scheduler=diffusers.PNDMScheduler(steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -103,6 +111,7 @@ def model(tmp_path_factory):
     assert sum(p.numel() for p in pipe.vae.parameters()) == 83_653_863
     assert sum(p.numel() for p in pipe.text_encoder.parameters()) == 123_060_480
     pipe.to(torch.float16).save_pretrained(folder / "model")
+    (folder / "model/scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder / "model"
 
 
