@@ -1,8 +1,8 @@
 """The UNet at Stable Diffusion 1.5's true size, 860 million random parameters, against diffusers.
 
-`pytest -n 0 -m slow tests/test_sd15_full_size.py -s` on two cores shared with other work: 279 s, peak 9.4 GiB, 4 GB of disk.
-Relative errors: output 1.7e-6, the same with LoRA; gradient in the input 2.6e-6, in the LoRA 4.0e-6 (1.3e-5 in the
-worst of its 256 matrices).
+`pytest -n 0 -m slow tests/test_sd15_full_size.py -s` on two cores shared with other work: 279 s, peak 9.4 GiB, 4 GB of
+disk. Relative errors: output 1.7e-6, the same with LoRA; gradient in the input 2.6e-6, in the LoRA 4.0e-6 (1.3e-5 in
+the worst of its 256 matrices).
 """
 
 import gc

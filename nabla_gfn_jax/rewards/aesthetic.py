@@ -68,14 +68,11 @@ def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_di
         weights.read_state_dict(head), expected, str(head), "LAION's aesthetic head", place=_float32
     )
 
-    def encode(prompts: list[str]) -> Array:
-        return jnp.zeros((len(prompts), 0))
-
-    def score(params: Params, images: Images, prompts: Array) -> Scores:
+    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
         with jax.default_matmul_precision("highest"):
             return jnp.asarray(model.apply({"params": params}, preprocess(images, size)))
 
-    return Reward({"clip": tower, **layers}, encode, score)
+    return Reward({"clip": tower, **layers}, lambda prompts: {}, score)
 
 
 def preprocess(images: Images, size: int) -> Resized:
