@@ -231,6 +231,30 @@ def test_every_term_and_gradient(variant):
     _assert_equal(*last(PARAMS, transition), *_oracle_terms(settings, 49))
 
 
+@pytest.fixture
+def dpm_solver(monkeypatch):
+    """The module's schedule and trajectory by the other sampler, twenty steps."""
+    monkeypatch.setitem(globals(), "SCHEDULE", make_schedule(STABLE_DIFFUSION, 20, sampler="sde_dpm_solver"))
+    _trajectory.cache_clear()
+    yield
+    _trajectory.cache_clear()
+
+
+def test_every_term_and_gradient_under_sde_dpm_solver(dpm_solver):
+    """Its transition densities, which are Gaussian with diffusers' coefficients (test_schedule), in the same loss."""
+    algorithm = ResidualNablaDB(**DEFAULTS, transition_fraction=0.4, uneven_bins=True)
+    condition = jnp.asarray(CONDITION)
+    chosen = algorithm.transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, condition, 1)
+    assert chosen.ordinary.x.shape[:3] == (1, BATCH, 8)
+    ordinary = jax.jit(lambda params, transition: algorithm.ordinary(params, MODEL, transition))
+    for k in (0, 9, 18):
+        transition = gather(jnp.full(BATCH, k), _trajectory(), SCHEDULE, condition, None)
+        _assert_equal(*ordinary(PARAMS, transition), *_oracle_terms(DEFAULTS, k))
+    transition = gather(jnp.full(BATCH, 19), _trajectory(), SCHEDULE, condition, None)
+    last = jax.jit(lambda params, transition: algorithm.last(params, MODEL, transition))
+    _assert_equal(*last(PARAMS, transition), *_oracle_terms(DEFAULTS, 19))
+
+
 SLIPS = {  # what goes wrong, in which function, by how much
     "forward sign": ("score_change", -1.0),
     "reverse sign": ("score", -1.0),

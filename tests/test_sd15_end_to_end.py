@@ -130,6 +130,26 @@ def run(command: str, *flags: str, **environment: str) -> str:
     return done.stdout
 
 
+LOAD = """
+import re, sys
+from pathlib import Path
+import jax
+from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+jax.block_until_ready(jax.numpy.zeros(8) + 1)
+before = peak()
+model = jax.block_until_ready(load_folder(Path(sys.argv[1])).params)
+print((peak() - before) / sum(a.nbytes for a in jax.tree.leaves(model)))
+"""
+
+
+def test_loading_takes_the_memory_of_the_weights(model):
+    """In float32, from files in float16."""
+    done = subprocess.run([sys.executable, "-c", LOAD, str(model)], capture_output=True, text=True, check=True)
+    print(f"\nloading: {float(done.stdout):.2f} times the weights")
+    assert 1.0 <= float(done.stdout) < 1.3
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
     weights = tmp_path / "weights"
