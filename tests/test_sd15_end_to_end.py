@@ -2,7 +2,9 @@
 
 A diffusers folder in float16 (860 M UNet, VAE, CLIP text encoder), CLIP ViT-L/14 with LAION's head, HPS_v2.1's and
 ImageReward's checkpoints are written; then, as a user does it, `train` loads them, samples 2 steps, makes one update
-and saves, and `sample` draws with the LoRA that was saved. One trajectory at a time, 512x512 pixels, bfloat16.
+and saves, and `sample` draws with the LoRA that was saved. One trajectory, in float32. Every weight has its true shape;
+images have 256 pixels a side, since at 512 the update wants 106 GiB of a CPU, whose compiler neither fuses attention
+nor orders the program by memory. The flag below makes it order.
 
 `pytest -n 0 -m slow tests/test_sd15_end_to_end.py -s` on two cores shared with other work: MEASURED
 """
@@ -16,7 +18,6 @@ import time
 from pathlib import Path
 
 import diffusers
-import jax
 import numpy as np
 import pytest
 import reward_oracle
@@ -34,6 +35,8 @@ from nabla_gfn_jax.models.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"
+IMAGE = 256  # pixels
+BY_MEMORY = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
 WORDS = 600  # of a tokenizer trained here; the networks' tables have all their rows
 # The released file's fields.
 SCHEDULER = {
@@ -78,13 +81,8 @@ def write_image_reward(folder: Path) -> None:
     (folder / "vocab.txt").write_text("\n".join([*words, *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz")]) + "\n")
 
 
-WRITERS = {"aesthetic": write_aesthetic, "hps": write_hps, "image_reward": write_image_reward}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def write_model(folder: Path) -> None:
     """A diffusers folder of Stable Diffusion 1.5's sizes, by diffusers' and transformers' own classes."""
-    folder = tmp_path_factory.mktemp("sd15")
     train_tokenizer(CAPTIONS, folder / "words", WORDS, 77)
     torch.manual_seed(0)
     text = transformers.CLIPTextConfig(
@@ -101,7 +99,7 @@ def model(tmp_path_factory):
         ),
         text_encoder=transformers.CLIPTextModel(text),
         tokenizer=transformers.CLIPTokenizer.from_pretrained(folder / "words"),
-        unet=diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        unet=diffusers.UNet2DConditionModel(sample_size=IMAGE // 8, cross_attention_dim=768),
         scheduler=diffusers.PNDMScheduler(steps_offset=1),
         safety_checker=None,
         feature_extractor=None,
@@ -112,7 +110,22 @@ def model(tmp_path_factory):
     assert sum(p.numel() for p in pipe.text_encoder.parameters()) == 123_060_480
     pipe.to(torch.float16).save_pretrained(folder / "model")
     (folder / "model/scheduler/scheduler_config.json").write_text(json.dumps(SCHEDULER))
+
+
+WRITERS = {"model": write_model, "aesthetic": write_aesthetic, "hps": write_hps, "image_reward": write_image_reward}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A diffusers folder of Stable Diffusion 1.5's sizes."""
+    folder = tmp_path_factory.mktemp("sd15")
+    write("model", folder)
     return folder / "model"
+
+
+def write(name: str, folder: Path) -> None:
+    """In a process of its own, which leaves no memory behind."""
+    subprocess.run([sys.executable, __file__, name, str(folder)], check=True)
 
 
 def run(command: str, *flags: str, **environment: str) -> str:
@@ -122,7 +135,7 @@ def run(command: str, *flags: str, **environment: str) -> str:
         [sys.executable, "-m", f"nabla_gfn_jax.{command}", *flags],
         capture_output=True,
         text=True,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1"} | environment,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": "1", "XLA_FLAGS": BY_MEMORY} | environment,
     )
     assert done.returncode == 0, done.stderr
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -150,12 +163,11 @@ def test_loading_takes_the_memory_of_the_weights(model):
     assert 1.0 <= float(done.stdout) < 1.3
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
+@pytest.mark.parametrize(("name", "variant"), [("aesthetic", ""), ("hps", "forward_only"), ("image_reward", "fast")])
+def test_from_files_to_a_lora_that_draws(name, variant, model, tmp_path):
     weights = tmp_path / "weights"
     (weights / name).mkdir(parents=True)
-    torch.manual_seed(0)
-    WRITERS[name](weights / name)
+    write(name, weights / name)
     (tmp_path / "prompts.txt").write_text("a cat\n")
     fields = {
         "model": model,
@@ -169,7 +181,7 @@ def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
     }
     run(
         "train",
-        f"--config={CONFIGS / name}.py",
+        f"--config={CONFIGS / name}.py{':' if variant else ''}{variant}",
         f"--workdir={tmp_path / 'run'}",
         *(f"--config.{field}={value}" for field, value in fields.items()),
         NABLA_GFN_JAX_WEIGHTS=str(weights),
@@ -178,8 +190,10 @@ def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1]
     assert all(np.isfinite(value) for row in rows for value in row.values() if not np.isnan(value))
-    for term in ("loss_forward", "loss_reverse", "grad_norm_lora", "grad_norm_flow"):
+    for term in ("loss_forward", "grad_norm_lora"):
         assert rows[1][term] > 0, term
+    for term in ("loss_reverse", "grad_norm_flow"):
+        assert (rows[1][term] > 0) == (variant == ""), term
     lora = load_file(tmp_path / "run/lora/diffusers.safetensors")
     assert len(lora) == 256
     assert max(np.abs(a).max() for key, a in lora.items() if "lora_B" in key) > 1e-4  # one AdamW step
@@ -187,5 +201,10 @@ def test_from_files_to_a_lora_that_draws(name, model, tmp_path):
     out = tmp_path / "cat.png"
     drawing = ("--num=1", "--steps=2", "--prompt=a cat", f"--out={out}")
     run("sample", f"--model={model}", f"--lora={tmp_path / 'run/lora/kohya.safetensors'}", *drawing)
-    assert Image.open(out).size == (512, 512)
-    jax.clear_caches()
+    with Image.open(out) as image:
+        assert min(image.size) >= IMAGE
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    WRITERS[sys.argv[1]](Path(sys.argv[2]))
