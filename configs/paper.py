@@ -18,7 +18,7 @@ VARIANTS = ("", "forward_only", "fast")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Every field of a run but `reward`, `prompts`, β and λ, which are filled with ""  and 0."""
+    """Every field of a run but `reward`, `prompts`, β and λ, which are "" and 0 here."""
     if variant not in VARIANTS:
         raise UserError(f"there is no variant {variant!r}; use none, or one of {', '.join(VARIANTS[1:])}")
     c = ConfigDict()
@@ -72,6 +72,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.logging.tensorboard = False
     c.logging.wandb = False
 
+    _make_cheaper(c, variant)
+    return c
+
+
+def _make_cheaper(c: ConfigDict, variant: str) -> None:
     if variant in ("forward_only", "fast"):
         c.algorithm.credit = "guess"
     if variant == "fast":
@@ -79,4 +84,3 @@ def get_config(variant: str = "") -> ConfigDict:
         c.sampling.num_steps = 20
         c.algorithm.transition_fraction = 0.4
         c.algorithm.uneven_bins = True
-    return c
