@@ -13,9 +13,9 @@ How it differs from the paper's settings (`paper.py`), and why:
   network to train (docs/exact_target.md).
 - `credit_clip = 0.2`: the adjoint has heavy tails; clipped transition by transition it needs no clip of the whole
   gradient, so `clip = 1e6`.
-- `beta = 80`: the largest tried. Earlier runs at 10 and 40 climbed less (to .25 and .33 at best), but they had a tighter
-  clip, other rates and fewer updates too: no controlled comparison. The clip and 40 epochs stop short of β itself: the reward that is
-  reached is that of the base tilted with an exponent of 7 to 8.
+- `beta = 80`: the largest tried. Earlier runs at 10 and 40 climbed less (to .26 and .33 at best) but had other clips,
+  rates and lengths: no controlled comparison. The clip and 40 epochs stop short of β itself: the reward that is reached
+  is that of the base tilted with an exponent of 7 to 8.
 - `updates_per_epoch = 4`: sampling is two thirds of the cost, so each epoch's trajectories are used four times.
 """
 
