@@ -67,6 +67,7 @@ def get_config() -> ConfigDict:
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_flow = 1e-2
     c.training.remat = False
+    c.training.images_at_once = 0  # that the VAE and the reward have on a device; 0: a micro-batch's, all
     c.training.clip = 1e6
 
     c.logging = ConfigDict()

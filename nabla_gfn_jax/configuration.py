@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
@@ -40,8 +41,7 @@ def build(config: ConfigDict) -> Finetuner:
         algorithm.bins(config.sampling.num_steps)
     if config.model_dtype not in DTYPES:
         raise UserError(f"model_dtype = {config.model_dtype!r} is unknown; use one of {sorted(DTYPES)}")
-    base = load_folder(resolve_model(config.model), DTYPES[config.model_dtype])
-    base = replace(base, unet=base.unet.clone(remat=config.training.remat))
+    base = with_options(load_folder(resolve_model(config.model), DTYPES[config.model_dtype]), config, mesh)
     unet = base.unet.config
     flow = UNetConfig(
         sample_size=unet.sample_size,
@@ -67,7 +67,14 @@ def build(config: ConfigDict) -> Finetuner:
         start_from=starting_lora(config.lora.start_from, base, config.lora.rank),
         micro_batches=c.micro_batches,
         updates_per_epoch=c.updates_per_epoch,
+        images_at_once=c.images_at_once,
     )
+
+
+def with_options(base: StableDiffusion, config: ConfigDict, mesh: Mesh) -> StableDiffusion:
+    """The model as these devices are to run it; no number depends on it but by rounding."""
+    remat, cudnn = config.training.remat, mesh.devices.flat[0].platform in ("gpu", "cuda")
+    return replace(base, unet=base.unet.clone(remat=remat, cudnn=cudnn), vae=base.vae.clone(remat=remat))
 
 
 def starting_lora(file: str, base: StableDiffusion, rank: int) -> Params | None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens, attend
+from nabla_gfn_jax.models.attention import attend
+from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
 from nabla_gfn_jax.typing import Context, TokenIds
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {

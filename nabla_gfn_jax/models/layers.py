@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.conv import convolve
 
 FeatureMap = Float[Array, "batch _height _width _channels"]
@@ -144,21 +145,13 @@ class ResnetBlock(nn.Module):
         return x.astype(self.dtype) + h
 
 
-Heads = Float[Array, "batch _ heads width"]
-
-
-def attend(q: Heads, k: Heads, v: Heads, **options: Any) -> Heads:
-    """softmax(q kᵀ / √width) v of each head, the softmax in float32; `options` of `jax.nn.dot_product_attention`."""
-    with jax.numpy_dtype_promotion("standard"):  # JAX's own code promotes bfloat16
-        return jax.nn.dot_product_attention(q, k, v, **options)
-
-
 class Attention(nn.Module):
     """Multi-head attention of `x` over `context` (itself when None): q, k, v, out, the four layers LoRA adapts."""
 
     heads: int
     qkv_bias: bool = False
     dtype: Any = jnp.float32
+    cudnn: bool = False
 
     @nn.compact
     def __call__(self, x: Tokens, context: Float[Array, "batch keys width"] | None = None) -> Tokens:
@@ -170,7 +163,7 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
         q, k, v = heads_of("to_q", x), heads_of("to_k", source), heads_of("to_v", source)
-        h = attend(q, k, v).reshape(x.shape)
+        h = attend(q, k, v, cudnn=self.cudnn).reshape(x.shape)
         return Dense(width, dtype=self.dtype, name="to_out.0")(h)
 
 

@@ -87,6 +87,7 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: Any
+    cudnn: bool
 
     @nn.compact
     def __call__(self, x: Tokens, context: Context) -> Tokens:
@@ -94,8 +95,8 @@ class TransformerBlock(nn.Module):
             return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         width = x.shape[-1]
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
-        x = x + Attention(self.heads, dtype=self.dtype, name="attn2")(norm("norm2")(x), context)
+        x = x + Attention(self.heads, dtype=self.dtype, cudnn=self.cudnn, name="attn1")(norm("norm1")(x))
+        x = x + Attention(self.heads, dtype=self.dtype, cudnn=self.cudnn, name="attn2")(norm("norm2")(x), context)
         hidden = Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
         value, gate = jnp.split(hidden, 2, axis=-1)
         return x + Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
@@ -108,6 +109,7 @@ class SpatialTransformer(nn.Module):
     groups: int
     linear_projection: bool
     dtype: Any
+    cudnn: bool
 
     @nn.compact
     def __call__(self, x: FeatureMap, context: Context) -> FeatureMap:
@@ -120,7 +122,7 @@ class SpatialTransformer(nn.Module):
 
         h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         h = projection("proj_in", h).reshape(batch, height * width, channels)
-        h = TransformerBlock(self.heads, self.dtype, name="transformer_blocks.0")(h, context)
+        h = TransformerBlock(self.heads, self.dtype, self.cudnn, name="transformer_blocks.0")(h, context)
         return x + projection("proj_out", h.reshape(batch, height, width, channels))
 
 
@@ -129,12 +131,14 @@ class UNet2DConditionModel(nn.Module):
 
     `apply({"params": base}, x, t, context)` is the reference model and
     `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged.
-    With `remat` a gradient keeps each block's input alone and computes what is within the block again.
+    With `remat` a gradient keeps each block's input alone and computes what is within the block again. `cudnn`: a GPU
+    runs it, so attention may be cuDNN's.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    cudnn: bool = False
 
     def _resnet(self, features: int, name: str) -> Any:
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
@@ -143,7 +147,7 @@ class UNet2DConditionModel(nn.Module):
     def _transformer(self, level: int, name: str) -> Any:
         c = self.config
         block = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
-        return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, name=name)
+        return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, self.cudnn, name=name)
 
     @nn.compact
     def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:

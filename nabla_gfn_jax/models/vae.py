@@ -100,17 +100,19 @@ class Decoder(nn.Module):
 
     config: VAEConfig
     dtype: Any
+    remat: bool
 
     @nn.compact
     def __call__(self, z: FeatureMap) -> FeatureMap:
         c = self.config
+        block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         widths = tuple(reversed(c.block_out_channels))
         h = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
         h = MidBlock(widths[0], c.norm_num_groups, c.mid_block_add_attention, self.dtype, name="mid_block")(h)
         for i, width in enumerate(widths):
             for j in range(c.layers_per_block + 1):
                 name = f"up_blocks.{i}.resnets.{j}"
-                h = ResnetBlock(width, c.norm_num_groups, _EPSILON, self.dtype, name=name)(h)
+                h = block(width, c.norm_num_groups, _EPSILON, self.dtype, name=name)(h)
             if i < len(widths) - 1:
                 h = Upsample(width, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
         h = nn.silu(GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(h))
@@ -120,16 +122,18 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images in [0, 1] (B, H, W, 3) to and from scaled latents (B, H/f, W/f, c), f = `config.downscale`.
 
-    A latent here is what the diffusion model sees: the VAE's own latent times `config.scaling_factor`.
+    A latent here is what the diffusion model sees: the VAE's own latent times `config.scaling_factor`. With `remat`
+    a gradient through the decoder keeps each ResNet block's input alone.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
+    remat: bool = False
 
     def setup(self) -> None:
         c = self.config
         self.encoder = Encoder(c, self.dtype)
-        self.decoder = Decoder(c, self.dtype)
+        self.decoder = Decoder(c, self.dtype, self.remat)
         self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
         self.post_quant_conv = Conv(c.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
 

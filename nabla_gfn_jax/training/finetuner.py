@@ -27,6 +27,7 @@ from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.unet import UNet2DConditionModel
 from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
 from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.training.latent_reward import in_parts, latent_reward
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Scores, Timesteps
 
 
@@ -74,6 +75,7 @@ class Finetuner:
     mesh: Mesh
     micro_batches: int
     updates_per_epoch: int = 1
+    images_at_once: int = 0  # that the VAE and the reward have on a device; 0: a micro-batch's, all
     start_from: Params | None = None  # a LoRA
 
     def init(self, seed: int, rank: int) -> TrainState:
@@ -94,7 +96,8 @@ class Finetuner:
     @cached_property
     def frozen(self) -> Params:
         """Parameters that training reads and never changes; arguments, not constants, of what is compiled."""
-        return place({"base": self.base.params, "reward": self.reward.params}, self.mesh)
+        base = {part: self.base.params[part] for part in ("unet", "vae")}
+        return place({"base": base, "reward": self.reward.params}, self.mesh)
 
     def model(self, frozen: Params) -> Model:
         """The algorithm's view of the pieces."""
@@ -103,11 +106,16 @@ class Finetuner:
             apply: Any = self.flow.apply
             return apply({"params": phi}, x, t, condition["context"])
 
+        score = latent_reward(lambda frozen, z, features: self._judge(frozen, z, features)[1], self.images_at_once)
+
         def log_reward(z: Latents, condition: Condition) -> Scores:
-            images = decode(self.base, frozen["base"]["vae"], z)
-            return self.reward.score(frozen["reward"], images, condition["reward"])
+            return score(frozen, z, condition["reward"])
 
         return Model(guided_predictor(self.base, frozen["base"]["unet"], self.guidance), flow, log_reward)
+
+    def _judge(self, frozen: Params, z: Latents, features: PyTree[Any]) -> tuple[Images, Scores]:
+        images = decode(self.base, frozen["base"]["vae"], z)
+        return images, self.reward.score(frozen["reward"], images, features)
 
     def compile(self) -> "Compiled":
         """What a run calls. Each device works on its part of the batch; the update's state is donated."""
@@ -126,14 +134,14 @@ class Finetuner:
         transitions = self.algorithm.transitions(
             params, model, keys, trajectory, self.schedule, condition, self.updates_per_epoch
         )
-        images = decode(self.base, frozen["base"]["vae"], trajectory.samples)
-        score = self.reward.score(frozen["reward"], images, condition["reward"])
+        judge = partial(self._judge, frozen)
+        images, score = in_parts(judge, self.images_at_once, trajectory.samples, condition["reward"])
         return Rollout(transitions=transitions, images=images, log_reward=score)
 
     def draw(self, frozen: Params, params: Params, keys: PRNGKeys, condition: Condition) -> Images:
         """The images of a rollout, and nothing that is trained on."""
         trajectory = self._sample(self.model(frozen), params, keys, condition)
-        return decode(self.base, frozen["base"]["vae"], trajectory.samples)
+        return in_parts(partial(decode, self.base, frozen["base"]["vae"]), self.images_at_once, trajectory.samples)
 
     def _sample(self, model: Model, params: Params, keys: PRNGKeys, condition: Condition) -> Trajectory:
         def predict(x: Latents, t: Timesteps, condition: Condition) -> Latents:
