@@ -64,7 +64,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_flow = 1e-2
     c.training.remat = True  # a gradient keeps what enters a block, not what is within
-    c.training.images_at_once = 4  # that the VAE and the reward have on a device
+    c.training.images_at_once = 2  # that the VAE and the reward have on a device
     c.training.clip = 1.0
 
     c.logging = ConfigDict()

@@ -1,4 +1,4 @@
-"""The command line of a run: `--config=FILE[:VARIANT] --workdir=DIR --config.FIELD=VALUE`, and the workdir's claim."""
+"""The command line of a run: `--config=FILE[:VARIANT] --config.FIELD=VALUE --OPTION=VALUE`, and the workdir's claim."""
 
 import ast
 import importlib.util
@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from absl import flags
@@ -17,28 +18,41 @@ from nabla_gfn_jax.errors import UserError
 _FREE = ("logging", "training.num_epochs")
 
 
-def parse_flags(argv: Sequence[str], config: str) -> tuple[ConfigDict, Path]:
-    """The configuration and the workdir that `argv[1:]` asks for; `config` is the file when none is named.
+def parse_flags(argv: Sequence[str], config: str, options: dict[str, str | bool]) -> tuple[ConfigDict, Any]:
+    """The configuration that `argv[1:]` asks for, and its options as attributes.
 
-    Raises `UserError` for a flag, file or field that does not exist or a value of another type than the field's.
+    `config` is the file when none is named, `options` what else the command takes, with their defaults; one whose
+    default is False is a switch. Raises `UserError` for a flag, file or field that does not exist or a value of
+    another type than the field's.
     """
-    named: dict[str, str] = {}
+    named = dict(options)
     overrides: list[tuple[str, str]] = []
     for argument in argv[1:]:
-        name, equals, value = argument.partition("=")
-        if not equals or not name.startswith("--"):
+        flag, equals, value = argument.partition("=")
+        name = flag.removeprefix("--")
+        if not equals and named.get(name) is False and flag != name:
+            named[name] = True
+        elif not equals or flag == name:
             raise UserError(f"{argument!r} is not understood; options look like --config.training.num_epochs=10")
-        if name.startswith("--config."):
-            overrides.append((name.removeprefix("--config."), value))
-        elif name in ("--config", "--workdir"):
+        elif name.startswith("config."):
+            overrides.append((name.removeprefix("config."), value))
+        elif name == "config":
+            config = value
+        elif isinstance(options.get(name), str):
             named[name] = value
         else:
-            raise UserError(f"{name} is unknown; use --config, --workdir or --config.FIELD")
-    file, _, variant = named.get("--config", config).partition(":")
+            known = ", ".join(f"--{option}" for option in ("config", *options))
+            raise UserError(f"{argument} is unknown; use {known} or --config.FIELD")
+    file, _, variant = config.partition(":")
     fields = load_config(Path(file), variant)
     for name, text in overrides:
         override(fields, name, text)
-    return fields, Path(named.get("--workdir", f"runs/{Path(file).stem}"))
+    return fields, SimpleNamespace(config=config, **named)
+
+
+def workdir_of(options: Any) -> Path:
+    """The workdir that the options name, or one named as the config."""
+    return Path(options.workdir or f"runs/{Path(options.config.partition(':')[0]).stem}")
 
 
 def read_flags(values: flags.FlagValues, argv: Sequence[str]) -> Any:

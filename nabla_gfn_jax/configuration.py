@@ -2,23 +2,33 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from nabla_gfn_jax.algorithms.base import Algorithm
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
-from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion, load_folder
-from nabla_gfn_jax.checkpoints.hub import model_folder
+from nabla_gfn_jax.checkpoints.diffusers_folder import (
+    StableDiffusion,
+    abstract_params,
+    load_folder,
+    read_architecture,
+)
+from nabla_gfn_jax.checkpoints.hub import PINNED, model_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.data.prompts import prompt_set
-from nabla_gfn_jax.diffusion.schedule import make_schedule
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, make_schedule
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
-from nabla_gfn_jax.parallel import data_mesh
-from nabla_gfn_jax.rewards import load_reward
+from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
+from nabla_gfn_jax.parallel import data_mesh, host_memory
+from nabla_gfn_jax.rewards import Reward, load_reward
 from nabla_gfn_jax.training.finetuner import Finetuner, make_optimizer
 from nabla_gfn_jax.typing import Params
 
@@ -31,17 +41,38 @@ ALGORITHMS = {"residual_nabla_db": ResidualNablaDB, "reward_maximiser": RewardMa
 def build(config: ConfigDict) -> Finetuner:
     """Loads what the configuration names. Raises `UserError` for whatever is wrong, before any long work."""
     mesh = data_mesh(config.training.trajectories, config.training.micro_batches)
+    check(config)
+    with host_memory():
+        base = load_folder(resolve_model(config.model), DTYPES[config.model_dtype])
+        reward = load_reward(config.reward)
+    return assemble(config, mesh, base, reward)
+
+
+def check(config: ConfigDict) -> None:
+    """Raises `UserError` for a field whose value cannot be, as far as the fields alone tell."""
     if config.training.updates_per_epoch < 1:
         raise UserError(f"training.updates_per_epoch = {config.training.updates_per_epoch}; make it 1 or more")
+    if config.training.images_at_once < 0:
+        raise UserError(f"training.images_at_once = {config.training.images_at_once}; make it 1 or more, or 0 for all")
     if config.algorithm.name not in ALGORITHMS:
         raise UserError(f"algorithm.name = {config.algorithm.name!r} is unknown; use one of {sorted(ALGORITHMS)}")
-    options = {k: v for k, v in config.algorithm.items() if k != "name"}
-    algorithm = ALGORITHMS[config.algorithm.name](**options)
+    algorithm = algorithm_of(config)
     if isinstance(algorithm, ResidualNablaDB):
         algorithm.bins(config.sampling.num_steps)
     if config.model_dtype not in DTYPES:
         raise UserError(f"model_dtype = {config.model_dtype!r} is unknown; use one of {sorted(DTYPES)}")
-    base = with_options(load_folder(resolve_model(config.model), DTYPES[config.model_dtype]), config, mesh)
+
+
+def algorithm_of(config: ConfigDict) -> Algorithm:
+    """The algorithm with its options."""
+    options = {k: v for k, v in config.algorithm.items() if k != "name"}
+    algorithm: Algorithm = ALGORITHMS[config.algorithm.name](**options)
+    return algorithm
+
+
+def assemble(config: ConfigDict, mesh: Mesh, base: StableDiffusion, reward: Reward) -> Finetuner:
+    """A run's pieces from its model and reward, whose parameters may be shapes alone, for these devices."""
+    base = with_options(base, config, mesh)
     unet = base.unet.config
     flow = UNetConfig(
         sample_size=unet.sample_size,
@@ -55,9 +86,9 @@ def build(config: ConfigDict) -> Finetuner:
     c = config.training
     return Finetuner(
         base=base,
-        flow=UNet2DConditionModel(flow),
-        reward=load_reward(config.reward),
-        algorithm=algorithm,
+        flow=UNet2DConditionModel(flow, remat=c.remat),
+        reward=reward,
+        algorithm=algorithm_of(config),
         schedule=make_schedule(base.scheduler, config.sampling.num_steps, sampler=config.sampling.sampler),
         guidance=config.sampling.guidance,
         optimizer=make_optimizer(
@@ -75,6 +106,22 @@ def with_options(base: StableDiffusion, config: ConfigDict, mesh: Mesh) -> Stabl
     """The model as these devices are to run it; no number depends on it but by rounding."""
     remat, cudnn = config.training.remat, mesh.devices.flat[0].platform in ("gpu", "cuda")
     return replace(base, unet=base.unet.clone(remat=remat, cudnn=cudnn), vae=base.vae.clone(remat=remat))
+
+
+def abstract_model(config: ConfigDict) -> StableDiffusion:
+    """The configuration's model without its weights, to compile and not to run: shapes in the place of arrays.
+
+    The pinned Stable Diffusion 1.5 need not be here: the models' own defaults are its architecture.
+    """
+    dtype = DTYPES[config.model_dtype]
+    if config.model in PINNED and not Path(config.model).is_dir():
+        unet, vae = UNet2DConditionModel(UNetConfig(), dtype), AutoencoderKL(VAEConfig(), dtype)
+        text_encoder, scheduler = CLIPTextModel(CLIPTextConfig(), dtype), STABLE_DIFFUSION
+    else:
+        unet, vae, text_encoder, scheduler = read_architecture(resolve_model(config.model), dtype)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract_params(unet, vae, text_encoder))
+    no_tokenizer: Any = None  # nothing is encoded
+    return StableDiffusion(unet, vae, text_encoder, no_tokenizer, scheduler, shapes)
 
 
 def starting_lora(file: str, base: StableDiffusion, rank: int) -> Params | None:

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nabla_gfn_jax.errors import UserError
@@ -24,17 +26,19 @@ def use_cpu_cores(batch: int) -> None:
     jax.config.update("jax_num_cpu_devices", max(n for n in range(1, max(cores, 1) + 1) if batch % n == 0))
 
 
-def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
-    """All devices in a row. Raises `UserError` if the trajectories cannot be split over micro-batches and devices."""
-    mesh = all_devices()
-    devices = mesh.size
-    unit = micro_batches * devices
+def data_mesh(trajectories: int, micro_batches: int, devices: np.ndarray | None = None) -> Mesh:
+    """All devices, or those given, in a row.
+
+    Raises `UserError` if the trajectories cannot be split over micro-batches and devices.
+    """
+    mesh = all_devices() if devices is None else Mesh(devices, (AXIS,))
+    unit = micro_batches * mesh.size
     if micro_batches < 1 or trajectories < 1 or trajectories % unit:
         below = trajectories // unit * unit if micro_batches > 0 else 0
         nearest = " or ".join(str(n) for n in (below, below + unit) if n > 0)
         raise UserError(
             f"training.trajectories = {trajectories} cannot be split into training.micro_batches = {micro_batches} on "
-            f"each of {devices} device{'s' * (devices > 1)}; use {nearest} trajectories, or fewer micro-batches"
+            f"each of {mesh.size} device{'s' * (mesh.size > 1)}; use {nearest} trajectories, or fewer micro-batches"
         )
     return mesh
 
@@ -42,6 +46,16 @@ def data_mesh(trajectories: int, micro_batches: int) -> Mesh:
 def all_devices() -> Mesh:
     """Every device there is, in a row."""
     return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
+
+
+def host_memory() -> AbstractContextManager[Any]:
+    """Arrays that are made in here stay in the host's memory until they are placed: no device has them twice."""
+    if jax.default_backend() == "cpu":
+        return nullcontext()
+    try:
+        return jax.default_device(jax.local_devices(backend="cpu")[0])
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return nullcontext()
 
 
 def split(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any, **options: Any) -> Any:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
-from nabla_gfn_jax.command_line import claim_workdir, parse_flags
+from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data import emoji
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod
@@ -32,7 +32,8 @@ from nabla_gfn_jax.typing import Params
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """The stages, in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
-    config, workdir = parse_flags(argv, config="configs/emoji_base.py")
+    config, options = parse_flags(argv, "configs/emoji_base.py", {"workdir": ""})
+    workdir = workdir_of(options)
     claim_workdir(workdir, config)
     use_compilation_cache()
     drawings = emoji.load()

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
-from nabla_gfn_jax.command_line import claim_workdir, parse_flags
+from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import build, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
@@ -32,7 +32,8 @@ from nabla_gfn_jax.typing import PRNGKey, PRNGKeys
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Configuration → pieces → restore → for each epoch: sample, update, log, save."""
-    config, workdir = parse_flags(argv, config="configs/emoji.py")
+    config, options = parse_flags(argv, "configs/emoji.py", {"workdir": ""})
+    workdir = workdir_of(options)
     claim_workdir(workdir, config)
     use_compilation_cache()
     use_cpu_cores(config.training.trajectories // max(config.training.micro_batches, 1))

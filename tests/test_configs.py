@@ -49,6 +49,6 @@ def test_the_papers_numbers(name):
 
 def test_an_unknown_variant():
     with pytest.raises(UserError, match="there is no variant 'quick'; use none, or one of forward_only, fast"):
-        parse_flags(["train", f"--config={FOLDER / 'hps.py'}:quick"], config="")
+        parse_flags(["train", f"--config={FOLDER / 'hps.py'}:quick"], "", {})
     with pytest.raises(UserError, match="has no variant 'fast'"):
-        parse_flags(["train", f"--config={FOLDER / 'emoji.py'}:fast"], config="")
+        parse_flags(["train", f"--config={FOLDER / 'emoji.py'}:fast"], "", {})

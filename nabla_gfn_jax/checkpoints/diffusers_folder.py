@@ -61,15 +61,22 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
-    unet = UNet2DConditionModel(UNetConfig.from_json(read_json(folder / "unet/config.json")), dtype)
-    vae = AutoencoderKL(VAEConfig.from_json(read_json(folder / "vae/config.json")), dtype)
-    text_encoder = CLIPTextModel(CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype)
+    unet, vae, text_encoder, scheduler = read_architecture(folder, dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    scheduler = read_json(folder / "scheduler/scheduler_config.json")
     _check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
     expected = abstract_params(unet, vae, text_encoder)
     params = {part: _load_params(folder, part, expected[part], dtype) for part in WEIGHTS}
     return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, params)
+
+
+def read_architecture(
+    folder: Path, dtype: Any
+) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, dict[str, Any]]:
+    """What the folder's JSON files describe, without weights: UNet, VAE, text encoder, scheduler."""
+    unet = UNet2DConditionModel(UNetConfig.from_json(read_json(folder / "unet/config.json")), dtype)
+    vae = AutoencoderKL(VAEConfig.from_json(read_json(folder / "vae/config.json")), dtype)
+    text_encoder = CLIPTextModel(CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype)
+    return unet, vae, text_encoder, read_json(folder / "scheduler/scheduler_config.json")
 
 
 def _load_params(folder: Path, part: str, expected: Params, dtype: Any) -> Params:

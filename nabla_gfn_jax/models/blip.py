@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.clip import ACTIVATIONS, CLIPEncoderLayer, LayerNames
 from nabla_gfn_jax.models.config import read_fields
-from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Context, Images, TokenIds

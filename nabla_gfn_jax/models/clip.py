@@ -8,8 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.attention import attend
+from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
 from nabla_gfn_jax.typing import Context, TokenIds
 

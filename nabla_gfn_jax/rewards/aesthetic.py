@@ -4,6 +4,7 @@ The reward of DDPO (arXiv 2305.13301) and of the paper's first experiment; it ig
 "improved aesthetic predictor", the weights `sac+logos+ava1-l14-linearMSE.pth`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from nabla_gfn_jax.models.layers import Dense
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.preprocess import clip_normalise
 from nabla_gfn_jax.rewards.resize import resize
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores
 
 CLIP = "openai/clip-vit-large-patch14"
@@ -54,8 +55,7 @@ def aesthetic() -> Reward:
 def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_dim: int = VIT_L_14_DIM) -> Reward:
     """`clip`: transformers' CLIP, of which the image tower is read; `head`: the state dict of LAION's head."""
     model = AestheticModel(vision, embed_dim)
-    size = vision.image_size
-    expected = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    expected = _shapes(model)
     tower = from_state_dict(
         weights.read_state_dict(clip),
         expected.pop("clip"),
@@ -67,12 +67,27 @@ def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_di
     layers = from_state_dict(
         weights.read_state_dict(head), expected, str(head), "LAION's aesthetic head", place=_float32
     )
+    return Reward({"clip": tower, **layers}, lambda prompts: {}, _scorer(model))
 
+
+def abstract() -> Reward:
+    """The reward without its weights: shapes in the place of arrays."""
+    model = AestheticModel(VIT_L_14, VIT_L_14_DIM)
+    return abstract_reward(_shapes(model), {}, _scorer(model))
+
+
+def _shapes(model: AestheticModel) -> Params:
+    size = model.vision.image_size
+    shapes: Params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, size, size, 3)))["params"]
+    return shapes
+
+
+def _scorer(model: AestheticModel) -> Callable[[Params, Images, dict[str, Array]], Scores]:
     def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
         with jax.default_matmul_precision("highest"):
-            return jnp.asarray(model.apply({"params": params}, preprocess(images, size)))
+            return jnp.asarray(model.apply({"params": params}, preprocess(images, model.vision.image_size)))
 
-    return Reward({"clip": tower, **layers}, lambda prompts: {}, score)
+    return score
 
 
 def preprocess(images: Images, size: int) -> Resized:

@@ -13,7 +13,7 @@ from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig, OpenCLIPText, OpenCLIPVision
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.rewards.preprocess import clip_normalise, fit_longer_side
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores
 
 _ENCODED_TOGETHER = 32  # prompts
@@ -32,30 +32,47 @@ def hps() -> Reward:
 
 def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -> Reward:
     """`file`: a state dict of open_clip's CLIP, alone or under "state_dict"; `tokenizer`: the folder of CLIP's."""
-    vision = OpenCLIPVision(config.vision, config.embed_dim)
-    text = OpenCLIPText(config.text, config.embed_dim)
     tokenize = load_open_clip_tokenizer(tokenizer, config.text.max_position_embeddings)
+    params = from_state_dict(
+        weights.read_state_dict(file),
+        _shapes(config),
+        str(file),
+        "OpenCLIP's layout",
+        ignore=lambda name: name.endswith(_UNUSED),
+    )
+    visual = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params.pop("visual"))
+    text = OpenCLIPText(config.text, config.embed_dim)
+    return Reward(visual, _prompt_encoder(text, params, tokenize), _scorer(config))
+
+
+def abstract() -> Reward:
+    """The reward without its weights: shapes in the place of arrays."""
+    features = jax.ShapeDtypeStruct((VIT_H_14.embed_dim,), jnp.float32)
+    return abstract_reward(_shapes(VIT_H_14)["visual"], features, _scorer(VIT_H_14))
+
+
+def _shapes(config: OpenCLIPConfig) -> Params:
+    """Of the image tower's parameters, under "visual", and the text tower's beside it."""
+    vision, text = OpenCLIPVision(config.vision, config.embed_dim), OpenCLIPText(config.text, config.embed_dim)
     size = config.vision.image_size
 
     def init(key: Array) -> Params:
         ids = jnp.zeros((1, config.text.max_position_embeddings), jnp.int32)
         return {"visual": vision.init(key, jnp.zeros((1, size, size, 3)))["params"], **text.init(key, ids)["params"]}
 
-    params = from_state_dict(
-        weights.read_state_dict(file),
-        jax.eval_shape(init, jax.random.key(0)),
-        str(file),
-        "OpenCLIP's layout",
-        ignore=lambda name: name.endswith(_UNUSED),
-    )
-    visual = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params.pop("visual"))
+    shapes: Params = jax.eval_shape(init, jax.random.key(0))
+    return shapes
+
+
+def _scorer(config: OpenCLIPConfig) -> Callable[[Params, Images, Embeddings], Scores]:
+    vision = OpenCLIPVision(config.vision, config.embed_dim)
 
     def score(params: Params, images: Images, prompts: Embeddings) -> Scores:
         with jax.default_matmul_precision("highest"):
-            features = vision.apply({"params": params}, preprocess(images, size))
+            features = vision.apply({"params": params}, preprocess(images, config.vision.image_size))
         return jnp.sum(_unit(jnp.asarray(features)) * prompts, axis=-1)
 
-    return Reward(visual, _prompt_encoder(text, params, tokenize), score)
+    return score
 
 
 def preprocess(images: Images, size: int) -> Resized:

@@ -4,6 +4,7 @@ A prompt is tokenised once; its first token is BERT's [CLS], which the released 
 Its features are not computed once: the text encoder attends to the image, so BERT runs for every image.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import flax.linen as nn
@@ -19,7 +20,7 @@ from nabla_gfn_jax.models.blip import VIT_L_16, BertConfig, BLIPText, BLIPVision
 from nabla_gfn_jax.models.layers import Dense
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.preprocess import clip_normalise, crop_longer_side
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores, TokenIds
 
 TOKENS = 35  # of a prompt, [CLS] and [SEP] among them: as the paper's model was trained
@@ -64,15 +65,9 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
     """From a state dict of the released program's model, its `med_config.json` and BERT's `vocab.txt`."""
     model = ImageRewardModel(vision, BertConfig.from_json(read_json(med_config), str(med_config)))
     tokenizer = load_bert_tokenizer(vocabulary, TOKENS)
-    size = vision.image_size
-
-    def init(key: Array) -> Params:
-        ids = jnp.zeros((1, TOKENS), jnp.int32)
-        return model.init(key, jnp.zeros((1, size, size, 3)), ids, ids == 0)["params"]
-
     params = from_state_dict(
         weights.read_state_dict(file),
-        jax.eval_shape(init, jax.random.key(0)),
+        _shapes(model),
         str(file),
         f"BLIP and {med_config}",
         place=lambda a: jnp.asarray(a, jnp.float32),
@@ -83,12 +78,34 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
         ids, mask = tokenizer(prompts)
         return {"ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
 
-    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
-        with jax.default_matmul_precision("highest"):
-            raw = model.apply({"params": params}, preprocess(images, size), prompts["ids"], prompts["mask"])
-        return jnp.asarray(raw)
+    return Reward(params, encode, _scorer(model))
 
-    return Reward(params, encode, score)
+
+def abstract() -> Reward:
+    """The reward without its weights: shapes in the place of arrays."""
+    model = ImageRewardModel(VIT_L_16, BertConfig())  # its defaults are the released file's
+    features = {"ids": jax.ShapeDtypeStruct((TOKENS,), jnp.int32), "mask": jax.ShapeDtypeStruct((TOKENS,), jnp.bool_)}
+    return abstract_reward(_shapes(model), features, _scorer(model))
+
+
+def _shapes(model: ImageRewardModel) -> Params:
+    size = model.vision.image_size
+
+    def init(key: Array) -> Params:
+        ids = jnp.zeros((1, TOKENS), jnp.int32)
+        return model.init(key, jnp.zeros((1, size, size, 3)), ids, ids == 0)["params"]
+
+    shapes: Params = jax.eval_shape(init, jax.random.key(0))
+    return shapes
+
+
+def _scorer(model: ImageRewardModel) -> Callable[[Params, Images, dict[str, Array]], Scores]:
+    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
+        images = preprocess(images, model.vision.image_size)
+        with jax.default_matmul_precision("highest"):
+            return jnp.asarray(model.apply({"params": params}, images, prompts["ids"], prompts["mask"]))
+
+    return score
 
 
 def preprocess(images: Images, size: int) -> Resized:

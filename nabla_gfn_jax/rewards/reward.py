@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jaxtyping import PyTree
 
 from nabla_gfn_jax.typing import Images, Params, Scores
@@ -21,3 +22,12 @@ class Reward:
     params: Params
     encode_prompts: Callable[[list[str]], PyTree[Any]]
     score: Callable[[Params, Images, PyTree[Any]], Scores]
+
+
+def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., Scores]) -> Reward:
+    """A reward to compile and not to run: `shapes` of its parameters and of one prompt's features, for arrays."""
+
+    def encode(prompts: list[str]) -> PyTree[Any]:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(prompts), *a.shape), a.dtype), features)
+
+    return Reward(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), shapes), encode, score)

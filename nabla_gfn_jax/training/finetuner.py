@@ -79,6 +79,10 @@ class Finetuner:
     start_from: Params | None = None  # a LoRA
 
     def init(self, seed: int, rank: int) -> TrainState:
+        """The state that training starts from, on the devices."""
+        return place(self.first_state(seed, rank), self.mesh)
+
+    def first_state(self, seed: int, rank: int) -> TrainState:
         """LoRA and flow as they start: both leave the base model's distribution as it is, or LoRA as `start_from`."""
         lora_key, flow_key = jax.random.split(jax.random.key(seed))
         unet = self.base.unet
@@ -87,17 +91,21 @@ class Finetuner:
         if self.algorithm.uses_flow:
             latent, context = self._example(unet.config.cross_attention_dim)
             params["flow"] = init_flow(self.flow, flow_key, latent, context)
-        state = TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
-        return place(state, self.mesh)
+        return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
 
     def _example(self, context_width: int) -> tuple[Latents, Float[Array, "1 1 width"]]:
         return jnp.zeros((1, *self.base.latent_shape)), jnp.zeros((1, 1, context_width))
 
-    @cached_property
-    def frozen(self) -> Params:
+    @property
+    def frozen_params(self) -> Params:
         """Parameters that training reads and never changes; arguments, not constants, of what is compiled."""
         base = {part: self.base.params[part] for part in ("unet", "vae")}
-        return place({"base": base, "reward": self.reward.params}, self.mesh)
+        return {"base": base, "reward": self.reward.params}
+
+    @cached_property
+    def frozen(self) -> Params:
+        """The same on the devices."""
+        return place(self.frozen_params, self.mesh)
 
     def model(self, frozen: Params) -> Model:
         """The algorithm's view of the pieces."""

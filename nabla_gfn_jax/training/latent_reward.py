@@ -1,4 +1,4 @@
-"""log R of latents, a few images at a time: what the VAE and the reward keep of an image is most of an update's memory."""
+"""log R of latents, a few images at a time: what the VAE and the reward keep of each is much of an update's memory."""
 
 from collections.abc import Callable
 from functools import partial

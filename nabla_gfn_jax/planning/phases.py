@@ -1,0 +1,135 @@
+"""A run's functions compiled for devices that are not here, and what that tells."""
+
+import sys
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from nabla_gfn_jax.configuration import abstract_model, assemble, prompts_of
+from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT
+from nabla_gfn_jax.planning.chips import Chip
+from nabla_gfn_jax.planning.flops import FULL, count_flops
+from nabla_gfn_jax.planning.hlo import Traffic, traffic
+from nabla_gfn_jax.rewards import ABSTRACT, Reward, load_reward
+from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner
+
+PHASES = ("rollout", "update")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A compiled function of the run on one device; sizes in bytes."""
+
+    name: str
+    arguments: int
+    temporaries: int
+    results: int  # that are not written over arguments
+    flops: dict[str, float]  # by the results' type
+    traffic: Traffic
+    compile_seconds: float
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.temporaries + self.results
+
+
+class Plan:
+    """A run's functions, compiled for the devices of `mesh`."""
+
+    def __init__(self, config: ConfigDict, chip: Chip, mesh: Mesh, full_effort: bool):
+        self.config, self.chip, self.mesh, self.full_effort = config, chip, mesh, full_effort
+        base, reward = abstract_model(config), load_reward(config.reward, weights=False)
+        self.pieces: Finetuner = assemble(config, mesh, base, reward)
+
+    def compile(self, name: str, pieces: Finetuner | None = None) -> Phase | str:
+        """The phase, or, of one that wants more memory than there is, what the compiler said."""
+        pieces = pieces or self.pieces
+        function, arguments = self._phase(name, pieces)
+        mine = self.config.training.trajectories // self.mesh.size
+        print(f"compiling {name}, micro-batches of {mine // pieces.micro_batches} a device", file=sys.stderr)
+        start = time.time()
+        try:
+            compiled = function.lower(*arguments).compile(compiler_options=self._compiler_options())
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return next((line.strip() for line in str(error).splitlines() if "exceed" in line), "too big")
+        memory = compiled.memory_analysis()
+        return Phase(
+            name=name,
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            flops=count_flops(function, *arguments),
+            traffic=traffic(compiled.as_text()),
+            compile_seconds=time.time() - start,
+        )
+
+    def least_seconds(self, phase: Phase) -> float:
+        """Of its FLOPs at the chip's peak rates, a bound from below."""
+        rounded = sum(flops for kind, flops in phase.flops.items() if kind != FULL)
+        return rounded / self.chip.flops + phase.flops.get(FULL, 0.0) / self.chip.float32_flops
+
+    def estimated_seconds(self, phase: Phase) -> float | None:
+        """By the compiler's cost model; None where it was not asked or the chip's clock is not known."""
+        if not (self.full_effort and self.chip.clock and phase.traffic.cycles):
+            return None
+        return phase.traffic.cycles / self.chip.clock
+
+    def fits(self, phase: Phase | str) -> bool:
+        """Whether the chip has the memory. Compilers for GPUs do not refuse."""
+        return isinstance(phase, Phase) and phase.peak <= self.chip.memory
+
+    def largest_micro_batch(self) -> int | None:
+        """The most trajectories a device can take at once in an update, by bisection over the divisors; None: none."""
+        mine = self.config.training.trajectories // self.mesh.size
+        sizes = [n for n in range(1, mine + 1) if mine % n == 0]
+        fitting, beyond = -1, len(sizes)
+        while beyond - fitting > 1:
+            middle = (fitting + beyond) // 2
+            pieces = replace(self.pieces, micro_batches=mine // sizes[middle])
+            if self.fits(self.compile("update", pieces)):
+                fitting = middle
+            else:
+                beyond = middle
+        return sizes[fitting] if fitting >= 0 else None
+
+    def _compiler_options(self) -> dict[str, Any]:
+        if self.chip.kind == "gpu":
+            return {"xla_gpu_enable_triton_gemm": False}  # without a GPU to tune its kernels on the UNet fails
+        return {} if self.full_effort else {"exec_time_optimization_effort": -1.0}
+
+    def _phase(self, name: str, pieces: Finetuner) -> tuple[Any, tuple[Any, ...]]:
+        """The function and the shapes it is called with."""
+        compiled, c = pieces.compile(), self.config
+        frozen = self._on_devices(pieces.frozen_params, EVERYWHERE)
+        state = self._on_devices(jax.eval_shape(lambda: pieces.first_state(0, c.lora.rank)), EVERYWHERE)
+        count = c.training.trajectories
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
+        text = pieces.base.text_encoder
+        features = jax.ShapeDtypeStruct(
+            (count, text.config.max_position_embeddings, text.config.hidden_size), text.dtype
+        )
+        condition = {"context": features, "negative": features}
+        condition["reward"] = _prompt_features(c, pieces.reward, count)
+        drawing = (frozen, state.params, self._on_devices(keys, SPLIT), self._on_devices(condition, SPLIT))
+        if name == "rollout":
+            return compiled.rollout, drawing
+        transitions = jax.eval_shape(compiled.rollout, *drawing).transitions
+        return compiled.update, (frozen, state, self._on_devices(transitions, ROLLOUT_SPLIT.transitions))
+
+    def _on_devices(self, tree: Any, spec: PartitionSpec) -> Any:
+        sharding = NamedSharding(self.mesh, spec)
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
+def _prompt_features(config: ConfigDict, reward: Reward, count: int) -> PyTree[Any]:
+    """Shapes of what the reward keeps of `count` prompts."""
+    prompt = "" if config.reward in ABSTRACT else prompts_of(config)[0]
+    one = reward.encode_prompts([prompt])
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), one)

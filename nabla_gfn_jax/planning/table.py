@@ -1,0 +1,80 @@
+"""A plan as text."""
+
+import jax
+
+from nabla_gfn_jax.planning.chips import GIB
+from nabla_gfn_jax.planning.phases import Phase, Plan
+
+_ASSUMED_SHARE = 0.4  # of the peak, where the compiler has estimated nothing
+
+
+def show(plan: Plan, phases: dict[str, Phase | str], title: str) -> str:
+    """What was compiled for, each phase's memory, work and time on one device, and what follows for the run."""
+    c, chip, devices = plan.config.training, plan.chip, plan.mesh.size
+    lines = [
+        f"{title}: {devices} devices, each {chip.memory / GIB:.2f} GiB for programs, "
+        f"{chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:.0f} GB/s",
+        f"{c.trajectories} trajectories, micro-batches of {c.trajectories // devices // c.micro_batches} a device, "
+        f"{c.images_at_once or 'all'} images at once",
+        f"parameters: {_parameters(plan)}",
+        "",
+        "| a device (compiled) | arguments | temporaries | results | peak | of its memory |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, phase in phases.items():
+        if isinstance(phase, str):
+            lines.append(f"| {name} | does not fit: {phase} | | | | |")
+        else:
+            sizes = (phase.arguments, phase.temporaries, phase.results, phase.peak)
+            shown = " | ".join(f"{size / GIB:.2f} GiB" for size in sizes)
+            lines.append(
+                f"| {name} | {shown} | {phase.peak / chip.memory:.0%}{'' if plan.fits(phase) else ', too big'} |"
+            )
+    compiled = [phase for phase in phases.values() if isinstance(phase, Phase)]
+    lines += ["", "| a device | TFLOP (counted) | GB moved, at most | collectives | cost model | at the peak rate |"]
+    lines += ["|---|---|---|---|---|---|"]
+    lines += [_work(plan, phase) for phase in compiled]
+    if len(compiled) == 2:
+        lines += ["", _run_time(plan, compiled)]
+    return "\n".join(lines)
+
+
+def _parameters(plan: Plan) -> str:
+    def millions(tree: object) -> str:
+        return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:.1f} M"
+
+    pieces = plan.pieces
+    state = jax.eval_shape(lambda: pieces.first_state(0, plan.config.lora.rank))
+    frozen = pieces.frozen_params
+    return (
+        f"UNet {millions(frozen['base']['unet'])}, VAE {millions(frozen['base']['vae'])}, reward "
+        f"{millions(frozen['reward'])}; trained: LoRA {millions(state.params['lora'])}, flow "
+        f"{millions(state.params['flow'])}"
+    )
+
+
+def _work(plan: Plan, phase: Phase) -> str:
+    collectives = ", ".join(
+        f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in phase.traffic.collectives.items()
+    )
+    by_type = " + ".join(f"{flops / 1e12:.1f} {kind}" for kind, flops in sorted(phase.flops.items()))
+    unknown = phase.traffic.unknown_loops
+    at_most = f"{phase.traffic.bytes / 1e9:.0f}" + (f" ({unknown} loops counted once)" if unknown else "")
+    estimate = plan.estimated_seconds(phase)
+    best = plan.least_seconds(phase)
+    cost = "not asked for" if estimate is None else f"{estimate:.1f} s, {best / estimate:.0%} of the peak"
+    return f"| {phase.name} | {by_type} | {at_most} | {collectives or 'none'} | {cost} | {best:.2f} s |"
+
+
+def _run_time(plan: Plan, phases: list[Phase]) -> str:
+    estimates = [plan.estimated_seconds(phase) for phase in phases]
+    if None in estimates:
+        seconds = sum(plan.least_seconds(phase) for phase in phases) / _ASSUMED_SHARE
+        source = f"assuming {_ASSUMED_SHARE:.0%} of the peak rate"
+    else:
+        seconds, source = sum(s for s in estimates if s), "by the compiler's cost model"
+    updates = plan.config.training.updates_per_epoch
+    return (
+        f"an epoch ({updates} update{'s' * (updates > 1)}): {seconds / 60:.2f} min, 200 updates: "
+        f"{200 / updates * seconds / 3600:.1f} h, {source}; estimated, not measured"
+    )
