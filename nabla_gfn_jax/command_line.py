@@ -103,8 +103,11 @@ def override(config: ConfigDict, name: str, text: str) -> None:
         raise UserError(f"--config.{name}={text} is not of type {kind.__name__}; write it like {example!r}") from None
 
 
-def claim_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Makes the folder and its config.json. Raises `UserError` if it is not writable or holds another run."""
+def claim_workdir(workdir: Path, config: ConfigDict, *, write: bool = True) -> None:
+    """Makes the folder and its config.json, or, unless `write`, only looks.
+
+    Raises `UserError` if it is not writable or holds another run.
+    """
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -112,7 +115,8 @@ def claim_workdir(workdir: Path, config: ConfigDict) -> None:
             raise PermissionError("no permission")
         if file.exists():
             _compare(json.loads(file.read_text()), json.loads(config.to_json()), workdir)
-        file.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+        if write:
+            file.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
     except (OSError, ValueError) as error:
         raise UserError(f"workdir {workdir} cannot be used ({error}); choose another --workdir") from error
 

@@ -18,7 +18,8 @@ EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 def use_cpu_cores(batch: int) -> None:
     """Makes a device of each CPU core, as many as divide `batch`; XLA alone leaves cores idle on small models.
 
-    Before anything else of JAX. JAX_NUM_CPU_DEVICES, if set, decides instead; GPUs and TPUs are not touched.
+    Before anything else of JAX. JAX_NUM_CPU_DEVICES, if set, decides instead, as it must where several processes share
+    a machine's cores; GPUs and TPUs are not touched.
     """
     if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
         return
@@ -67,5 +68,22 @@ def split(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any, *
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
-    """The arrays of `tree` on the mesh's devices, repeated on each, or split as `spec` says."""
-    return jax.device_put(tree, NamedSharding(mesh, spec))
+    """The arrays of `tree`, the same in every process, on the mesh's devices: repeated on each, or split by `spec`."""
+    sharding = NamedSharding(mesh, spec)
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+
+    def spread(leaf: Any) -> Any:
+        if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(spread(jax.random.key_data(leaf)))
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(spread, tree)
+
+
+def gather(array: jax.Array, mesh: Mesh) -> np.ndarray:
+    """All of an array that is split over the devices, in every process's own memory."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, EVERYWHERE))(array))

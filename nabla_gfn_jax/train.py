@@ -1,10 +1,11 @@
 """Finetunes a text-to-image model with a reward: `python -m nabla_gfn_jax.train --config=configs/emoji.py`.
 
-The same command on the same workdir resumes. Docstrings of the config files say what each field means.
+The same command on the same workdir resumes. Docstrings of the config files say what each field means. `--profile`
+traces two epochs. Several processes, a machine each: the same command on each with `--distributed` where the cluster
+says who they are, or `--coordinator=HOST:PORT --num_processes=N --process_id=I`, and one workdir that all of them see.
 """
 
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,36 +16,45 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from nabla_gfn_jax import processes
 from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
 from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import build, prompts_of
+from nabla_gfn_jax.configuration import build, check, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.parallel import place, use_cpu_cores
+from nabla_gfn_jax.parallel import SPLIT, gather, place, use_cpu_cores
+from nabla_gfn_jax.processes import ending_together, is_first, join
 from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner, TrainState
 from nabla_gfn_jax.training.metrics_log import MetricsLog
-from nabla_gfn_jax.typing import PRNGKey, PRNGKeys
+from nabla_gfn_jax.training.profiling import Meter, Trace
+from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
+
+OPTIONS: dict[str, str | bool] = {"workdir": "", "profile": False, **processes.OPTIONS}
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Configuration → pieces → restore → for each epoch: sample, update, log, save."""
-    config, options = parse_flags(argv, "configs/emoji.py", {"workdir": ""})
+    config, options = parse_flags(argv, "configs/emoji.py", OPTIONS)
     workdir = workdir_of(options)
-    claim_workdir(workdir, config)
-    use_compilation_cache()
+    check(config)
     use_cpu_cores(config.training.trajectories // max(config.training.micro_batches, 1))
-    pieces = build(config)
-    prompts = Prompts(pieces, prompts_of(config))
-    state, pending, first = restore(pieces, Checkpoints(workdir / "checkpoints"), config, prompts)
-    run(pieces, config, workdir, prompts, state, pending, first)
-    print(
-        f"done. metrics: {workdir / 'metrics.jsonl'}   samples: {workdir / 'samples'}   "
-        f"LoRA: {workdir / 'lora' / 'diffusers.safetensors'}   checkpoints: {workdir / 'checkpoints'}"
-    )
+    join(options)
+    with ending_together():
+        claim_workdir(workdir, config, write=is_first())
+        use_compilation_cache()
+        pieces = build(config)
+        prompts = Prompts(pieces, prompts_of(config))
+        state, pending, first = restore(pieces, Checkpoints(workdir / "checkpoints"), config, prompts)
+        run(pieces, config, workdir, prompts, state, pending, first, profile=options.profile)
+        if is_first():
+            print(
+                f"done. metrics: {workdir / 'metrics.jsonl'}   samples: {workdir / 'samples'}   "
+                f"LoRA: {workdir / 'lora' / 'diffusers.safetensors'}   checkpoints: {workdir / 'checkpoints'}"
+            )
 
 
 class Prompts:
@@ -55,15 +65,17 @@ class Prompts:
         features = encode_prompts(pieces.base, prompts)
         features["reward"] = pieces.reward.encode_prompts(list(prompts))
         self.features: Condition = jax.tree.map(np.asarray, features)
+        self._mesh = pieces.mesh
 
-    def draw(self, keys: PRNGKeys) -> Condition:
-        """One prompt for each key."""
+    def draw(self, keys: PRNGKeys) -> tuple[PRNGKeys, Condition]:
+        """One prompt for each key; both on the devices."""
         chosen = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(keys))
-        return jax.tree.map(lambda a: a[chosen], self.features)
+        return place((keys, jax.tree.map(lambda a: a[chosen], self.features)), self._mesh, SPLIT)
 
-    def cycle(self, count: int) -> Condition:
-        """The prompts in order, over and over."""
-        return jax.tree.map(lambda a: a[np.arange(count) % len(self.texts)], self.features)
+    def cycle(self, keys: PRNGKeys) -> tuple[PRNGKeys, Condition]:
+        """The prompts in order, over and over, as many as keys; both on the devices."""
+        chosen = np.arange(len(keys)) % len(self.texts)
+        return place((keys, jax.tree.map(lambda a: a[chosen], self.features)), self._mesh, SPLIT)
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
@@ -80,7 +92,7 @@ def restore(
         return state, None, 0
     keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
     rollout = pieces.compile().rollout
-    pending = jax.eval_shape(rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
+    pending = jax.eval_shape(rollout, pieces.frozen, state.params, *prompts.draw(keys)).transitions
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)
     like = {"state": state, "pending": place(zeros, pieces.mesh, ROLLOUT_SPLIT.transitions)}
     saved = checkpoints.restore(like)
@@ -95,52 +107,81 @@ def run(
     state: TrainState,
     pending: Any,
     first: int,
+    *,
+    profile: bool = False,
 ) -> None:
     """The epochs. An epoch trains on the trajectories of the epoch before it; the first only samples."""
-    compiled = pieces.compile()
-    seed = jax.random.key(config.seed)
     checkpoints = Checkpoints(workdir / "checkpoints")
-    # The same prompts and noise in every grid, and none that training draws.
-    grid_keys = sample_keys(jax.random.fold_in(seed, 2**31 - 1), 0, config.training.trajectories)
     epochs = config.training.num_epochs
-    bar = tqdm(range(first, epochs + 1), initial=first, total=epochs + 1, unit="epoch", dynamic_ncols=True)
-    with closing(MetricsLog(workdir, first * pieces.updates_per_epoch, config)) as log:
+    trace = Trace(workdir, first, epochs, wanted=profile)
+    steps = Epochs(pieces, config, prompts)
+    quiet = not is_first()
+    bar = tqdm(
+        range(first, epochs + 1), initial=first, total=epochs + 1, unit="epoch", dynamic_ncols=True, disable=quiet
+    )
+    with closing(MetricsLog(workdir, first * pieces.updates_per_epoch, config, write=is_first())) as log:
         for epoch in bar:
-            start = time.time()
-            last = epoch == epochs
-            keys = sample_keys(seed, epoch, config.training.trajectories)
-            params = jax.tree.map(jnp.copy, state.params)  # the epoch's own: the update overwrites them
-            row: dict[str, Any] = {"step": epoch * pieces.updates_per_epoch, "epoch": epoch}
-            if pending is not None:
-                state, metrics = compiled.update(pieces.frozen, state, pending)
-                row |= metrics
-            sampled = compiled.rollout(pieces.frozen, params, keys, prompts.draw(keys))
-            grid = None
-            if epoch == 1 or (epoch > 0 and epoch % config.logging.samples_every == 0) or last:
-                made = epoch if last else epoch - 1  # epochs of updates; the first grid, in epoch 1, is the base's
-                drawn = state.params if last else params
-                grid = compiled.draw(pieces.frozen, drawn, grid_keys, prompts.cycle(len(grid_keys)))
-            if pending is None:  # compiled while the first trajectories are drawn
-                compiled.update.lower(pieces.frozen, state, sampled.transitions).compile()
-            pending = sampled.transitions
-            row |= {"reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
-            finish(row, start, log, workdir, bar)
-            if grid is not None:
-                file = workdir / f"samples/update_{made * pieces.updates_per_epoch:05d}.png"
-                save_grid(file, np.asarray(grid), columns=8, zoom=2)
-            if last or (epoch > 0 and epoch % config.logging.checkpoint_every == 0):
-                checkpoints.save(epoch, {"state": state, "pending": pending})
-                save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])
-                save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
+            trace.before(epoch)
+            state, pending, row, grid = steps.one(epoch, state, pending)
+            log.write(row)
+            stop_if_not_finite(row, workdir)
+            bar.set_postfix(reward=f"{row['reward_mean']:.3f}", loss=f"{row.get('loss', float('nan')):.3g}")
+            for made, images in grid.items():
+                if is_first():
+                    save_grid(workdir / f"samples/update_{made:05d}.png", images, columns=8, zoom=2)
+            if epoch == epochs or (epoch > 0 and epoch % config.logging.checkpoint_every == 0):
+                save(workdir, checkpoints, epoch, state, pending)
+            trace.after(epoch)
 
 
-def finish(row: dict[str, Any], start: float, log: MetricsLog, workdir: Path, bar: tqdm) -> None:
-    """Waits for the epoch's numbers, writes and shows them, and stops the run if one is no number."""
-    numbers = {name: float(value) for name, value in row.items()}
-    numbers |= {"step": row["step"], "epoch": row["epoch"], "seconds": time.time() - start}
-    log.write(numbers)
-    stop_if_not_finite(numbers, workdir)
-    bar.set_postfix(reward=f"{numbers['reward_mean']:.3f}", loss=f"{numbers.get('loss', float('nan')):.3g}")
+class Epochs:
+    """What an epoch does with the devices."""
+
+    def __init__(self, pieces: Finetuner, config: ConfigDict, prompts: Prompts):
+        self._pieces, self._prompts, self._compiled = pieces, prompts, pieces.compile()
+        self._seed, self._count = jax.random.key(config.seed), config.training.trajectories
+        self._last, self._samples_every = config.training.num_epochs, config.logging.samples_every
+        self._meter = Meter()
+
+    def one(
+        self, epoch: int, state: TrainState, pending: Any
+    ) -> tuple[TrainState, Any, dict[str, float], dict[int, np.ndarray]]:
+        """Updates on the transitions that wait and sampling with the parameters before; the new ones of both, the
+        epoch's numbers, and, where one is due, a grid by how many updates its parameters had seen."""
+        pieces, compiled = self._pieces, self._compiled
+        self._meter.start()
+        params = jax.tree.map(jnp.copy, state.params)  # the epoch's own: the update overwrites them
+        row: dict[str, Any] = {"step": epoch * pieces.updates_per_epoch, "epoch": epoch}
+        if pending is not None:
+            state, metrics = self._meter.call("update", compiled.update, pieces.frozen, state, pending)
+            row |= metrics
+        drawn = self._prompts.draw(sample_keys(self._seed, epoch, self._count))
+        sampled = self._meter.call("rollout", compiled.rollout, pieces.frozen, params, *drawn)
+        grid = self._grid(epoch, params, state.params)
+        if pending is None:  # compiled while the first trajectories are drawn
+            compiled.update.lower(pieces.frozen, state, sampled.transitions).compile()
+        row |= {"reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
+        numbers = {name: float(value) for name, value in row.items()}  # waits for all of it
+        numbers |= {"step": row["step"], "epoch": row["epoch"]} | self._meter.numbers(self._count)
+        return state, sampled.transitions, numbers, {n: gather(images, pieces.mesh) for n, images in grid.items()}
+
+    def _grid(self, epoch: int, before: Params, after: Params) -> dict[int, Any]:
+        """The same prompts and noise in every grid, none that training draws; the first, in epoch 1, is the base's."""
+        last = epoch == self._last
+        if not (epoch == 1 or (epoch > 0 and epoch % self._samples_every == 0) or last):
+            return {}
+        keys = sample_keys(jax.random.fold_in(self._seed, 2**31 - 1), 0, self._count)
+        params, epochs = (after, epoch) if last else (before, epoch - 1)
+        images = self._compiled.draw(self._pieces.frozen, params, *self._prompts.cycle(keys))
+        return {epochs * self._pieces.updates_per_epoch: images}
+
+
+def save(workdir: Path, checkpoints: Checkpoints, epoch: int, state: TrainState, pending: Any) -> None:
+    """What a resume needs, by all processes, and the LoRA in both layouts."""
+    checkpoints.save(epoch, {"state": state, "pending": pending})
+    if is_first():
+        save_lora(workdir / "lora/diffusers.safetensors", state.params["lora"])
+        save_kohya(workdir / "lora/kohya.safetensors", state.params["lora"])
 
 
 def stop_if_not_finite(row: dict[str, Any], workdir: Path) -> None:

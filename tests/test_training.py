@@ -10,13 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 from tensorboardX.proto.event_pb2 import Event
 
+COSTS = ("seconds", "images_per_second", "flops_per_second", "device_memory_gib")
+
 
 def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
 def without_time(row: dict) -> dict:
-    return {name: value for name, value in row.items() if name != "seconds"}
+    return {name: value for name, value in row.items() if name not in COSTS}
 
 
 @pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])

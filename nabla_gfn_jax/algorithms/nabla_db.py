@@ -103,18 +103,23 @@ class ResidualNablaDB:
     def ordinary(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over transitions with t' > 0, under "lookahead" or "guess"."""
         x, y, step, condition = transition.x, transition.y, transition.step, transition.condition
-        at_x = Prediction(model, params["lora"], x, step.timestep, condition)
+        mean = lambda eps, x: step_mean(eps, x, step)  # noqa: E731
+        # One network's activations at a time: each is done with, at y and in the base model, before the next begins.
         at_y = Prediction(model, params["lora"], y, step.next_timestep, condition)
         guess_y = at_y.to_x(*self._guess(model, at_y, step.alpha_bar_next, condition))
+        x, guess_y = jax.lax.optimization_barrier((x, guess_y))
         base = Prediction(model, None, x, step.timestep, condition)
+        base_eps = base.eps
+        if self.uses_flow:
+            base_reverse = base.to_x(mean, -score(base.eps, transition))
+            x, base_eps, base_reverse = jax.lax.optimization_barrier((x, base_eps, base_reverse))
+        at_x = Prediction(model, params["lora"], x, step.timestep, condition)
         if self.uses_flow:
             # r_θ + G(x, t) is linear in the cotangents at ε_θ(x, t): one pull-back
             clean, guess = self._guess(model, at_x, step.alpha_bar, condition)
-            mean = lambda eps, x: step_mean(eps, x, step)  # noqa: E731
             score_and_guess = at_x.to_x(
                 lambda eps, x: (mean(eps, x), clean(eps, x)), (-score(at_x.eps, transition), guess)
             )
-            base_reverse = base.to_x(mean, -score(base.eps, transition))
 
         def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
             credit = guess_y
@@ -124,7 +129,7 @@ class ResidualNablaDB:
                 credit = credit + (flow_y if self.flow_gradient_from_forward else jax.lax.stop_gradient(flow_y))
                 flow_x = model.flow(phi, x, step.timestep, condition)
                 out["loss_reverse"] = mean_square(score_and_guess - self.prior_strength * base_reverse + flow_x)
-            residual = self._policy_minus_prior(eps, base.eps, transition) - credit
+            residual = self._policy_minus_prior(eps, base_eps, transition) - credit
             return out | {
                 "loss_forward": self._forward(residual, step),
                 "loss_reg": self._regularisation(eps, transition),

@@ -11,9 +11,9 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from nabla_gfn_jax.configuration import abstract_model, assemble, prompts_of
+from nabla_gfn_jax.flops import FULL, count_flops
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT
 from nabla_gfn_jax.planning.chips import Chip
-from nabla_gfn_jax.planning.flops import FULL, count_flops
 from nabla_gfn_jax.planning.hlo import Traffic, traffic
 from nabla_gfn_jax.rewards import ABSTRACT, Reward, load_reward
 from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner

@@ -21,10 +21,13 @@ class Sink(NamedTuple):
 class MetricsLog:
     """Appends one row an update to `metrics.jsonl`; rows of a step that is repeated after a resume are replaced."""
 
-    def __init__(self, workdir: Path, first_step: int, config: ConfigDict):
+    def __init__(self, workdir: Path, first_step: int, config: ConfigDict, *, write: bool = True):
         self._file = workdir / "metrics.jsonl"
-        self._keep_rows_before(first_step)
         self._sinks: list[Sink] = []
+        self._writes = write
+        if not write:  # another process does
+            return
+        self._keep_rows_before(first_step)
         if config.logging.tensorboard:
             self._sinks.append(_tensorboard(workdir))
         if config.logging.wandb:
@@ -32,6 +35,8 @@ class MetricsLog:
 
     def write(self, row: dict[str, float]) -> None:
         """`row` has `step`; numbers that are not finite are written as null."""
+        if not self._writes:
+            return
         clean = {k: v if math.isfinite(v) else None for k, v in row.items()}
         with self._file.open("a") as file:
             file.write(json.dumps(clean) + "\n")

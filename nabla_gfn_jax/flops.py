@@ -21,8 +21,12 @@ def count_flops(function: Callable[..., Any], *arguments: Any) -> dict[str, floa
 
     Under `shard_map` they are a device's. Arguments may be shapes.
     """
-    closed = jax.make_jaxpr(function)(*arguments)
-    used, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return flops_of(jax.make_jaxpr(function)(*arguments))
+
+
+def flops_of(traced: ClosedJaxpr) -> dict[str, float]:
+    """The same of a program that is traced already (`jitted.trace(*arguments).jaxpr`)."""
+    used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     return dict(_of_program(used))
 
 

@@ -1,0 +1,69 @@
+"""One run in several processes, each with its devices: how they find each other, and what they do if one dies."""
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+
+from nabla_gfn_jax.errors import UserError
+
+OPTIONS: dict[str, str | bool] = {"distributed": False, "coordinator": "", "num_processes": "", "process_id": ""}
+_FIND_EACH_OTHER = 120  # seconds
+_SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+
+
+def join(options: Any) -> None:
+    """Makes this process one of several, if the options say so. Before anything else of JAX.
+
+    `--distributed` takes what TPU pods, Slurm, Open MPI and Kubernetes say of the processes;
+    `--coordinator=HOST:PORT --num_processes=N --process_id=I` says it, the coordinator being process 0.
+    """
+    explicit = (options.coordinator, options.num_processes, options.process_id)
+    if not options.distributed and not any(explicit):
+        return
+    if any(explicit) and not (all(explicit) and all(text.isdigit() for text in explicit[1:])):
+        raise UserError("several processes need all of --coordinator=HOST:PORT --num_processes=N --process_id=I")
+    given: dict[str, Any] = {}
+    if options.coordinator:
+        given = {
+            "coordinator_address": options.coordinator,
+            "num_processes": int(options.num_processes),
+            "process_id": int(options.process_id),
+        }
+    try:
+        jax.distributed.initialize(**given, initialization_timeout=_FIND_EACH_OTHER, heartbeat_timeout_seconds=_SILENCE)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"the processes did not find each other ({reason}); start all of them, or name them") from error
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def ending_together() -> Iterator[None]:
+    """An error ends this process at once and, where it is one of several, without waiting for the others.
+
+    What JAX raises when another has died is reported in one line. Those that wait for the coordinator's sign of life
+    are ended by JAX itself.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if isinstance(error, jax.errors.JaxRuntimeError | UserError):
+            reason = " ".join(str(error).split())
+            advice = "" if isinstance(error, UserError) else "; start all with the same command, and the run resumes"
+            known = "" if isinstance(error, UserError) else "another process is gone or failed: "
+            print(f"error: process {jax.process_index()}: {known}{reason[:300]}{advice}", file=sys.stderr, flush=True)
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(2)  # the usual exit waits for all processes
