@@ -1,0 +1,124 @@
+"""A run in two processes of four devices each: as one process, resumed after one is killed, and never hanging."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_run import flags
+
+HERE = Path(__file__).parent
+EPOCHS = 10
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(model: Path, workdir: Path, *more: str) -> list[subprocess.Popen]:
+    """Both processes of a run."""
+    port = free_port()
+    cache = jax.config.jax_compilation_cache_dir
+    environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_COMPILATION_CACHE_DIR": cache}
+
+    def process(i: int) -> subprocess.Popen:
+        who = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
+        command = [sys.executable, str(HERE / "tiny_process.py"), *flags(model, workdir), *who, *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return [process(i) for i in range(2)]
+
+
+def wait_for(file: Path, processes: list[subprocess.Popen]) -> None:
+    """Until the run has made it; fails if a process ends before."""
+    deadline = time.time() + 240
+    while not file.exists():
+        assert time.time() < deadline
+        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        time.sleep(0.01)
+
+
+def stop(processes: list[subprocess.Popen]) -> None:
+    for p in processes:
+        p.kill()
+        if p.stdout and not p.stdout.closed:
+            p.communicate()
+
+
+def end(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
+    """Exit code, stdout and stderr of each; fails if one has not ended in time."""
+    try:
+        found = [p.communicate(timeout=seconds) for p in processes]
+    finally:
+        stop(processes)
+    return [(p.returncode, *texts) for p, texts in zip(processes, found, strict=True)]
+
+
+def rows(workdir: Path) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_path):
+    single, pair = tmp_path / "single", tmp_path / "pair"
+    longer = f"--config.training.num_epochs={EPOCHS}"
+    command(single, longer)
+
+    processes = start(tiny_model, pair, longer)
+    wait_for(pair / "checkpoints/2", processes)
+    processes[1].send_signal(signal.SIGKILL)
+    killed_at = time.time()
+    (code, _, error), (killed, _, _) = end(processes, 90)
+    print(f"the other process ended after {time.time() - killed_at:.1f} s:", error.splitlines()[-1])
+    assert killed == -signal.SIGKILL
+    assert code == 2, error
+    assert "another process is gone" in error
+    assert len(rows(pair)) < EPOCHS
+
+    for code, _, error in end(start(tiny_model, pair, longer), 240):
+        assert code == 0, error
+    assert [row["step"] for row in rows(pair)] == [row["step"] for row in rows(single)]
+    for ours, theirs in zip(rows(pair), rows(single), strict=True):
+        for name in ("reward_mean", "reward_std", "loss", "grad_norm_lora"):
+            if name in theirs:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours["step"])
+    ours, theirs = (load_file(folder / "lora/diffusers.safetensors") for folder in (pair, single))
+    flat = [np.concatenate([lora[name].ravel() for name in sorted(theirs)]) for lora in (ours, theirs)]
+    assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[1])
+    grids = sorted(path.name for path in (single / "samples").iterdir())
+    assert grids == sorted(path.name for path in (pair / "samples").iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("who", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_no_process_hangs_when_the_coordinator_dies_or_another_freezes(tiny_model, tmp_path, who, how):
+    """The coordination service notices what no closed connection tells."""
+    workdir = tmp_path / "run"
+    processes = start(tiny_model, workdir, "--config.training.num_epochs=1000")
+    wait_for(workdir / "checkpoints/1", processes)
+    processes[who].send_signal(how)
+    other, start_of_wait = processes[1 - who], time.time()
+    try:
+        _, error = other.communicate(timeout=100)
+    finally:
+        stop(processes)
+    print(f"ended after {time.time() - start_of_wait:.1f} s with {other.returncode}: {error[-600:]}")
+    assert other.returncode != 0
+    assert re.search("another process is gone|distributed service detected fatal errors", error), error
+
+
+def test_processes_that_do_not_say_who_they_are(command, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        command(tmp_path, "--coordinator=127.0.0.1:1")
+    assert stop.value.code == 2
+    assert "--num_processes" in capsys.readouterr().err
