@@ -7,20 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from naive_program import naive_value_and_grad
 
 from nabla_gfn_jax.algorithms import nabla_db
 from nabla_gfn_jax.algorithms.base import Model
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
-from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB, score
+from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
 from nabla_gfn_jax.algorithms.transitions import draw_steps, flatten, gather, number_of_bins, select
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import (
     STABLE_DIFFUSION,
-    clean_prediction,
-    expand,
     make_schedule,
-    step_mean,
 )
 from nabla_gfn_jax.errors import UserError
 
@@ -467,40 +465,6 @@ def _conv_sizes(width):
     return [(2, width), (width, width), (width, width), (width, width), (width, 2)]
 
 
-def _naive_value_and_grad(algorithm, params, model, transition):
-    """The equations as they are read: every term for every transition, each gradient a pass of its own."""
-    x, y, step, condition = transition.x, transition.y, transition.step, transition.condition
-    eps_of = lambda lora, x, t: model.predict(lora, x, t, condition)  # noqa: E731
-
-    def s(lora):
-        return score(eps_of(lora, x, step.timestep), transition)
-
-    def r(lora):
-        def log_p(x):
-            mean = step_mean(eps_of(lora, x, step.timestep), x, step)
-            return -((y - mean) ** 2 / (2 * expand(step.sigma, y) ** 2)).sum()
-
-        return jax.grad(log_p)(x)
-
-    def guess(lora, x, t, alpha_bar):
-        def log_reward(x):
-            clean = clean_prediction(eps_of(lora, x, t), x, alpha_bar)
-            return (alpha_bar * model.log_reward(clean, condition)).sum()
-
-        return algorithm.beta * jax.grad(log_reward)(x)
-
-    def loss(params):
-        fixed = jax.lax.stop_gradient(params["lora"])
-        flow_y = model.flow(params["flow"], y, step.next_timestep, condition)
-        flow_x = model.flow(params["flow"], x, step.timestep, condition)
-        guess_y = guess(fixed, y, step.next_timestep, step.alpha_bar_next)
-        forward = s(params["lora"]) - s(None) - guess_y - flow_y
-        reverse = r(fixed) - r(None) + guess(fixed, x, step.timestep, step.alpha_bar) + flow_x
-        return (forward**2).mean() + (reverse**2).mean() + (flow_y**2).mean()
-
-    return jax.value_and_grad(loss)(params)
-
-
 def _flops(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
 
@@ -514,7 +478,7 @@ def test_flops_of_an_update():
     chosen = first_draw(algorithm.transitions(params, model, _keys(2), trajectory, SCHEDULE, (), 1))
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flatten(chosen.ordinary), chosen.last)
     ours = _flops(lambda p, c: algorithm.value_and_grad(p, model, c), params, chosen)
-    naive = _flops(lambda p, c: _naive_value_and_grad(algorithm, p, model, c), params, whole)
+    naive = _flops(lambda p, c: naive_value_and_grad(algorithm, p, model, c), params, whole)
     guess = ResidualNablaDB(beta=1.0, credit="guess")
     forward_only = _flops(lambda p, c: guess.value_and_grad(p, model, c), params, chosen)
     forward = _flops(lambda p, x: model.predict(p["lora"], x, None, ()), params, whole.x)

@@ -1,0 +1,53 @@
+"""FLOPs of an update's gradient at Stable Diffusion 1.5's size against the naive program's; nothing runs."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from naive_program import naive_value_and_grad
+
+from nabla_gfn_jax.algorithms.transitions import flatten
+from nabla_gfn_jax.command_line import parse_flags
+from nabla_gfn_jax.configuration import abstract_model, assemble
+from nabla_gfn_jax.flops import count_flops
+from nabla_gfn_jax.parallel import data_mesh
+from nabla_gfn_jax.rewards import load_reward
+
+CONFIG = Path(__file__).parents[1] / "configs/hps.py"
+
+
+def run() -> Iterator[tuple[str, str, str, str]]:
+    """`configs/hps.py`, one trajectory's six transitions, without rematerialisation."""
+    fields = [
+        "training.remat=False",
+        "training.images_at_once=0",
+        "training.trajectories=1",
+        "training.micro_batches=1",
+    ]
+    config, _ = parse_flags(["", f"--config={CONFIG}", *(f"--config.{f}" for f in fields)], "", {})
+    mesh = data_mesh(1, 1, jax.local_devices()[:1])
+    pieces = assemble(config, mesh, abstract_model(config), load_reward(config.reward, weights=False))
+    params = jax.eval_shape(lambda: pieces.first_state(0, config.lora.rank)).params
+    text = jax.ShapeDtypeStruct((1, 77, 768), jnp.bfloat16)
+    condition = {"context": text, "negative": text, "reward": pieces.reward.encode_prompts([""])}
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+    rollout = pieces.compile().rollout
+    transitions = jax.eval_shape(rollout, pieces.frozen_params, params, keys, condition).transitions
+    transitions = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[1:], a.dtype), transitions)
+
+    def ours(frozen: Any, params: Any, t: Any) -> Any:
+        return pieces.algorithm.value_and_grad(params, pieces.model(frozen), t)
+
+    def naive(frozen: Any, params: Any, t: Any) -> Any:
+        whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flatten(t.ordinary), t.last)
+        return naive_value_and_grad(pieces.algorithm, params, pieces.model(frozen), whole)
+
+    counts: list[tuple[str, Callable[..., float]]] = [
+        ("counted in the traced program", lambda f, *a: sum(count_flops(f, *a).values())),
+        ("by XLA", lambda f, *a: jax.jit(f).lower(*a).cost_analysis()["flops"]),
+    ]
+    for how, count in counts:
+        a, b = (count(f, pieces.frozen_params, params, transitions) / 1e12 for f in (naive, ours))
+        yield f"(d) TFLOP of a trajectory's update, SD-1.5, {how}", f"{a:.1f} (naive)", f"{b:.1f}", f"here {b / a:.3f}"
