@@ -60,6 +60,13 @@ setup(
         "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],
         "cuda": ["jax[cuda12]>=0.10,<0.11"],
         "tpu": ["jax[tpu]>=0.10,<0.11"],
+        # Compilers for devices that are not here; TPUs' is in "tpu". cuDNN, large, is asked for its version.
+        "plan": [
+            "jax[tpu]>=0.10,<0.11",
+            "jax-cuda12-plugin>=0.10,<0.11",
+            "nvidia-cuda-nvcc-cu12>=12.6",
+            "nvidia-cudnn-cu12>=9.8,<10",
+        ],
         "test": TEST,
     },
 )

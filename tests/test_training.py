@@ -93,6 +93,21 @@ def test_the_reward_is_climbed(command, tmp_path):
     assert np.mean(last) > np.mean(first) + 4 * error, (first, last, error)
 
 
+def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(command, tmp_path, capsys):
+    """FLOPs of one device against those counted from the compiled functions themselves."""
+    command(tmp_path, "--profile")
+    log = rows(tmp_path)
+    for row in log:
+        assert row["images_per_second"] == pytest.approx(16 / row["seconds"])
+        assert row["device_memory_gib"] > 0.05  # on a CPU the process's
+    work = [row["flops_per_second"] * row["seconds"] for row in log]
+    assert work[0] < work[1] == pytest.approx(work[2], rel=1e-6)  # the first epoch only samples
+    traces = list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    assert len(traces) == 1
+    assert b"rollout" in traces[0].read_bytes()
+    assert "trace of epochs 2 to 3" in capsys.readouterr().out
+
+
 def test_tensorboard_has_every_number_of_the_log(command, tmp_path):
     command(tmp_path, "--config.logging.tensorboard=True")
     (file,) = (tmp_path / "tensorboard").iterdir()

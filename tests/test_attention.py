@@ -1,0 +1,106 @@
+"""Attention chosen by layer: the same numbers, the memory of a part, and programs for devices that are not here."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nabla_gfn_jax.models import attention
+from nabla_gfn_jax.models.attention import attend, implementation
+
+RNG = np.random.default_rng(0)
+
+
+def heads(*shape, dtype=jnp.float32):
+    return jnp.asarray(RNG.normal(size=shape), dtype)
+
+
+def by_definition(q, k, v):
+    """softmax(q kᵀ / √width) v in float64."""
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    scores = np.einsum("bqhw,bkhw->bhqk", q, k) / np.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bhqk,bkhw->bqhw", weights / weights.sum(-1, keepdims=True), v)
+
+
+def distance(a, b):
+    return np.linalg.norm(np.asarray(a, np.float64) - b) / np.linalg.norm(b)
+
+
+def test_in_parts_is_attention(monkeypatch):
+    """Values against the definition and gradients against attention at once, 7 parts of 5 queries."""
+    q, k, v = heads(2, 35, 3, 8), heads(2, 11, 3, 8), heads(2, 11, 3, 8)
+    cotangent = heads(2, 35, 3, 8)
+    whole, pull_whole = jax.vjp(attend, q, k, v)
+    monkeypatch.setattr(attention, "_MAX_LENGTHS", 1)
+    monkeypatch.setattr(attention, "_MAX_SCORES", 5 * 2 * 3 * 11 + 1)
+    assert implementation(q, k, cudnn=False) == "in_parts"
+    parts, pull = jax.vjp(attend, q, k, v)
+    assert "length=7" in str(jax.make_jaxpr(attend)(q, k, v))
+    assert distance(whole, by_definition(q, k, v)) < 1e-6
+    assert distance(parts, by_definition(q, k, v)) < 1e-6
+    for ours, theirs in zip(pull(cotangent), pull_whole(cotangent), strict=True):
+        assert distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "dtype", "cudnn", "chosen"),
+    [
+        (4096, 4096, 40, jnp.bfloat16, True, "cudnn"),  # Stable Diffusion at 512 pixels, by level
+        (1024, 1024, 80, jnp.bfloat16, True, "cudnn"),
+        (256, 256, 160, jnp.bfloat16, True, "whole"),  # too wide a head
+        (4096, 77, 40, jnp.bfloat16, True, "whole"),  # an odd number of keys has no gradient
+        (4096, 4096, 40, jnp.float32, True, "in_parts"),  # no kernel for float32
+        (4096, 4096, 40, jnp.bfloat16, False, "in_parts"),
+        (1024, 1024, 80, jnp.bfloat16, False, "whole"),
+        (4096, 4096, 512, jnp.bfloat16, True, "in_parts"),  # the VAE's one head
+    ],
+)
+def test_the_choice_by_layer(queries, keys, width, dtype, cudnn, chosen):
+    q, k = (jnp.zeros((1, n, 2, width), dtype) for n in (queries, keys))
+    assert implementation(q, k, cudnn=cudnn) == chosen
+
+
+def lowered(platform: str, width: int) -> str:
+    """The gradient of self-attention over 4096 pixels, for a platform that need not be here."""
+    q = jax.ShapeDtypeStruct((16, 4096, 8, width), jnp.bfloat16)
+
+    def gradient(q, k, v):
+        return jax.grad(lambda q: attend(q, k, v, cudnn=False).astype(jnp.float32).sum())(q)
+
+    with jax.numpy_dtype_promotion("standard"):
+        return jax.jit(gradient).trace(q, q, q).lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+@pytest.mark.parametrize("width", [40, 64])
+def test_no_platform_keeps_all_scores(platform, width):
+    """No tensor of the program, whatever its type, holds 4096 x 4096 numbers a head; a part has at most 2^26."""
+    program = lowered(platform, width)
+    sizes = [
+        np.prod([int(n) for n in shape.split("x")[:-1]], dtype=float)
+        for shape in set(re.findall(r"tensor<([\dx]+x[a-z]+\d+)>", program))
+    ]
+    assert max(sizes) <= 2**26
+    assert sorted(sizes)[-1] >= 2**25  # and a part is not tiny
+
+
+def test_cudnn_is_lowered_to_its_own_kernel(monkeypatch):
+    """Forward and backward, without a GPU and without cuDNN: that is asked for its version alone."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    q = jax.ShapeDtypeStruct((2, 256, 8, 40), jnp.bfloat16)
+    loss = lambda q, k, v: attend(q, k, v, cudnn=True).astype(jnp.float32).sum()  # noqa: E731
+    with jax.numpy_dtype_promotion("standard"):
+        text = jax.jit(jax.grad(loss)).trace(q, q, q).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmax" in text
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    with jax.numpy_dtype_promotion("standard"):
+        wide = jax.ShapeDtypeStruct((2, 256, 8, 160), jnp.bfloat16)
+        traced = jax.jit(partial(attend, cudnn=True)).trace(wide, wide, wide)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "cudnn" not in text

@@ -1,0 +1,129 @@
+"""`plan`: tables of runs compiled for devices that are not here. Without their compilers those tests are left out."""
+
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import pytest
+
+from nabla_gfn_jax import plan
+from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.command_line import parse_flags
+from nabla_gfn_jax.configuration import SHIPPED_MODELS, abstract_model, assemble
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.parallel import all_devices
+from nabla_gfn_jax.planning import chips
+from nabla_gfn_jax.planning.hlo import Traffic
+from nabla_gfn_jax.planning.phases import Phase, Plan
+from nabla_gfn_jax.planning.table import show
+from nabla_gfn_jax.rewards import ABSTRACT, load_reward
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+# OpenCLIP's ViT-H/14 image tower; CLIP's ViT-L/14 with its projection, and LAION's head; BLIP as ImageReward has it.
+REWARDS = {"hps": 632_076_800, "aesthetic": 303_966_208 + 927_969, "image_reward": 446e6}
+LIBTPU = pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install 'nabla_gfn_jax[tpu]'")
+
+
+def settings(name: str, *fields: str):
+    flags = [f"--config={CONFIGS / name}.py", *(f"--config.{field}" for field in fields)]
+    return parse_flags(["plan", *flags], "", {})[0]
+
+
+def here(config) -> Plan:
+    """Planned for the CPU devices that are here, as if they were v5e's."""
+    return Plan(config, chips.CHIPS["v5e"], all_devices(), full_effort=False)
+
+
+@pytest.mark.parametrize("name", ["hps", "aesthetic", "image_reward"])
+def test_the_papers_configs_need_no_weights(name):
+    """Parameters as the papers state them: shapes alone, in the dtypes of a run."""
+    config = settings(name)
+    pieces = assemble(config, all_devices(), abstract_model(config), load_reward(config.reward, weights=False))
+    sizes = {part: sum(a.size for a in jax.tree.leaves(tree)) for part, tree in pieces.frozen_params["base"].items()}
+    assert sizes == {"unet": 859_520_964, "vae": 83_653_863}
+    dtypes = {part: {str(a.dtype) for a in jax.tree.leaves(tree)} for part, tree in pieces.frozen_params.items()}
+    assert dtypes == {"base": {"bfloat16"}, "reward": {"float32"}}
+    reward = sum(a.size for a in jax.tree.leaves(pieces.reward.params))
+    assert reward == pytest.approx(REWARDS[name], rel=0 if name != "image_reward" else 0.01)
+    assert set(ABSTRACT) == {"hps", "aesthetic", "image_reward"}
+
+
+def test_shapes_of_a_folder_are_those_of_its_weights():
+    config = settings("emoji")
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), abstract_model(config).params)
+    loaded = jax.tree.map(lambda a: (a.shape, a.dtype), load_folder(SHIPPED_MODELS["emoji"]).params)
+    assert shapes == loaded
+
+
+def test_the_largest_micro_batch_is_found_by_bisection(monkeypatch):
+    """Of the divisors of a device's 8 trajectories, 4 is the largest whose peak fits; 3 compilations tell."""
+    planned = here(settings("emoji", *(f"training.{f}" for f in ("trajectories=64", "micro_batches=2"))))
+    asked = []
+
+    def compile_for(name, pieces):
+        size = 8 // pieces.micro_batches
+        asked.append(size)
+        return "too big" if size > 4 else Phase(name, 0, size * 3 * 2**30, 0, {}, Traffic(0, 0, {}, 0), 0.0)
+
+    monkeypatch.setattr(planned, "compile", compile_for)
+    assert planned.largest_micro_batch() == 4
+    assert sorted(asked) == [2, 4, 8]
+
+
+def test_the_table_says_what_fits_and_what_is_assumed():
+    planned = here(settings("emoji"))
+    gib = 2**30
+    work = Traffic(3e9, 0, {"all-reduce": (4, 8e6)}, 0)
+    fits = Phase("rollout", gib, 2 * gib, gib // 2, {"bfloat16": 197e12, "float32 in full": 197e12 / 6}, work, 1.0)
+    text = show(planned, {"rollout": fits, "update": Phase("update", gib, 15 * gib, 0, {}, work, 1.0)}, "title")
+    assert "| rollout | 1.00 GiB | 2.00 GiB | 0.50 GiB | 3.50 GiB | 22% |" in text
+    assert re.search(r"update .* 16\.00 GiB \| 102%, too big", text)
+    assert "4 all-reduce 8.0 MB" in text
+    assert re.search(r"rollout \|.*\| 2\.00 s \|", text)  # a second at each of the two rates
+    assert "assuming 40%" in text
+    assert "not measured" in text
+    assert "does not fit: why" in show(planned, {"update": "why"}, "title")
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [("--topology=v9:2x4", "v5e:2x4"), ("--phases=sampling", "rollout"), ("--config.training.micro_batches=5", "5")],
+)
+def test_bad_input_is_one_line_and_exit_code_2(capsys, flag, named, monkeypatch):
+    monkeypatch.setattr(plan, "devices_of", lambda topology: all_devices().devices)
+    with pytest.raises(SystemExit) as stop:
+        plan.main(["plan", f"--config={CONFIGS / 'hps.py'}", flag])
+    assert stop.value.code == 2
+    assert named in capsys.readouterr().err
+
+
+def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
+    def missing(**_):
+        raise RuntimeError("no plugin\nfor cuda")
+
+    monkeypatch.setattr(chips.topologies, "get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"no plugin for cuda.*nabla_gfn_jax\[plan\]"):
+        chips.devices_of("a100:8")
+
+
+@LIBTPU
+def test_a_tpu_that_is_not_here(tiny_model):
+    """The whole command, in a process of its own, for eight chips of a v5e."""
+    fields = {
+        "model": tiny_model,
+        "sampling.num_steps": 10,
+        "algorithm.transition_fraction": 0.2,
+        "training.trajectories": 16,
+        "training.micro_batches": 2,
+    }
+    flags = [f"--config={CONFIGS / 'emoji.py'}", *(f"--config.{name}={value}" for name, value in fields.items())]
+    command = [sys.executable, "-m", "nabla_gfn_jax.plan", "--topology=v5e:2x4", "--fit", *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 devices, each 15.75 GiB" in done.stdout
+    assert re.search(r"\| update \|.* 4 all-reduce \d", done.stdout), done.stdout  # one an update, four an epoch
+    assert "loops counted once" not in done.stdout
+    assert "largest micro-batch of an update that fits: 2 trajectories a device" in done.stdout
