@@ -44,7 +44,7 @@ class Ours:
         self.state = TrainState(params=params, optimizer=state.optimizer, step=state.step)
 
     def transitions(self) -> Any:
-        drawn = self.prompts.draw(self.keys)
+        drawn = (self.keys, self.prompts.draw(self.keys))
         return self.compiled.rollout(self.pieces.frozen, self.state.params, *drawn).transitions
 
 

@@ -14,7 +14,7 @@ def run() -> Iterator[tuple[str, str, str, str]]:
     """32 images, from prompts' features (diffusers: from prompts) to pixels."""
     ours = Ours()
     theirs = Theirs(ours)
-    config, drawn = ours.config.sampling, ours.prompts.cycle(ours.keys)
+    config, drawn = ours.config.sampling, (ours.keys, ours.prompts.cycle(len(ours.keys)))
     prompts = [ours.prompts.texts[i % len(ours.prompts.texts)] for i in range(len(ours.keys))]
 
     def draw() -> jax.Array:

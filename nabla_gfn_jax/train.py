@@ -65,17 +65,15 @@ class Prompts:
         features = encode_prompts(pieces.base, prompts)
         features["reward"] = pieces.reward.encode_prompts(list(prompts))
         self.features: Condition = jax.tree.map(np.asarray, features)
-        self._mesh = pieces.mesh
 
-    def draw(self, keys: PRNGKeys) -> tuple[PRNGKeys, Condition]:
-        """One prompt for each key; both on the devices."""
+    def draw(self, keys: PRNGKeys) -> Condition:
+        """One prompt for each key."""
         chosen = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(self.texts)))(keys))
-        return place((keys, jax.tree.map(lambda a: a[chosen], self.features)), self._mesh, SPLIT)
+        return jax.tree.map(lambda a: a[chosen], self.features)
 
-    def cycle(self, keys: PRNGKeys) -> tuple[PRNGKeys, Condition]:
-        """The prompts in order, over and over, as many as keys; both on the devices."""
-        chosen = np.arange(len(keys)) % len(self.texts)
-        return place((keys, jax.tree.map(lambda a: a[chosen], self.features)), self._mesh, SPLIT)
+    def cycle(self, count: int) -> Condition:
+        """The prompts in order, over and over."""
+        return jax.tree.map(lambda a: a[np.arange(count) % len(self.texts)], self.features)
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
@@ -92,7 +90,7 @@ def restore(
         return state, None, 0
     keys = sample_keys(jax.random.key(config.seed), 0, config.training.trajectories)
     rollout = pieces.compile().rollout
-    pending = jax.eval_shape(rollout, pieces.frozen, state.params, *prompts.draw(keys)).transitions
+    pending = jax.eval_shape(rollout, pieces.frozen, state.params, keys, prompts.draw(keys)).transitions
     zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), pending)
     like = {"state": state, "pending": place(zeros, pieces.mesh, ROLLOUT_SPLIT.transitions)}
     saved = checkpoints.restore(like)
@@ -155,7 +153,8 @@ class Epochs:
         if pending is not None:
             state, metrics = self._meter.call("update", compiled.update, pieces.frozen, state, pending)
             row |= metrics
-        drawn = self._prompts.draw(sample_keys(self._seed, epoch, self._count))
+        keys = sample_keys(self._seed, epoch, self._count)
+        drawn = place((keys, self._prompts.draw(keys)), pieces.mesh, SPLIT)
         sampled = self._meter.call("rollout", compiled.rollout, pieces.frozen, params, *drawn)
         grid = self._grid(epoch, params, state.params)
         if pending is None:  # compiled while the first trajectories are drawn
@@ -172,7 +171,8 @@ class Epochs:
             return {}
         keys = sample_keys(jax.random.fold_in(self._seed, 2**31 - 1), 0, self._count)
         params, epochs = (after, epoch) if last else (before, epoch - 1)
-        images = self._compiled.draw(self._pieces.frozen, params, *self._prompts.cycle(keys))
+        drawn = place((keys, self._prompts.cycle(self._count)), self._pieces.mesh, SPLIT)
+        images = self._compiled.draw(self._pieces.frozen, params, *drawn)
         return {epochs * self._pieces.updates_per_epoch: images}
 
 
