@@ -8,12 +8,14 @@ from pathlib import Path
 
 import jax
 import pytest
+from test_flops import sd15_forward_flops
 
 from nabla_gfn_jax import plan
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
 from nabla_gfn_jax.command_line import parse_flags
 from nabla_gfn_jax.configuration import SHIPPED_MODELS, abstract_model, assemble
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.flops import FULL, count_flops
 from nabla_gfn_jax.parallel import all_devices
 from nabla_gfn_jax.planning import chips
 from nabla_gfn_jax.planning.hlo import Traffic
@@ -49,6 +51,43 @@ def test_the_papers_configs_need_no_weights(name):
     reward = sum(a.size for a in jax.tree.leaves(pieces.reward.params))
     assert reward == pytest.approx(REWARDS[name], rel=0 if name != "image_reward" else 0.01)
     assert set(ABSTRACT) == {"hps", "aesthetic", "image_reward"}
+
+
+def sd15_decoder_flops() -> float:
+    """Stable Diffusion 1.5's VAE decoder on one latent of 64 x 64, by its architecture's sizes alone."""
+
+    def resnet(size, before, after):
+        return 2 * size**2 * (9 * (before + after) * after + (before * after) * (before != after))
+
+    count = 2 * 64**2 * (4 * 4 + 9 * 4 * 512)  # post_quant_conv, conv_in
+    count += 2 * resnet(64, 512, 512) + 2 * 64**2 * 512 * 512 * 4 + 4 * 64**4 * 512  # the middle and its attention
+    size, width = 64, 512
+    for level, after in enumerate((512, 512, 256, 128)):
+        for _ in range(3):
+            count += resnet(size, width, after)
+            width = after
+        if level < 3:
+            size *= 2
+            count += 2 * size**2 * 9 * width * width
+    return count + 2 * size**2 * 9 * 128 * 3
+
+
+def test_the_flops_of_a_rollout_at_full_size():
+    """50 guided steps, an image decoded, ViT-H/14 (256 patches and a token) in float32: within 1 %."""
+    planned = here(settings("hps"))
+    counted = count_flops(*program_of(planned, "rollout"))
+    mine = 64 // planned.mesh.size
+    expected = mine * (50 * 2 * sd15_forward_flops() + sd15_decoder_flops())
+    assert counted["bfloat16"] == pytest.approx(expected, rel=0.01)
+    layers = 32 * (2 * 257 * 12 * 1280**2 + 4 * 257**2 * 1280)
+    vision = layers + 2 * 256 * 3 * 14**2 * 1280 + 2 * 1280 * 1024
+    resizing = 2 * 3 * (224 * 512 * 512 + 224 * 512 * 224)
+    assert counted[FULL] == pytest.approx(mine * (vision + resizing), rel=0.01)
+
+
+def program_of(planned: Plan, name: str):
+    function, arguments = planned.phase(name, planned.pieces)
+    return function, *arguments
 
 
 def test_shapes_of_a_folder_are_those_of_its_weights():

@@ -49,7 +49,7 @@ class Plan:
     def compile(self, name: str, pieces: Finetuner | None = None) -> Phase | str:
         """The phase, or, of one that wants more memory than there is, what the compiler said."""
         pieces = pieces or self.pieces
-        function, arguments = self._phase(name, pieces)
+        function, arguments = self.phase(name, pieces)
         mine = self.config.training.trajectories // self.mesh.size
         print(f"compiling {name}, micro-batches of {mine // pieces.micro_batches} a device", file=sys.stderr)
         start = time.time()
@@ -104,7 +104,7 @@ class Plan:
             return {"xla_gpu_enable_triton_gemm": False}  # without a GPU to tune its kernels on the UNet fails
         return {} if self.full_effort else {"exec_time_optimization_effort": -1.0}
 
-    def _phase(self, name: str, pieces: Finetuner) -> tuple[Any, tuple[Any, ...]]:
+    def phase(self, name: str, pieces: Finetuner) -> tuple[Any, tuple[Any, ...]]:
         """The function and the shapes it is called with."""
         compiled, c = pieces.compile(), self.config
         frozen = self._on_devices(pieces.frozen_params, EVERYWHERE)
