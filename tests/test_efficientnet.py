@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from efficientnet_oracle import LITE0, LITE2, oracle_of
+from efficientnet_oracle import LITE0, LITE2, SameConv, oracle_of
 from torch import nn
 
 from nabla_gfn_jax.errors import UserError
