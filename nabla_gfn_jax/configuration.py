@@ -104,8 +104,8 @@ def assemble(config: ConfigDict, mesh: Mesh, base: StableDiffusion, reward: Rewa
 
 def with_options(base: StableDiffusion, config: ConfigDict, mesh: Mesh) -> StableDiffusion:
     """The model as these devices are to run it; no number depends on it but by rounding."""
-    remat, cudnn = config.training.remat, mesh.devices.flat[0].platform in ("gpu", "cuda")
-    return replace(base, unet=base.unet.clone(remat=remat, cudnn=cudnn), vae=base.vae.clone(remat=remat))
+    options = {"remat": config.training.remat, "platform": mesh.devices.flat[0].platform}
+    return replace(base, unet=base.unet.clone(**options), vae=base.vae.clone(**options))
 
 
 def abstract_model(config: ConfigDict) -> StableDiffusion:

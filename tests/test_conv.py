@@ -104,22 +104,31 @@ def test_accelerators_get_the_compilers_own_kernel_gradient():
     assert operations("cuda")[1] > operations("cpu")[1]
 
 
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (4, 1)], ids=str)
-def test_layer_on_a_tiny_map(size):
-    """Maps of a few pixels take a matrix product instead; the numbers are the convolution's."""
+@pytest.mark.parametrize(
+    ("batch", "size", "outputs", "width"),
+    [(3, (1, 1), 5, 3), (3, (2, 2), 5, 3), (3, (4, 1), 5, 3), (2, (3, 5), 31, 3), (1, (5, 6), 31, 5)],
+    ids=str,
+)
+def test_layer_on_few_pixels(batch, size, outputs, width):
+    """On a CPU a matrix product instead, in both directions; the numbers are the convolution's."""
     rng = np.random.default_rng(1)
-    x = rng.normal(size=(3, *size, 6)).astype(np.float32)
-    kernel = rng.normal(size=(3, 3, 6, 5)).astype(np.float32)
-    bias = rng.normal(size=(5,)).astype(np.float32)
-    dy = rng.normal(size=(3, *size, 5)).astype(np.float32)
+    x = rng.normal(size=(batch, *size, 6)).astype(np.float32)
+    kernel = rng.normal(size=(width, width, 6, outputs)).astype(np.float32)
+    bias = rng.normal(size=(outputs,)).astype(np.float32)
+    dy = rng.normal(size=(batch, *size, outputs)).astype(np.float32)
 
     def layer(x, kernel):
-        return Conv(5).apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        return Conv(outputs, width, padding=width // 2).apply({"params": {"kernel": kernel, "bias": bias}}, x)
 
     def expected(x, kernel):
-        return plain(x, kernel, 1, ((1, 1), (1, 1))) + bias.reshape(1, 1, 1, -1)
+        return plain(x, kernel, 1, ((width // 2,) * 2,) * 2) + bias.reshape(1, 1, 1, -1)
 
-    assert "conv_general_dilated" not in str(jax.make_jaxpr(layer)(x, kernel))
+    def convolutions(platform):
+        program = jax.jit(lambda x: jax.vjp(layer, x, kernel)[1](dy)).trace(x).lower(lowering_platforms=(platform,))
+        return program.as_text().count("stablehlo.convolution")
+
+    assert convolutions("cpu") == 0
+    assert convolutions("tpu") == 2  # both gradients
     ours, theirs = values_and_gradients((layer, expected), x, kernel, dy)
     assert max(relative(a, b) for a, b in zip(ours, theirs, strict=True)) < 2e-6
 

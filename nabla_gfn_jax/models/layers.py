@@ -14,18 +14,6 @@ from nabla_gfn_jax.models.conv import convolve
 FeatureMap = Float[Array, "batch _height _width _channels"]
 Tokens = Float[Array, "batch tokens channels"]
 
-# XLA's CPU convolution is ten times slower than a matrix product on feature maps this small (2x2, 128 channels).
-_MATMUL_BELOW_PIXELS = 5
-
-
-def _convolve_as_matmul(x: Array, kernel: Array) -> Array:
-    """A 3x3, stride 1, padding 1 convolution as one matrix product over the nine shifted copies of `x`."""
-    batch, height, width, channels = x.shape
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifted = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    columns = jnp.concatenate(shifted, axis=-1).reshape(-1, 9 * channels)
-    return (columns @ kernel.reshape(9 * channels, -1)).reshape(batch, height, width, -1)
-
 
 class Conv(nn.Module):
     """2-D convolution with bias, torch's padding convention. `padding` is ((top, bottom), (left, right)) or one int."""
@@ -44,12 +32,7 @@ class Conv(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         padding = ((self.padding,) * 2,) * 2 if isinstance(self.padding, int) else self.padding
-        tiny = x.shape[1] * x.shape[2] < _MATMUL_BELOW_PIXELS
-        if tiny and (k, self.stride, self.padding) == (3, 1, 1):
-            y = _convolve_as_matmul(x, kernel)
-        else:
-            y = convolve(x, kernel, self.stride, padding)
-        return y + bias.reshape(1, 1, 1, -1)
+        return convolve(x, kernel, self.stride, padding) + bias.reshape(1, 1, 1, -1)
 
 
 class Dense(nn.Module):
@@ -151,7 +134,7 @@ class Attention(nn.Module):
     heads: int
     qkv_bias: bool = False
     dtype: Any = jnp.float32
-    cudnn: bool = False
+    platform: str | None = None
 
     @nn.compact
     def __call__(self, x: Tokens, context: Float[Array, "batch keys width"] | None = None) -> Tokens:
@@ -163,7 +146,7 @@ class Attention(nn.Module):
             return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
         q, k, v = heads_of("to_q", x), heads_of("to_k", source), heads_of("to_v", source)
-        h = attend(q, k, v, cudnn=self.cudnn).reshape(x.shape)
+        h = attend(q, k, v, platform=self.platform).reshape(x.shape)
         return Dense(width, dtype=self.dtype, name="to_out.0")(h)
 
 

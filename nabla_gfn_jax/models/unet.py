@@ -87,7 +87,7 @@ class TransformerBlock(nn.Module):
 
     heads: int
     dtype: Any
-    cudnn: bool
+    platform: str | None
 
     @nn.compact
     def __call__(self, x: Tokens, context: Context) -> Tokens:
@@ -95,8 +95,8 @@ class TransformerBlock(nn.Module):
             return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
         width = x.shape[-1]
-        x = x + Attention(self.heads, dtype=self.dtype, cudnn=self.cudnn, name="attn1")(norm("norm1")(x))
-        x = x + Attention(self.heads, dtype=self.dtype, cudnn=self.cudnn, name="attn2")(norm("norm2")(x), context)
+        x = x + Attention(self.heads, dtype=self.dtype, platform=self.platform, name="attn1")(norm("norm1")(x))
+        x = x + Attention(self.heads, dtype=self.dtype, platform=self.platform, name="attn2")(norm("norm2")(x), context)
         hidden = Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
         value, gate = jnp.split(hidden, 2, axis=-1)
         return x + Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
@@ -109,7 +109,7 @@ class SpatialTransformer(nn.Module):
     groups: int
     linear_projection: bool
     dtype: Any
-    cudnn: bool
+    platform: str | None
 
     @nn.compact
     def __call__(self, x: FeatureMap, context: Context) -> FeatureMap:
@@ -122,7 +122,7 @@ class SpatialTransformer(nn.Module):
 
         h = GroupNorm(self.groups, 1e-6, self.dtype, name="norm")(x)
         h = projection("proj_in", h).reshape(batch, height * width, channels)
-        h = TransformerBlock(self.heads, self.dtype, self.cudnn, name="transformer_blocks.0")(h, context)
+        h = TransformerBlock(self.heads, self.dtype, self.platform, name="transformer_blocks.0")(h, context)
         return x + projection("proj_out", h.reshape(batch, height, width, channels))
 
 
@@ -131,14 +131,14 @@ class UNet2DConditionModel(nn.Module):
 
     `apply({"params": base}, x, t, context)` is the reference model and
     `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged.
-    With `remat` a gradient keeps each block's input alone and computes what is within the block again. `cudnn`: a GPU
-    runs it, so attention may be cuDNN's.
+    With `remat` a gradient keeps each block's input alone and computes what is within the block again. `platform`
+    ("cpu", "gpu", "tpu"; where JAX runs when None) decides how attention is computed.
     """
 
     config: UNetConfig
     dtype: Any = jnp.float32
     remat: bool = False
-    cudnn: bool = False
+    platform: str | None = None
 
     def _resnet(self, features: int, name: str) -> Any:
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
@@ -147,7 +147,7 @@ class UNet2DConditionModel(nn.Module):
     def _transformer(self, level: int, name: str) -> Any:
         c = self.config
         block = nn.remat(SpatialTransformer) if self.remat else SpatialTransformer
-        return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, self.cudnn, name=name)
+        return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, self.platform, name=name)
 
     @nn.compact
     def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:

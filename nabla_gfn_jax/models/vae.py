@@ -62,6 +62,7 @@ class MidBlock(nn.Module):
     groups: int
     attention: bool
     dtype: Any
+    platform: str | None
 
     @nn.compact
     def __call__(self, h: FeatureMap) -> FeatureMap:
@@ -69,8 +70,8 @@ class MidBlock(nn.Module):
         if self.attention:
             normal = GroupNorm(self.groups, _EPSILON, self.dtype, name="attentions.0.group_norm")(h)
             tokens = normal.reshape(h.shape[0], -1, self.features)
-            mixed = Attention(1, qkv_bias=True, dtype=self.dtype, name="attentions.0")(tokens)
-            h = h + mixed.reshape(h.shape)
+            attention = Attention(1, qkv_bias=True, dtype=self.dtype, platform=self.platform, name="attentions.0")
+            h = h + attention(tokens).reshape(h.shape)
         return ResnetBlock(self.features, self.groups, _EPSILON, self.dtype, name="resnets.1")(h)
 
 
@@ -79,6 +80,7 @@ class Encoder(nn.Module):
 
     config: VAEConfig
     dtype: Any
+    platform: str | None
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
@@ -90,7 +92,9 @@ class Encoder(nn.Module):
                 h = ResnetBlock(width, c.norm_num_groups, _EPSILON, self.dtype, name=name)(h)
             if i < len(c.block_out_channels) - 1:
                 h = Downsample(width, asymmetric=True, dtype=self.dtype, name=f"down_blocks.{i}.downsamplers.0")(h)
-        h = MidBlock(width, c.norm_num_groups, c.mid_block_add_attention, self.dtype, name="mid_block")(h)
+        h = MidBlock(width, c.norm_num_groups, c.mid_block_add_attention, self.dtype, self.platform, name="mid_block")(
+            h
+        )
         h = nn.silu(GroupNorm(c.norm_num_groups, _EPSILON, self.dtype, name="conv_norm_out")(h))
         return Conv(2 * c.latent_channels, dtype=self.dtype, name="conv_out")(h)
 
@@ -101,6 +105,7 @@ class Decoder(nn.Module):
     config: VAEConfig
     dtype: Any
     remat: bool
+    platform: str | None
 
     @nn.compact
     def __call__(self, z: FeatureMap) -> FeatureMap:
@@ -108,7 +113,9 @@ class Decoder(nn.Module):
         block = nn.remat(ResnetBlock) if self.remat else ResnetBlock
         widths = tuple(reversed(c.block_out_channels))
         h = Conv(widths[0], dtype=self.dtype, name="conv_in")(z)
-        h = MidBlock(widths[0], c.norm_num_groups, c.mid_block_add_attention, self.dtype, name="mid_block")(h)
+        h = MidBlock(
+            widths[0], c.norm_num_groups, c.mid_block_add_attention, self.dtype, self.platform, name="mid_block"
+        )(h)
         for i, width in enumerate(widths):
             for j in range(c.layers_per_block + 1):
                 name = f"up_blocks.{i}.resnets.{j}"
@@ -123,17 +130,18 @@ class AutoencoderKL(nn.Module):
     """Images in [0, 1] (B, H, W, 3) to and from scaled latents (B, H/f, W/f, c), f = `config.downscale`.
 
     A latent here is what the diffusion model sees: the VAE's own latent times `config.scaling_factor`. With `remat`
-    a gradient through the decoder keeps each ResNet block's input alone.
+    a gradient through the decoder keeps each ResNet block's input alone. `platform`: as the UNet's.
     """
 
     config: VAEConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    platform: str | None = None
 
     def setup(self) -> None:
         c = self.config
-        self.encoder = Encoder(c, self.dtype)
-        self.decoder = Decoder(c, self.dtype, self.remat)
+        self.encoder = Encoder(c, self.dtype, self.platform)
+        self.decoder = Decoder(c, self.dtype, self.remat, self.platform)
         self.quant_conv = Conv(2 * c.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
         self.post_quant_conv = Conv(c.latent_channels, kernel_size=1, padding=0, dtype=self.dtype)
 
