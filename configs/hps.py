@@ -6,9 +6,9 @@ Variants `:forward_only` and `:fast`, and every other number: `configs/paper.py`
 (HPDv2's photo and painting styles, 10 of each held out) are the paper's.
 
 Devices: any number that divides the 64 trajectories and their 4 micro-batches, 16 at most; the same command on each.
-Time and memory on an accelerator: not measured here. With random weights at full size an update was made
-on a CPU (`tests/test_sd15_end_to_end.py`: with the lookahead, or with which variant). On a device with less memory
-raise `--config.training.micro_batches`: the numbers stay the same.
+Time on an accelerator: not measured. Memory, by the compilers: docs/scaling.md. With random weights at full size an
+update was made on a CPU (`tests/test_sd15_end_to_end.py`: with the lookahead, or with which variant). On a device with
+less memory raise `--config.training.micro_batches`: the numbers stay the same.
 """
 
 from pathlib import Path
