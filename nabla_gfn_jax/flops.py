@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program: matrix products and convolutions, loops multiplied by their length.
+"""Floating-point operations of a traced program: matrix products, convolutions, attention, loops multiplied by length.
 
 Compilers count the body of a loop once. Here the traced program is counted, without what nobody uses of it, as they
 leave that out too. Operations of other kinds, under a hundredth of a UNet's, are not counted.
@@ -12,6 +12,9 @@ from typing import Any
 import jax
 from jax._src.interpreters import partial_eval  # no public name reaches it
 from jax.extend.core import ClosedJaxpr, Jaxpr
+
+# cuDNN's attention on (batch, length, heads, width), two products forward; backward the scores again and four more.
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 FULL = "float32 in full"  # `jax.default_matmul_precision("highest")`; otherwise accelerators round the operands
 
@@ -48,6 +51,9 @@ def _of_equation(equation: Any) -> Counter[str]:
         kernel = equation.invars[1].aval.shape
         outputs = kernel[equation.params["dimension_numbers"].rhs_spec[0]]
         return Counter({kind: 2.0 * math.prod(kernel) / outputs * math.prod(equation.outvars[0].aval.shape)})
+    if name in _CUDNN_PRODUCTS:
+        q, k = (operand.aval for operand in equation.invars[:2])
+        return Counter({str(q.dtype): 2.0 * _CUDNN_PRODUCTS[name] * math.prod(q.shape) * k.shape[1]})
     inner = [_of_program(program) for program in _programs_in(equation.params)]
     if name == "cond":  # one branch runs: the costliest, if they differ
         return max(inner, key=Counter.total, default=Counter())

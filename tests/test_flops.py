@@ -1,11 +1,14 @@
 """FLOPs against counts made by hand and XLA's own; what a compiled program's text says of loops and collectives."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from nabla_gfn_jax import parallel
 from nabla_gfn_jax.flops import FULL, count_flops
+from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.planning.hlo import traffic
 
@@ -31,6 +34,23 @@ def test_products_convolutions_and_loops():
     assert total(lambda x: (x @ x, x)[1], square) == 0  # nobody uses it
     full = lambda x: jnp.matmul(x, x, precision="highest")  # noqa: E731
     assert count_flops(lambda x: full(x) @ x, square) == {FULL: 2 * 4**3, "float32": 2 * 4**3}
+
+
+def test_cudnn_attention_counts_as_its_products(monkeypatch):
+    """A GPU's kernel does the products of attention written out, and backward the scores once more."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+    q, k = (jax.ShapeDtypeStruct((2, n, 8, 40), jnp.bfloat16) for n in (256, 128))
+
+    def pull(platform, q, k, v):
+        return jax.vjp(partial(attend, platform=platform), q, k, v)[1](q)
+
+    with jax.numpy_dtype_promotion("standard"):
+        value = total(partial(attend, platform="gpu"), q, k, k)
+        assert value == total(partial(attend, platform="tpu"), q, k, k) == 2 * 2 * (2 * 8 * 256 * 128 * 40)
+        again = 2 * (2 * 8 * 256 * 128 * 40)
+        assert total(partial(pull, "gpu"), q, k, k) - value == 2 * value + again
 
 
 def test_a_device_part_is_counted_under_shard_map():

@@ -90,6 +90,16 @@ def test_truncated(tmp_path, zipped, kept):
         read(file)
 
 
+def test_truncated_before_an_empty_tensor(tmp_path):
+    """The older layout's storages lie in the order of their addresses: the last may be the empty one's, 8 zeros."""
+    file = tmp_path / "cut.pth"
+    torch.save(OrderedDict(empty=torch.zeros(0, 7)), file, _use_new_zipfile_serialization=False)
+    assert read(file)["empty"].shape == (0, 7)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"cut\.pth is truncated"):
+        read(file)
+
+
 class Beyond:
     """Pickles as a tensor that claims more elements than its storage has."""
 

@@ -145,9 +145,10 @@ def _read_old(stream: BufferedIOBase | IO[bytes], file: Path) -> Any:
     sizes = {storage.key: storage.dtype.itemsize for storage in _storages(outline)}
     storages: dict[str, bytes] = {}
     for key in _Unpickler(stream, file).load():
-        count = int.from_bytes(stream.read(8), "little") * sizes[key]
+        header = stream.read(8)
+        count = int.from_bytes(header, "little") * sizes[key]
         storages[key] = stream.read(count)
-        if len(storages[key]) != count:
+        if len(header) < 8 or len(storages[key]) < count:
             raise EOFError("the file ends inside a tensor")
     return _fill(outline, lambda storage: storages[storage.key])
 
