@@ -1,7 +1,10 @@
 """A finetuning run on a model of a few thousand parameters: bit-exact resume, bad input, failure."""
 
+import io
 import json
 import struct
+from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -21,34 +24,57 @@ def without_time(row: dict) -> dict:
     return {name: value for name, value in row.items() if name not in COSTS}
 
 
-@pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
-def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(command, tmp_path, capsys, credit):
-    """The lookahead trains g_φ too; compiling its update takes a minute."""
-    whole, cut, credit = tmp_path / "whole", tmp_path / "cut", f"--config.algorithm.credit={credit}"
-    command(whole, credit)
-    assert "lora" in capsys.readouterr().out.lower()
-    for name in ("metrics.jsonl", "config.json", "samples/update_00000.png", "samples/update_00006.png"):
-        assert (whole / name).is_file(), name
-    for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
-        assert (whole / name).is_file(), name
-    assert [row["step"] for row in rows(whole)] == [0, 2, 4, 6]
-    assert {"reward_mean", "loss_forward", "loss_reverse", "loss_terminal", "loss_reg"} <= set(rows(whole)[1])
+@dataclass(frozen=True)
+class Run:
+    """A finished one: where it wrote, and what it printed."""
 
-    command(cut, credit, "--config.training.num_epochs=1")
-    command(cut, credit)
-    assert list(map(without_time, rows(cut))) == list(map(without_time, rows(whole)))
-    lora = [(folder / "lora/diffusers.safetensors").read_bytes() for folder in (whole, cut)]
+    workdir: Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """Runs by credit, three epochs uninterrupted, with all that can be asked to be written. Made once each."""
+    made: dict[str, Run] = {}
+
+    def run(credit: str = "adjoint") -> Run:
+        if credit not in made:
+            workdir, printed = tmp_path_factory.mktemp(credit), io.StringIO()
+            with redirect_stdout(printed):
+                command(
+                    workdir, f"--config.algorithm.credit={credit}", "--config.logging.tensorboard=True", "--profile"
+                )
+            made[credit] = Run(workdir, printed.getvalue())
+        return made[credit]
+
+    return run
+
+
+@pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
+def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, command, tmp_path, credit):
+    """The lookahead trains g_φ too; compiling its update takes a minute."""
+    run = whole(credit)
+    assert "lora" in run.printed.lower()
+    for name in ("metrics.jsonl", "config.json", "samples/update_00000.png", "samples/update_00006.png"):
+        assert (run.workdir / name).is_file(), name
+    for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
+        assert (run.workdir / name).is_file(), name
+    assert [row["step"] for row in rows(run.workdir)] == [0, 2, 4, 6]
+    assert {"reward_mean", "loss_forward", "loss_reverse", "loss_terminal", "loss_reg"} <= set(rows(run.workdir)[1])
+
+    command(tmp_path, f"--config.algorithm.credit={credit}", "--config.training.num_epochs=1")
+    command(tmp_path, f"--config.algorithm.credit={credit}")
+    assert list(map(without_time, rows(tmp_path))) == list(map(without_time, rows(run.workdir)))
+    lora = [(folder / "lora/diffusers.safetensors").read_bytes() for folder in (run.workdir, tmp_path)]
     assert lora[0] == lora[1]
 
 
-def test_a_run_starts_from_a_lora(command, tmp_path, capsys):
+def test_a_run_starts_from_a_lora(whole, command, tmp_path, capsys):
     """Its first grid is the last of the run that made the LoRA, and not the base model's. Another rank is refused."""
-    first, second = tmp_path / "first", tmp_path / "second"
-    fields = ("--config.training.learning_rate=0.5", "--config.training.num_epochs=2")
-    command(first, *fields)
+    first, second = whole().workdir, tmp_path / "second"
     file = first / "lora/kohya.safetensors"
-    command(second, *fields, f"--config.lora.start_from={file}")
-    base, made = ((first / f"samples/update_0000{n}.png").read_bytes() for n in (0, 4))
+    command(second, "--config.training.num_epochs=2", f"--config.lora.start_from={file}")
+    base, made = ((first / f"samples/update_0000{n}.png").read_bytes() for n in (0, 6))
     assert (second / "samples/update_00000.png").read_bytes() == made != base
     before, after = (load_file(folder / "lora/diffusers.safetensors") for folder in (first, second))
     assert before.keys() == after.keys()
@@ -74,6 +100,7 @@ def test_bfloat16(command, tmp_path):
     assert {a.dtype for a in lora.values()} == {np.dtype(np.float32)}
 
 
+@pytest.mark.slow
 def test_the_reward_is_climbed(command, tmp_path):
     """By over 4 standard errors: the mean of the last ten epochs against the first two, which the base model drew."""
     flags = {
@@ -93,26 +120,26 @@ def test_the_reward_is_climbed(command, tmp_path):
     assert np.mean(last) > np.mean(first) + 4 * error, (first, last, error)
 
 
-def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(command, tmp_path, capsys):
-    """FLOPs of one device against those counted from the compiled functions themselves."""
-    command(tmp_path, "--profile")
-    log = rows(tmp_path)
+def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(whole):
+    """The later epochs do the same work, the first, which only samples, less of it."""
+    run = whole()
+    log = rows(run.workdir)
     for row in log:
         assert row["images_per_second"] == pytest.approx(16 / row["seconds"])
         assert row["device_memory_gib"] > 0.05  # on a CPU the process's
     work = [row["flops_per_second"] * row["seconds"] for row in log]
     assert work[0] < work[1] == pytest.approx(work[2], rel=1e-6)  # the first epoch only samples
-    traces = list((tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb"))
+    traces = list((run.workdir / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1
     assert b"rollout" in traces[0].read_bytes()
-    assert "trace of epochs 2 to 3" in capsys.readouterr().out
+    assert "trace of epochs 2 to 3" in run.printed
 
 
-def test_tensorboard_has_every_number_of_the_log(command, tmp_path):
-    command(tmp_path, "--config.logging.tensorboard=True")
-    (file,) = (tmp_path / "tensorboard").iterdir()
+def test_tensorboard_has_every_number_of_the_log(whole):
+    workdir = whole().workdir
+    (file,) = (workdir / "tensorboard").iterdir()
     found = {(s.tag, event.step): s.simple_value for event in events(file) for s in event.summary.value}
-    expected = {(name, row["step"]): value for row in rows(tmp_path) for name, value in row.items()}
+    expected = {(name, row["step"]): value for row in rows(workdir) for name, value in row.items()}
     assert found.keys() == expected.keys()
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
 

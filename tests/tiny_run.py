@@ -70,19 +70,20 @@ def brightness(scale: float) -> Reward:
     )
 
 
-@pytest.fixture
-def command(tiny_model, monkeypatch):
+@pytest.fixture(scope="session")
+def command(tiny_model):
     """Runs the training command on the tiny model with a few fields set; returns nothing, raises SystemExit(2)."""
-    monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
 
     def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
-        train.main(["train", *flags(tiny_model, workdir, reward), *more])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
+            train.main(["train", *flags(tiny_model, workdir, reward), *more])
 
     return call
 
 
 def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
-    """Of a small run: 3 epochs of 2 updates on 16 trajectories."""
+    """Of a small run: 3 epochs of 2 updates on 16 trajectories, at a rate that shows in the pictures."""
     fields = {
         "model": model,
         "reward": reward,
@@ -94,6 +95,7 @@ def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
         "training.micro_batches": 2,
         "training.updates_per_epoch": 2,
         "training.num_epochs": 3,
+        "training.learning_rate": 0.005,
         "logging.samples_every": 3,
         "logging.checkpoint_every": 1,
     }
