@@ -42,9 +42,8 @@ def whole(command, tmp_path_factory):
         if credit not in made:
             workdir, printed = tmp_path_factory.mktemp(credit), io.StringIO()
             with redirect_stdout(printed):
-                command(
-                    workdir, f"--config.algorithm.credit={credit}", "--config.logging.tensorboard=True", "--profile"
-                )
+                more = (f"--config.algorithm.credit={credit}", "--config.logging.tensorboard=True", "--profile")
+                command(workdir, *more, reward=REWARD)
             made[credit] = Run(workdir, printed.getvalue())
         return made[credit]
 
