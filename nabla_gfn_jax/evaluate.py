@@ -86,7 +86,7 @@ def choose_prompts(name: str, number: int, seed: int) -> list[str]:
     return known if number == 0 else list(np.random.default_rng(seed).choice(known, number, replace=False))
 
 
-def rewards(reward: Reward, images: Float[np.ndarray, "n h w 3"], prompts: list[str]) -> Float[np.ndarray, "n"]:
+def rewards(reward: Reward, images: Float[np.ndarray, "n h w 3"], prompts: list[str]) -> Float[np.ndarray, " n"]:
     """log R of each image."""
     features = reward.encode_prompts(prompts)
     score = jax.jit(reward.score)
@@ -96,7 +96,7 @@ def rewards(reward: Reward, images: Float[np.ndarray, "n h w 3"], prompts: list[
 
 
 def diversity(
-    drawings: Int[np.ndarray, "n"], prompts: list[str], weights: Float[np.ndarray, "n"] | None = None
+    drawings: Int[np.ndarray, " n"], prompts: list[str], weights: Float[np.ndarray, " n"] | None = None
 ) -> dict[str, float]:
     """Concept accuracy and entropies of (weighted) samples; vendors' is the mean of what it is within each prompt."""
     weights = np.full(len(drawings), 1.0 / len(drawings)) if weights is None else weights
@@ -110,13 +110,13 @@ def diversity(
     }
 
 
-def tilt(log_reward: Float[np.ndarray, "n"], mean: float) -> tuple[Float[np.ndarray, "n"], float]:
+def tilt(log_reward: Float[np.ndarray, " n"], mean: float) -> tuple[Float[np.ndarray, " n"], float]:
     """Weights ∝ exp(b log R) whose mean of log R is `mean`, and b; by bisection over b in ±10⁴ (units of 1/range)."""
     scale = np.ptp(log_reward) + 1e-12
     centred = (log_reward - log_reward.mean()) / scale
     goal = np.clip((mean - log_reward.mean()) / scale, centred.min(), centred.max())
 
-    def weights(b: float) -> Float[np.ndarray, "n"]:
+    def weights(b: float) -> Float[np.ndarray, " n"]:
         unnormalised = np.exp(b * centred - (b * centred).max())
         return unnormalised / unnormalised.sum()
 
@@ -128,7 +128,7 @@ def tilt(log_reward: Float[np.ndarray, "n"], mean: float) -> tuple[Float[np.ndar
     return weights(b), float(b / scale)
 
 
-def standard_error(values: Float[np.ndarray, "n"]) -> float:
+def standard_error(values: Float[np.ndarray, " n"]) -> float:
     """Of the mean of independent values."""
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 

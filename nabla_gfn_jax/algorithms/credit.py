@@ -46,8 +46,8 @@ def guess_cotangent(
     model: Model,
     eps: Latents,
     x: Latents,
-    alpha_bar: Float[Array, "batch"],
-    scale: Float[Array, "batch"],
+    alpha_bar: Float[Array, " batch"],
+    scale: Float[Array, " batch"],
     condition: PyTree[Any],
 ) -> Latents:
     """β γ_t ∇log R at x̂(ε, x, t); pulled back from x̂ to x it is G(x, t). `scale` is β γ_t."""

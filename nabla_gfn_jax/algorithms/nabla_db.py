@@ -172,7 +172,7 @@ class ResidualNablaDB:
 
         return _pull_back(terms, at_x, params)
 
-    def _guess(self, model: Model, at: Prediction, alpha_bar: Float[Array, "batch"], condition: PyTree[Any]) -> Any:
+    def _guess(self, model: Model, at: Prediction, alpha_bar: Float[Array, " batch"], condition: PyTree[Any]) -> Any:
         """x̂ as a function of (ε, x), and the cotangent there whose pull-back to x is G."""
         scale = self.beta * GAMMAS[self.gamma](alpha_bar)
         cotangent = guess_cotangent(model, at.eps, at.x, alpha_bar, scale, condition)

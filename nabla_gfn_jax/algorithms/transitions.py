@@ -78,7 +78,7 @@ def draw_steps(keys: PRNGKeys, num_steps: int, bins: int, draw: int | Array = 0)
 
 
 def gather(
-    steps: Int[Array, "batch *bins"],
+    steps: Int[Array, " batch *bins"],
     trajectory: Trajectory,
     schedule: Schedule,
     condition: PyTree[Any],

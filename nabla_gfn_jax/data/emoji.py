@@ -63,9 +63,9 @@ class Drawings:
     """N drawings of the concepts. `held_out` marks those the VAE never trains on (about 5 %)."""
 
     images: UInt8[np.ndarray, "drawings 64 64 3"]
-    concept: Int[np.ndarray, "drawings"]
-    vendor: Int[np.ndarray, "drawings"]
-    held_out: Bool[np.ndarray, "drawings"]
+    concept: Int[np.ndarray, " drawings"]
+    vendor: Int[np.ndarray, " drawings"]
+    held_out: Bool[np.ndarray, " drawings"]
     concepts: tuple[Concept, ...]
 
     def base(self) -> "Drawings":

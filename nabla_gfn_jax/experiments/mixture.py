@@ -16,7 +16,7 @@ Points = Float[Array, "batch 2"]
 class Mixture(NamedTuple):
     """Isotropic Gaussians of one standard deviation."""
 
-    weights: Float[np.ndarray, "modes"]
+    weights: Float[np.ndarray, " modes"]
     means: Float[np.ndarray, "modes 2"]
     std: float
 
@@ -26,7 +26,7 @@ class Mixture(NamedTuple):
         weights = np.exp(log_weights - log_weights.max())
         return Mixture(weights / weights.sum(), self.means + self.std**2 * k, self.std)
 
-    def noise_prediction(self, x: Points, alpha_bar: Float[Array, "batch"]) -> Points:
+    def noise_prediction(self, x: Points, alpha_bar: Float[Array, " batch"]) -> Points:
         """E[ε | x] = −√(1−ᾱ) ∇ log p_t(x), exactly what a perfectly trained network would say."""
         alpha_bar = alpha_bar[:, None]
         variance = alpha_bar * self.std**2 + 1 - alpha_bar

@@ -35,8 +35,8 @@ class Atlas:
 
     params: Params
     points: Float[Array, "drawings 64"]
-    concept: Int[np.ndarray, "drawings"]
-    vendor: Int[np.ndarray, "drawings"]
+    concept: Int[np.ndarray, " drawings"]
+    vendor: Int[np.ndarray, " drawings"]
     names: tuple[str, ...]  # CLDR's, of the concepts
     subgroups: tuple[str, ...]  # CLDR's, of the concepts
 
@@ -75,12 +75,12 @@ def layout(network: Params, images: Images) -> Float[Array, "batch 1080"]:
 
 
 @jax.jit
-def _nearest(params: Params, points: Float[Array, "drawings 64"], images: Images) -> Int[Array, "batch"]:
+def _nearest(params: Params, points: Float[Array, "drawings 64"], images: Images) -> Int[Array, " batch"]:
     at = (layout(params["network"], images) - params["mean"][None]) @ params["basis"]
     return jnp.argmin(jnp.square(at[:, None] - points[None]).sum(axis=-1), axis=-1)
 
 
-def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np.ndarray, "batch"]:
+def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np.ndarray, " batch"]:
     """For each image in [0, 1] the number of the drawing it shows: an index into `atlas()`'s arrays."""
     known = atlas()
     padding = -len(images) % _BATCH
@@ -90,7 +90,7 @@ def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np
     return np.concatenate(batches)[: len(images)]
 
 
-def shows_prompt(drawings: Int[np.ndarray, "batch"], prompts: Sequence[str]) -> Bool[np.ndarray, "batch"]:
+def shows_prompt(drawings: Int[np.ndarray, " batch"], prompts: Sequence[str]) -> Bool[np.ndarray, " batch"]:
     """Does the drawing each sample shows bear its prompt as a caption? `drawings`: from `nearest_drawing`."""
     concepts = {prompt: atlas().captioned(prompt) for prompt in set(prompts)}
     shown = atlas().concept[drawings]
@@ -104,17 +104,17 @@ def concept_captions() -> list[str]:
     return [level[min(1, len(level) - 1)] for level in levels]
 
 
-def vendor_entropy(drawings: Int[np.ndarray, "batch"], weights: Float[np.ndarray, "batch"] | None = None) -> float:
+def vendor_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:
     """Entropy (nats) of the vendors among (weighted) samples; at most ln 3 = 1.10. A few samples underestimate it."""
     return entropy(np.bincount(atlas().vendor[drawings], weights, minlength=len(VENDORS)))
 
 
-def drawing_entropy(drawings: Int[np.ndarray, "batch"], weights: Float[np.ndarray, "batch"] | None = None) -> float:
+def drawing_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:
     """Entropy (nats) of the drawings among (weighted) samples; at most the log of their number."""
     return entropy(np.bincount(drawings, weights))
 
 
-def entropy(counts: Float[np.ndarray, "kinds"] | Int[np.ndarray, "kinds"]) -> float:
+def entropy(counts: Float[np.ndarray, " kinds"] | Int[np.ndarray, " kinds"]) -> float:
     """-Σ p ln p of the frequencies."""
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())

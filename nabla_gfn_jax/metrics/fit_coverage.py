@@ -41,7 +41,7 @@ def layouts(drawings: UInt8[np.ndarray, "count 64 64 3"]) -> Float[np.ndarray, "
 
 def discriminant(
     features: Float[np.ndarray, "versions drawings features"],
-) -> tuple[Float[np.ndarray, "features"], Float[np.ndarray, "features 64"]]:
+) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, "features 64"]]:
     """Mean and basis: the scatter within drawings is the identity in it, that between them diagonal and largest."""
     mean = features[0].mean(axis=0)
     scale = features[0].std(axis=0) + 1e-2

@@ -178,7 +178,7 @@ class Upsample(nn.Module):
 
 
 def timestep_features(
-    t: Int[Array, "batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
+    t: Int[Array, " batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
 ) -> Float[Array, "batch width"]:
     """Sinusoidal features of DDPM time (Vaswani et al. 2017, section 3.5), float32, `width` even."""
     half = width // 2

@@ -24,7 +24,7 @@ class LatentDrawings:
     mean: Float[Array, "drawings height width channels"]
     std: Float[Array, "drawings height width channels"]
     ids: Int[Array, "drawings captions tokens"]  # rows of captions repeat where a drawing has fewer
-    empty_ids: Int[Array, "tokens"]  # of the prompt ""
+    empty_ids: Int[Array, " tokens"]  # of the prompt ""
 
 
 def encode_drawings(vae: AutoencoderKL, params: Params, images: np.ndarray) -> tuple[Array, Array]:

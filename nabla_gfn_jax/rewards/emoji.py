@@ -70,10 +70,10 @@ def valence() -> Reward:
 def recognisability() -> Reward:
     """log R = log p(the prompt's animal | image) among the 45 of `SIMPLE_ANIMALS` and "something else"."""
 
-    def encode(prompts: list[str]) -> Int[Array, "batch"]:
+    def encode(prompts: list[str]) -> Int[Array, " batch"]:
         return jnp.array([_animal(prompt) for prompt in prompts], jnp.int32)
 
-    def score(params: Params, images: Images, animal: Int[Array, "batch"]) -> Scores:
+    def score(params: Params, images: Images, animal: Int[Array, " batch"]) -> Scores:
         log_p = jax.nn.log_softmax(_linear(params, images), axis=-1)
         return jnp.take_along_axis(log_p, animal[:, None], axis=-1)[:, 0]
 

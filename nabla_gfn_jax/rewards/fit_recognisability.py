@@ -35,11 +35,11 @@ class Examples:
     """`features`: (versions, drawings, 1008), the unperturbed version first."""
 
     features: Float[np.ndarray, "versions drawings features"]
-    label: Int[np.ndarray, "drawings"]
-    vendor: Int[np.ndarray, "drawings"]
+    label: Int[np.ndarray, " drawings"]
+    vendor: Int[np.ndarray, " drawings"]
 
 
-Head = tuple[Float[np.ndarray, "features classes"], Float[np.ndarray, "classes"]]
+Head = tuple[Float[np.ndarray, "features classes"], Float[np.ndarray, " classes"]]
 
 
 def read_examples(folder: Path | None) -> Examples:
@@ -64,7 +64,7 @@ def fit(examples: Examples, strength: float) -> Head:
     weight /= weight.sum()
     rows = np.arange(versions * count)
 
-    def loss(flat: Float[np.ndarray, "parameters"]) -> tuple[float, Float[np.ndarray, "parameters"]]:
+    def loss(flat: Float[np.ndarray, " parameters"]) -> tuple[float, Float[np.ndarray, " parameters"]]:
         kernel, bias = np.split(flat.astype(np.float32), [width * CLASSES])
         kernel = kernel.reshape(width, CLASSES)
         log_p = log_softmax(x @ kernel + bias, axis=1)

@@ -35,11 +35,11 @@ class Examples:
     """Drawings of faces people judged. `features`: (versions, drawings, 1008), the unperturbed ones first."""
 
     features: Float[np.ndarray, "versions drawings features"]
-    concept: Int[np.ndarray, "drawings"]
-    sentiment: Float[np.ndarray, "drawings"]
-    weight: Float[np.ndarray, "drawings"]
+    concept: Int[np.ndarray, " drawings"]
+    sentiment: Float[np.ndarray, " drawings"]
+    weight: Float[np.ndarray, " drawings"]
 
-    def take(self, rows: Bool[np.ndarray, "drawings"]) -> "Examples":
+    def take(self, rows: Bool[np.ndarray, " drawings"]) -> "Examples":
         return Examples(self.features[:, rows], self.concept[rows], self.sentiment[rows], self.weight[rows])
 
 
@@ -58,7 +58,7 @@ def read_sentiment() -> dict[str, tuple[float, float]]:
     return table
 
 
-def ridge(examples: Examples, strength: float) -> tuple[Float[np.ndarray, "features"], float]:
+def ridge(examples: Examples, strength: float) -> tuple[Float[np.ndarray, " features"], float]:
     """Weights and bias minimising the weighted squared error over all versions + strength · Σ var_i w_i²."""
     versions, _, width = examples.features.shape
     x = examples.features.reshape(-1, width).astype(np.float64)
@@ -109,10 +109,10 @@ def figures(examples: Examples, predictions: Float[np.ndarray, "versions drawing
     """Spearman's rank correlation with people's judgement: emoji (mean over vendors) and single drawings."""
     concepts = np.unique(examples.concept)
 
-    def by_concept(values: Float[np.ndarray, "drawings"]) -> list[float]:
+    def by_concept(values: Float[np.ndarray, " drawings"]) -> list[float]:
         return [float(values[examples.concept == c].mean()) for c in concepts]
 
-    def rank_correlation(values: Float[np.ndarray, "drawings"]) -> tuple[float, float]:
+    def rank_correlation(values: Float[np.ndarray, " drawings"]) -> tuple[float, float]:
         of_emoji = spearmanr(by_concept(values), by_concept(examples.sentiment))[0]
         return of_emoji, spearmanr(values, examples.sentiment)[0]
 
