@@ -6,13 +6,14 @@ and saves, and `sample` draws with the LoRA that was saved. One trajectory, in f
 images have 256 pixels a side, since at 512 the update wants 106 GiB of a CPU, whose compiler neither fuses attention
 nor orders the program by memory. The flag below makes it order.
 
-`pytest -n 0 -m slow tests/test_sd15_end_to_end.py -s` on two cores, 24 GB, compiling included:
+`pytest -n 0 -m slow tests/test_sd15_end_to_end.py -k hps -s`, one at a time with nothing else in memory, on two cores
+and 24 GB, compiling included (the first beside other work on the cores):
 
 | | train | its peak | sample |
 |---|---|---|---|
-| aesthetic, the paper's lookahead | 623 s | 18.5 GiB | 24 s |
-| hps:forward_only | 269 s | 17.4 GiB | 31 s |
-| image_reward:fast | 278 s | under that | 26 s |
+| aesthetic, the paper's lookahead | 954 s | 20.8 GiB | 38 s |
+| hps:forward_only | 397 s | 16.2 GiB | 34 s |
+| image_reward:fast | 379 s | 14.4 GiB | 36 s |
 
 HPS and ImageReward with the lookahead were killed on that machine for want of memory. Loading the folder into float32
 takes 1.05 times the weights.

@@ -12,7 +12,9 @@ from nabla_gfn_jax.typing import Images, Params, PRNGKey
 _BATCH = 64
 
 
-def features_of(drawings: UInt8[np.ndarray, "count 64 64 3"], copies: int) -> Float[np.ndarray, "{copies}+1 count 1008"]:
+def features_of(
+    drawings: UInt8[np.ndarray, "count 64 64 3"], copies: int
+) -> Float[np.ndarray, "{copies}+1 count 1008"]:
     """Features of the drawings as they are (first), and of `copies` perturbed versions of each."""
     padding = -len(drawings) % _BATCH
     padded = np.concatenate([drawings, drawings[:padding]]).astype(np.float32) / np.float32(255.0)
