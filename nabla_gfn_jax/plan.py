@@ -10,6 +10,8 @@ memory is within a tenth. `--phases=rollout` compiles that alone. Nothing here i
 
 import sys
 
+import jax
+
 from nabla_gfn_jax.command_line import parse_flags
 from nabla_gfn_jax.configuration import check
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
@@ -30,6 +32,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--phases={chosen.phases} is unknown; use {', '.join(PHASES)} or both with a comma")
     chip, devices = chip_of(chosen.topology), devices_of(chosen.topology)
     mesh = data_mesh(config.training.trajectories, config.training.micro_batches, devices)
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # what is compiled for a chip that is absent cannot be read
     plan = Plan(config, chip, mesh, chosen.full_effort)
     phases = {name: plan.compile(name) for name in names}
     print(show(plan, phases, f"{chosen.config} on {chosen.topology}"))

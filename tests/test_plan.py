@@ -116,13 +116,13 @@ def test_the_table_says_what_fits_and_what_is_assumed():
     planned = here(settings("emoji"))
     gib = 2**30
     work = Traffic(3e9, 0, {"all-reduce": (4, 8e6)}, 0)
-    fits = Phase("rollout", gib, 2 * gib, gib // 2, {"bfloat16": 197e12, "float32 in full": 197e12 / 6}, work, 1.0)
+    fits = Phase("rollout", gib, 2 * gib, gib // 2, {"bfloat16": 197e12, FULL: 197e12 / 6}, work, 1.0)
     text = show(planned, {"rollout": fits, "update": Phase("update", gib, 15 * gib, 0, {}, work, 1.0)}, "title")
     assert "| rollout | 1.00 GiB | 2.00 GiB | 0.50 GiB | 3.50 GiB | 22% |" in text
     assert re.search(r"update .* 16\.00 GiB \| 102%, too big", text)
-    assert "4 all-reduce 8.0 MB" in text
-    assert re.search(r"rollout \|.*\| 2\.00 s \|", text)  # a second at each of the two rates
-    assert "assuming 40%" in text
+    assert "4 all-reduce, 8.0 MB" in text
+    assert re.search(r"rollout \|.*\| 2 s \|", text)  # a second at each of the two rates
+    assert "an epoch (4 updates): 5 s, 200 updates: 4.2 min, assuming 40%" in text
     assert "not measured" in text
     assert "does not fit: why" in show(planned, {"update": "why"}, "title")
 
@@ -163,6 +163,6 @@ def test_a_tpu_that_is_not_here(tiny_model):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "8 devices, each 15.75 GiB" in done.stdout
-    assert re.search(r"\| update \|.* 4 all-reduce \d", done.stdout), done.stdout  # one an update, four an epoch
+    assert re.search(r"\| 4 updates \|.* 4 all-reduce, \d", done.stdout), done.stdout  # one an update, four an epoch
     assert "loops counted once" not in done.stdout
     assert "largest micro-batch of an update that fits: 2 trajectories a device" in done.stdout

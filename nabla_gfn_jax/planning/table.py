@@ -26,7 +26,7 @@ def show(plan: Plan, phases: dict[str, Phase | str], title: str) -> str:
             lines.append(f"| {name} | does not fit: {phase} | | | | |")
         else:
             sizes = (phase.arguments, phase.temporaries, phase.results, phase.peak)
-            shown = " | ".join(f"{size / GIB:.2f} GiB" for size in sizes)
+            shown = " | ".join(_size(size) for size in sizes)
             lines.append(
                 f"| {name} | {shown} | {phase.peak / chip.memory:.0%}{'' if plan.fits(phase) else ', too big'} |"
             )
@@ -55,15 +55,17 @@ def _parameters(plan: Plan) -> str:
 
 def _work(plan: Plan, phase: Phase) -> str:
     collectives = ", ".join(
-        f"{count} {kind} {size / 1e6:.1f} MB" for kind, (count, size) in phase.traffic.collectives.items()
+        f"{count} {kind}, {size / 1e6:.1f} MB" for kind, (count, size) in phase.traffic.collectives.items()
     )
-    by_type = " + ".join(f"{flops / 1e12:.1f} {kind}" for kind, flops in sorted(phase.flops.items()))
+    by_type = " + ".join(f"{_number(flops / 1e12)} {kind}" for kind, flops in sorted(phase.flops.items()))
     unknown = phase.traffic.unknown_loops
-    at_most = f"{phase.traffic.bytes / 1e9:.0f}" + (f" ({unknown} loops counted once)" if unknown else "")
+    at_most = _number(phase.traffic.bytes / 1e9) + (f" ({unknown} loops counted once)" if unknown else "")
     estimate = plan.estimated_seconds(phase)
     best = plan.least_seconds(phase)
-    cost = "not asked for" if estimate is None else f"{estimate:.1f} s, {best / estimate:.0%} of the peak"
-    return f"| {phase.name} | {by_type} | {at_most} | {collectives or 'none'} | {cost} | {best:.2f} s |"
+    cost = "not asked for" if estimate is None else f"{_duration(estimate)}, {best / estimate:.0%} of the peak"
+    updates = plan.config.training.updates_per_epoch
+    name = f"{updates} updates" if phase.name == "update" and updates > 1 else phase.name
+    return f"| {name} | {by_type} | {at_most} | {collectives or 'none'} | {cost} | {_duration(best)} |"
 
 
 def _run_time(plan: Plan, phases: list[Phase]) -> str:
@@ -75,6 +77,19 @@ def _run_time(plan: Plan, phases: list[Phase]) -> str:
         seconds, source = sum(s for s in estimates if s), "by the compiler's cost model"
     updates = plan.config.training.updates_per_epoch
     return (
-        f"an epoch ({updates} update{'s' * (updates > 1)}): {seconds / 60:.2f} min, 200 updates: "
-        f"{200 / updates * seconds / 3600:.1f} h, {source}; estimated, not measured"
+        f"an epoch ({updates} update{'s' * (updates > 1)}): {_duration(seconds)}, 200 updates: "
+        f"{_duration(200 / updates * seconds)}, {source}; estimated, not measured"
     )
+
+
+def _number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.2g} s"
+
+
+def _size(count: int) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"
