@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
+from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.errors import UserError
 
 # What may change between two runs on one workdir: it alters no number of the run.
@@ -116,7 +117,7 @@ def claim_workdir(workdir: Path, config: ConfigDict, *, write: bool = True) -> N
         if file.exists():
             _compare(json.loads(file.read_text()), json.loads(config.to_json()), workdir)
         if write:
-            file.write_text(json.dumps(json.loads(config.to_json()), indent=2) + "\n")
+            write_json(file, json.loads(config.to_json()))  # other processes may be reading the one before
     except (OSError, ValueError) as error:
         raise UserError(f"workdir {workdir} cannot be used ({error}); choose another --workdir") from error
 

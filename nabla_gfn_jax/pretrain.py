@@ -4,7 +4,6 @@ Drawings → tokenizer → VAE → latents → UNet and text encoder → a diffu
 from its last save; every stage that is done is read back, not repeated.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
+from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data import emoji
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     params = train_denoiser(config, json_files, data, workdir)
 
     save_folder(workdir / "model", json_files, {"vae": vae_params, **params})
-    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(workdir / "report.json", report)
     print(f"{report}\nthe model is in {workdir / 'model'}")
 
 

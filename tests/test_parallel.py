@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny_run import CONFIG
+from tiny_run import CONFIG, brightness, flags
 
 from nabla_gfn_jax import command_line, configuration, parallel, train
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
@@ -24,6 +24,12 @@ def saved(monkeypatch):
 
 def use_devices(monkeypatch, number):
     monkeypatch.setattr(parallel, "all_devices", lambda: Mesh(jax.devices()[:number], (parallel.AXIS,)))
+
+
+def fields(credit: str, parts: int) -> list[str]:
+    chosen = {"algorithm.credit": credit, "algorithm.beta": 3000.0}
+    chosen |= {"training.micro_batches": parts, "training.learning_rate": 0.001}
+    return [f"--config.{name}={value}" for name, value in chosen.items()]
 
 
 def distance(tree, other) -> float:
@@ -45,13 +51,7 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
     results = {}
     for devices, parts in [(1, 2), (2, 1), (8, 2)]:
         use_devices(monkeypatch, devices)
-        command(
-            tmp_path / f"{devices}x{parts}",
-            f"--config.algorithm.credit={credit}",
-            f"--config.training.micro_batches={parts}",
-            "--config.algorithm.beta=3000.0",
-            "--config.training.learning_rate=0.001",
-        )
+        command(tmp_path / f"{devices}x{parts}", *fields(credit, parts))
         results[devices] = dict(saved)
         saved.clear()
     alone = results.pop(1)
@@ -66,27 +66,27 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
             assert distance(pending.ordinary.x, alone[epoch]["pending"].ordinary.x) < 1e-5
 
 
-def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch):
-    """In the compiled program: one, of LoRA and flow gradients, outside the loop over the micro-batches."""
-    config = command_line.load_config(CONFIG)
-    for name, value in {
-        "model": str(tiny_model),
-        "sampling.num_steps": "10",
-        "algorithm.transition_fraction": "0.2",
-        "flow.norm_num_groups": "4",
-        "flow.block_out_channels": "(8,)",
-        "training.trajectories": "16",
-    }.items():
-        command_line.override(config, name, value)
+@pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
+def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch, tmp_path, credit):
+    """In the programs that the test above ran on 8 devices: one, of LoRA and flow gradients, outside the loop over the
+    micro-batches."""
+    monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
+    argv = ["train", *flags(tiny_model, tmp_path), *fields(credit, 2)]
+    config, _ = command_line.parse_flags(argv, CONFIG, train.OPTIONS)
     pieces = configuration.build(config)
     prompts = train.Prompts(pieces, configuration.prompts_of(config))
     state = pieces.init(0, config.lora.rank)
     keys = train.sample_keys(jax.random.key(0), 0, 16)
     compiled = pieces.compile()
-    arguments = (pieces.frozen, state.params, keys, prompts.draw(keys))
-    rollout = compiled.rollout.lower(*arguments)
-    assert "all-reduce" not in rollout.compile().as_text()
-    transitions = jax.eval_shape(compiled.rollout, *arguments).transitions
+    drawn = parallel.place((keys, prompts.draw(keys)), pieces.mesh, parallel.SPLIT)
+    arguments = (pieces.frozen, state.params, *drawn)
+    rollout = compiled.rollout.lower(*arguments).compile()
+    assert "all-reduce" not in rollout.as_text()
+    transitions = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        jax.eval_shape(compiled.rollout, *arguments).transitions,
+        rollout.output_shardings.transitions,
+    )
     update = compiled.update.lower(pieces.frozen, state, transitions).compile().as_text()
     (where,) = loops_around(update, "all-reduce")
     assert where == 1  # the loop over the epoch's updates; the one over micro-batches is inside it

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from tiny_run import flags
 
 HERE = Path(__file__).parent
-EPOCHS = 10
+EPOCHS = 6
 
 
 def free_port() -> int:

@@ -27,10 +27,17 @@ def read_json(file: Path) -> dict[str, Any]:
     return contents
 
 
-def write_json(file: Path, contents: Mapping[str, Any]) -> None:
-    """Writes `contents` and whatever folders lead to `file`."""
+def write_whole(file: Path, contents: bytes) -> None:
+    """Writes `contents` and whatever folders lead to `file`, which no reader, nor a crash, ever sees half written."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    unfinished = file.with_name(f"{file.name}.unfinished")
+    unfinished.write_bytes(contents)
+    os.replace(unfinished, file)
+
+
+def write_json(file: Path, contents: Mapping[str, Any]) -> None:
+    """Writes `contents` as `write_whole` does."""
+    write_whole(file, (json.dumps(contents, indent=2) + "\n").encode())
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -73,9 +80,6 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `tensors`, marked as PyTorch's for the programs that ask; `file` is never seen half written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.unfinished")
+    """Writes `tensors` as `write_whole` does, marked as PyTorch's for the programs that ask."""
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    unfinished.write_bytes(save(contiguous, metadata={"format": "pt"}))
-    os.replace(unfinished, file)
+    write_whole(file, save(contiguous, metadata={"format": "pt"}))

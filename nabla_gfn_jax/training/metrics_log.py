@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from nabla_gfn_jax.checkpoints.files import write_whole
 from nabla_gfn_jax.errors import UserError
 
 
@@ -50,8 +51,9 @@ class MetricsLog:
 
     def _keep_rows_before(self, step: int) -> None:
         if self._file.exists():
-            rows = [line for line in self._file.read_text().splitlines() if json.loads(line)["step"] < step]
-            self._file.write_text("".join(line + "\n" for line in rows))
+            whole = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            rows = [line for line in whole if json.loads(line)["step"] < step]  # without one that a crash cut short
+            write_whole(self._file, "".join(rows).encode())
 
 
 def _tensorboard(workdir: Path) -> Sink:
