@@ -8,8 +8,11 @@ from nabla_gfn_jax.user_cache import user_cache
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says otherwise."""
-    if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        return
-    jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the many small ones too: seconds together
+    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says otherwise.
+
+    The many small programs too, which take seconds together, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
+    """
+    if jax.config.read("jax_compilation_cache_dir") is None:
+        jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
