@@ -12,7 +12,7 @@ def use_compilation_cache() -> None:
 
     The many small programs too, which take seconds together, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
     """
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
