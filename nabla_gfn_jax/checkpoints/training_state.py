@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.serialization
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from nabla_gfn_jax.errors import UserError
@@ -25,7 +26,8 @@ class Checkpoints:
     def save(self, step: int, tree: Any) -> None:
         """Writes `tree`; does nothing if that step is saved already."""
         if step != self.latest:
-            self._manager.save(step, args=ocp.args.StandardSave(flax.serialization.to_state_dict(tree)))
+            state = jax.tree.map(_one_copy, flax.serialization.to_state_dict(tree))
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
         """The newest save, in the shape of `like`. Raises `UserError` if it is damaged or of another configuration."""
@@ -38,3 +40,8 @@ class Checkpoints:
             where = f"{self._manager.directory}/{self.latest}"
             raise UserError(f"{where} cannot be restored ({reason}); delete it to use the save before") from error
         return flax.serialization.from_state_dict(like, read)
+
+
+def _one_copy(array: jax.Array) -> jax.Array | np.ndarray:
+    """The host's, of what all devices hold: of its parts, written by a device each, Orbax makes slow work."""
+    return np.asarray(array) if array.is_fully_replicated else array

@@ -23,7 +23,9 @@ class Trace:
 
     def before(self, epoch: int) -> None:
         if self._epochs and epoch == self._epochs[0]:
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # Python's calls crowd the program's operations out of the viewer
+            jax.profiler.start_trace(self._folder, profiler_options=options)
 
     def after(self, epoch: int) -> None:
         if self._epochs and epoch == self._epochs[-1]:
