@@ -11,6 +11,7 @@ from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.clip import ACTIVATIONS, CLIPEncoderLayer, LayerNames
 from nabla_gfn_jax.models.config import read_fields
 from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
+from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Context, Images, TokenIds
 
@@ -65,8 +66,8 @@ class BLIPVision(nn.Module):
     def __call__(self, images: Images) -> Tokens:
         c = self.config
         x = PatchEmbedding(c.hidden_size, c.patch_size, dtype=self.dtype, name="patch_embed.proj")(images)
-        first = self.param("cls_token", _NORMAL, (1, 1, c.hidden_size)).astype(self.dtype)
-        positions = self.param("pos_embed", _NORMAL, (1, c.tokens, c.hidden_size)).astype(self.dtype)
+        first = parameter(self, "cls_token", _NORMAL, (1, 1, c.hidden_size)).astype(self.dtype)
+        positions = parameter(self, "pos_embed", _NORMAL, (1, c.tokens, c.hidden_size)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first, (len(x), 1, c.hidden_size)), x], axis=1) + positions
         for i in range(c.num_hidden_layers):
             x = CLIPEncoderLayer(c, self.dtype, causal=False, names=_NAMES, name=f"blocks.{i}")(x)

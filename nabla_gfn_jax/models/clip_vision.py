@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from nabla_gfn_jax.models.clip import CLIPEncoderLayer
 from nabla_gfn_jax.models.layers import Dense, LayerNorm
+from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Images
 
@@ -45,7 +46,7 @@ class CLIPVisionModelWithProjection(nn.Module):
             dtype=self.dtype,
             name="vision_model.embeddings.patch_embedding",
         )(images)
-        first = self.param("vision_model.embeddings.class_embedding", _NORMAL, (c.hidden_size,)).astype(self.dtype)
+        first = parameter(self, "vision_model.embeddings.class_embedding", _NORMAL, (c.hidden_size,)).astype(self.dtype)
         positions = nn.Embed(
             c.tokens,
             c.hidden_size,

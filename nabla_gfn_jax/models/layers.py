@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.conv import convolve
+from nabla_gfn_jax.models.parameters import parameter
 
 FeatureMap = Float[Array, "batch _height _width _channels"]
 Tokens = Float[Array, "batch tokens channels"]
@@ -28,8 +29,8 @@ class Conv(nn.Module):
     def __call__(self, x: FeatureMap) -> FeatureMap:
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         padding = ((self.padding,) * 2,) * 2 if isinstance(self.padding, int) else self.padding
         return convolve(x, kernel, self.stride, padding) + bias.reshape(1, 1, 1, -1)
@@ -49,11 +50,11 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
         y = rows @ kernel.astype(self.dtype)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
+            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
         if self.has_variable("lora", "down"):
             down: Array = self.get_variable("lora", "down").astype(self.dtype)
             up: Array = self.get_variable("lora", "up").astype(self.dtype)
@@ -70,8 +71,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, shape).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, shape).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, shape).astype(jnp.float32)
         rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
         centred = rows - rows.mean(axis=-1, keepdims=True)
         normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
@@ -92,8 +93,8 @@ class GroupNorm(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space channels"]:
         channels = x.shape[-1]
-        scale = self.param("scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
+        scale = parameter(self, "scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
         flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
         centred = flat - self._group_mean(flat.mean(axis=1))[:, None]
         variance = self._group_mean(jnp.square(centred).mean(axis=1))[:, None]

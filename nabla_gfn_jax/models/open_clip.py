@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from nabla_gfn_jax.models.clip import CLIPEncoderLayer, CLIPTextConfig, LayerNames
 from nabla_gfn_jax.models.layers import LayerNorm, Tokens
+from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
 from nabla_gfn_jax.typing import Images, TokenIds
 
@@ -60,11 +61,11 @@ class OpenCLIPVision(nn.Module):
             return LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name=name)
 
         x = PatchEmbedding(c.hidden_size, c.patch_size, use_bias=False, dtype=self.dtype, name="conv1")(images)
-        first = self.param("class_embedding", _NORMAL, (c.hidden_size,)).astype(self.dtype)
-        positions = self.param("positional_embedding", _NORMAL, (c.tokens, c.hidden_size)).astype(self.dtype)
+        first = parameter(self, "class_embedding", _NORMAL, (c.hidden_size,)).astype(self.dtype)
+        positions = parameter(self, "positional_embedding", _NORMAL, (c.tokens, c.hidden_size)).astype(self.dtype)
         x = jnp.concatenate([jnp.broadcast_to(first[None, None], (len(x), 1, c.hidden_size)), x], axis=1)
         x = _transformer(norm("ln_pre")(x + positions[None]), c, self.dtype, causal=False)
-        projection = self.param("proj", _NORMAL, (c.hidden_size, self.embed_dim))
+        projection = parameter(self, "proj", _NORMAL, (c.hidden_size, self.embed_dim))
         return norm("ln_post")(x[:, 0]) @ projection.astype(self.dtype)
 
 
@@ -80,8 +81,8 @@ class OpenCLIPText(nn.Module):
         c = self.config
         embed = nn.Embed(c.vocab_size, c.hidden_size, dtype=self.dtype, embedding_init=_NORMAL, name="token_embedding")
         shape = (c.max_position_embeddings, c.hidden_size)
-        positions = self.param("positional_embedding", _NORMAL, shape).astype(self.dtype)
+        positions = parameter(self, "positional_embedding", _NORMAL, shape).astype(self.dtype)
         x = _transformer(embed(ids) + positions[None, : ids.shape[1]], c, self.dtype, causal=True)
         x = LayerNorm(epsilon=c.layer_norm_eps, dtype=self.dtype, name="ln_final")(x)
         end = jnp.take_along_axis(x, ids.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-        return end @ self.param("text_projection", _NORMAL, (c.hidden_size, self.embed_dim)).astype(self.dtype)
+        return end @ parameter(self, "text_projection", _NORMAL, (c.hidden_size, self.embed_dim)).astype(self.dtype)

@@ -7,6 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from nabla_gfn_jax.models.layers import Tokens
+from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.typing import Images
 
 
@@ -41,10 +42,10 @@ class PatchEmbedding(nn.Module):
     def __call__(self, images: Images) -> Tokens:
         batch, height, width, channels = images.shape
         p = self.patch_size
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (p, p, channels, self.features))
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (p, p, channels, self.features))
         patches = images.astype(self.dtype).reshape(batch, height // p, p, width // p, p, channels)
         rows = patches.transpose(0, 1, 3, 2, 4, 5).reshape(-1, p * p * channels)
         y = rows @ kernel.astype(self.dtype).reshape(-1, self.features)
         if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
+            y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
         return y.reshape(batch, -1, self.features)
