@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import orbax.checkpoint as ocp
 
 from nabla_gfn_jax.errors import UserError
 
 OPTIONS: dict[str, str | bool] = {"distributed": False, "coordinator": "", "num_processes": "", "process_id": ""}
 _FIND_EACH_OTHER = 120  # seconds
 _SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+_COMPILING = 3600  # seconds that a process waits for others that are alive
 
 
 def join(options: Any) -> None:
@@ -39,6 +41,14 @@ def join(options: Any) -> None:
     except (ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the processes did not find each other ({reason}); start all of them, or name them") from error
+
+
+def meet(where: str) -> None:
+    """Waits until all processes are here, before what they do together: collectives give each other half a minute, and
+    compiling may take one process longer than that. `where` names the place, once in a run.
+    """
+    if jax.process_count() > 1:
+        ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * _COMPILING)
 
 
 def is_first() -> bool:

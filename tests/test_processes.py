@@ -8,11 +8,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 from tiny_run import flags
 
@@ -20,22 +23,31 @@ HERE = Path(__file__).parent
 EPOCHS = 6
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+SLURM_PORTS = range(2**16 - 2**12, 2**16)  # a job's coordinator has the one of its number modulo 2^12
 
 
-def start(model: Path, workdir: Path, *more: str) -> list[subprocess.Popen]:
-    """Both processes of a run."""
-    port = free_port()
+def free_port(ports: Iterable[int] = (0,)) -> int:
+    """The first of `ports` that is free, 0 being any."""
+    for port in ports:
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return s.getsockname()[1]
+    raise OSError("no port is free")
+
+
+def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[subprocess.Popen]:
+    """Both processes of a run, told who they are by flags, or by Slurm."""
+    port = free_port(SLURM_PORTS if slurm else (0,))
     cache = jax.config.jax_compilation_cache_dir
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_COMPILATION_CACHE_DIR": cache}
 
     def process(i: int) -> subprocess.Popen:
         who = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
-        command = [sys.executable, str(HERE / "tiny_process.py"), *flags(model, workdir), *who, *more]
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        job = {"JOB_ID": port - SLURM_PORTS[0], "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": i, "LOCALID": i}
+        env = environment | {f"SLURM_{name}": str(value) for name, value in job.items() if slurm}
+        flags_of_it = [*flags(model, workdir), *(["--distributed"] if slurm else who), *more]
+        command = [sys.executable, str(HERE / "tiny_process.py"), *flags_of_it]
+        return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return [process(i) for i in range(2)]
 
@@ -45,7 +57,11 @@ def wait_for(file: Path, processes: list[subprocess.Popen]) -> None:
     deadline = time.time() + 240
     while not file.exists():
         assert time.time() < deadline
-        assert all(p.poll() is None for p in processes), [p.communicate() for p in processes]
+        if any(p.poll() is not None for p in processes):
+            codes = [p.poll() for p in processes]
+            for p in processes:
+                p.kill()
+            pytest.fail("\n\n".join(f"{c}: {p.communicate()[1]}" for c, p in zip(codes, processes, strict=True)))
         time.sleep(0.01)
 
 
@@ -70,6 +86,7 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_path):
+    """Started by flags, resumed by Slurm; numbers, LoRA and pictures are those of one process."""
     single, pair = tmp_path / "single", tmp_path / "pair"
     longer = f"--config.training.num_epochs={EPOCHS}"
     command(single, longer)
@@ -85,7 +102,7 @@ def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_pa
     assert "another process is gone" in error
     assert len(rows(pair)) < EPOCHS
 
-    ended = end(start(tiny_model, pair, longer), 240)
+    ended = end(start(tiny_model, pair, longer, slurm=True), 240)
     assert [code for code, _, _ in ended] == [0, 0], [error for _, _, error in ended]
     assert [row["step"] for row in rows(pair)] == [row["step"] for row in rows(single)]
     for ours, theirs in zip(rows(pair), rows(single), strict=True):
@@ -97,6 +114,10 @@ def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_pa
     assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[1])
     grids = sorted(path.name for path in (single / "samples").iterdir())
     assert grids == sorted(path.name for path in (pair / "samples").iterdir())
+    for name in grids:
+        ours, theirs = (np.asarray(Image.open(folder / "samples" / name), np.int16) for folder in (pair, single))
+        assert np.abs(ours - theirs).max() <= 1  # of 255: where rounding falls
+        assert theirs.std() > 10  # a picture
 
 
 @pytest.mark.slow
