@@ -82,6 +82,12 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
     return jax.tree.map(spread, tree)
 
 
+def placed(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
+    """Shapes alone, as of arrays that `place` has placed."""
+    sharding = NamedSharding(mesh, spec)
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+
 def gather(array: jax.Array, mesh: Mesh) -> np.ndarray:
     """All of an array that is split over the devices, in every process's own memory."""
     if array.is_fully_addressable:

@@ -6,6 +6,7 @@ says who they are, or `--coordinator=HOST:PORT --num_processes=N --process_id=I`
 """
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,9 @@ from nabla_gfn_jax.configuration import build, check, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.parallel import SPLIT, gather, place, use_cpu_cores
-from nabla_gfn_jax.processes import ending_together, is_first, join
-from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner, TrainState
+from nabla_gfn_jax.parallel import SPLIT, gather, place, placed, use_cpu_cores
+from nabla_gfn_jax.processes import ending_together, is_first, join, meet
+from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner, Rollout, TrainState
 from nabla_gfn_jax.training.metrics_log import MetricsLog
 from nabla_gfn_jax.training.profiling import Meter, Trace
 from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
@@ -139,7 +140,7 @@ class Epochs:
         self._pieces, self._prompts, self._compiled = pieces, prompts, pieces.compile()
         self._seed, self._count = jax.random.key(config.seed), config.training.trajectories
         self._last, self._samples_every = config.training.num_epochs, config.logging.samples_every
-        self._meter = Meter()
+        self._meter, self._both_compiled = Meter(), False
 
     def one(
         self, epoch: int, state: TrainState, pending: Any
@@ -150,19 +151,34 @@ class Epochs:
         self._meter.start()
         params = jax.tree.map(jnp.copy, state.params)  # the epoch's own: the update overwrites them
         row: dict[str, Any] = {"step": epoch * pieces.updates_per_epoch, "epoch": epoch}
+        keys = sample_keys(self._seed, epoch, self._count)
+        drawn = place((keys, self._prompts.draw(keys)), pieces.mesh, SPLIT)
+        sampled = self._sample(state, pieces.frozen, params, *drawn)
         if pending is not None:
             state, metrics = self._meter.call("update", compiled.update, pieces.frozen, state, pending)
             row |= metrics
-        keys = sample_keys(self._seed, epoch, self._count)
-        drawn = place((keys, self._prompts.draw(keys)), pieces.mesh, SPLIT)
-        sampled = self._meter.call("rollout", compiled.rollout, pieces.frozen, params, *drawn)
         grid = self._grid(epoch, params, state.params)
-        if pending is None:  # compiled while the first trajectories are drawn
-            compiled.update.lower(pieces.frozen, state, sampled.transitions).compile()
+        meet(f"epoch {epoch}")
         row |= {"reward_mean": sampled.log_reward.mean(), "reward_std": sampled.log_reward.std()}
         numbers = {name: float(value) for name, value in row.items()}  # waits for all of it
         numbers |= {"step": row["step"], "epoch": row["epoch"]} | self._meter.numbers(self._count)
         return state, sampled.transitions, numbers, {n: gather(images, pieces.mesh) for n, images in grid.items()}
+
+    def _sample(self, state: TrainState, *arguments: Any) -> Rollout:
+        """The rollout. The first time it is compiled, and begins, while the update is compiled."""
+        rollout, update = self._compiled.rollout, self._compiled.update
+        if self._both_compiled:
+            return self._meter.call("rollout", rollout, *arguments)
+        self._both_compiled = True
+        traced = rollout.trace(*arguments)
+        self._meter.count("rollout", traced)
+        with ThreadPoolExecutor(1) as pool:
+            sampling = pool.submit(lambda lowered: lowered.compile()(*arguments), traced.lower())
+            transitions = placed(traced.out_info.transitions, self._pieces.mesh, ROLLOUT_SPLIT.transitions)
+            update.lower(self._pieces.frozen, state, transitions).compile()
+            sampled = sampling.result()
+        meet("compiled")
+        return sampled
 
     def _grid(self, epoch: int, before: Params, after: Params) -> dict[int, Any]:
         """The same prompts and noise in every grid, none that training draws; the first, in epoch 1, is the base's."""

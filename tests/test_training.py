@@ -2,8 +2,12 @@
 
 import io
 import json
+import logging
+import re
 import struct
-from contextlib import redirect_stdout
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +37,23 @@ class Run:
 
     workdir: Path
     printed: str
+    compiled: tuple[str, ...]  # programs by name, each time one was
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs that are compiled meanwhile, in whatever thread, as JAX logs them."""
+    log, names = logging.getLogger("jax._src.dispatch"), list[str]()
+    listener = logging.Handler()
+    listener.emit = lambda record: names.extend(re.findall(r"XLA compilation of (\S+)", record.getMessage()))
+    level = log.level
+    log.setLevel(logging.DEBUG)
+    log.addHandler(listener)
+    try:
+        yield names
+    finally:
+        log.removeHandler(listener)
+        log.setLevel(level)
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +64,10 @@ def whole(command, tmp_path_factory):
     def run(credit: str = "adjoint") -> Run:
         if credit not in made:
             workdir, printed = tmp_path_factory.mktemp(credit), io.StringIO()
-            with redirect_stdout(printed):
+            with redirect_stdout(printed), compilations() as compiled:
                 more = (f"--config.algorithm.credit={credit}", "--config.logging.tensorboard=True", "--profile")
                 command(workdir, *more, reward=REWARD)
-            made[credit] = Run(workdir, printed.getvalue())
+            made[credit] = Run(workdir, printed.getvalue(), tuple(compiled))
         return made[credit]
 
     return run
@@ -69,6 +90,12 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     assert list(map(without_time, rows(tmp_path))) == list(map(without_time, rows(run.workdir)))
     lora = [(folder / "lora/diffusers.safetensors").read_bytes() for folder in (run.workdir, tmp_path)]
     assert lora[0] == lora[1]
+
+
+def test_each_program_is_compiled_once(whole):
+    """The first two at once, the update from the shapes of transitions that are not yet there."""
+    counts = Counter(name for name in whole().compiled if re.search("rollout|update|draw", name))
+    assert counts == {"jit(rollout)": 1, "jit(update)": 1, "jit(draw)": 1}
 
 
 def test_a_run_starts_from_a_lora(whole, command, tmp_path, capsys):

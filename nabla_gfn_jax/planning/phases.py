@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from nabla_gfn_jax.configuration import abstract_model, assemble, prompts_of
 from nabla_gfn_jax.flops import FULL, count_flops
-from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT
+from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, placed
 from nabla_gfn_jax.planning.chips import Chip
 from nabla_gfn_jax.planning.hlo import Traffic, traffic
 from nabla_gfn_jax.rewards import ABSTRACT, Reward, load_reward
@@ -107,8 +107,8 @@ class Plan:
     def phase(self, name: str, pieces: Finetuner) -> tuple[Any, tuple[Any, ...]]:
         """The function and the shapes it is called with."""
         compiled, c = pieces.compile(), self.config
-        frozen = self._on_devices(pieces.frozen_params, EVERYWHERE)
-        state = self._on_devices(jax.eval_shape(lambda: pieces.first_state(0, c.lora.rank)), EVERYWHERE)
+        frozen = placed(pieces.frozen_params, self.mesh, EVERYWHERE)
+        state = placed(jax.eval_shape(lambda: pieces.first_state(0, c.lora.rank)), self.mesh, EVERYWHERE)
         count = c.training.trajectories
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         text = pieces.base.text_encoder
@@ -117,15 +117,11 @@ class Plan:
         )
         condition = {"context": features, "negative": features}
         condition["reward"] = _prompt_features(c, pieces.reward, count)
-        drawing = (frozen, state.params, self._on_devices(keys, SPLIT), self._on_devices(condition, SPLIT))
+        drawing = (frozen, state.params, placed(keys, self.mesh, SPLIT), placed(condition, self.mesh, SPLIT))
         if name == "rollout":
             return compiled.rollout, drawing
         transitions = jax.eval_shape(compiled.rollout, *drawing).transitions
-        return compiled.update, (frozen, state, self._on_devices(transitions, ROLLOUT_SPLIT.transitions))
-
-    def _on_devices(self, tree: Any, spec: PartitionSpec) -> Any:
-        sharding = NamedSharding(self.mesh, spec)
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+        return compiled.update, (frozen, state, placed(transitions, self.mesh, ROLLOUT_SPLIT.transitions))
 
 
 def _prompt_features(config: ConfigDict, reward: Reward, count: int) -> PyTree[Any]:

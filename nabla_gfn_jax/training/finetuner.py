@@ -52,7 +52,7 @@ class Rollout:
 class Compiled(NamedTuple):
     """What a run calls."""
 
-    rollout: Callable[..., Rollout]  # (frozen, params, keys, condition)
+    rollout: Any  # (frozen, params, keys, condition) → Rollout
     update: Any  # (frozen, state, transitions) → (TrainState, Metrics)
     draw: Callable[..., Images]  # (frozen, params, keys, condition)
 

@@ -56,10 +56,14 @@ class Meter:
 
     def call(self, name: str, function: Any, *arguments: Any) -> Any:
         """`function(*arguments)`, a jitted one, its work counted."""
-        if name not in self._flops:
-            self._flops[name] = sum(flops_of(function.trace(*arguments).jaxpr).values())
-        self._done += self._flops[name]
+        self.count(name, function.trace(*arguments))
         return function(*arguments)
+
+    def count(self, name: str, traced: Any) -> None:
+        """Counts a call of a traced function that is made elsewhere; `name` tells functions apart."""
+        if name not in self._flops:
+            self._flops[name] = sum(flops_of(traced.jaxpr).values())
+        self._done += self._flops[name]
 
     def numbers(self, images: int) -> dict[str, float]:
         """Of the epoch that ends: its seconds, images sampled a second, FLOPs a second of one device, and the peak of a
