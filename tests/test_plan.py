@@ -34,9 +34,9 @@ def settings(name: str, *fields: str):
     return parse_flags(["plan", *flags], "", {})[0]
 
 
-def here(config) -> Plan:
+def here(config, *, full_effort: bool = False) -> Plan:
     """Planned for the CPU devices that are here, as if they were v5e's."""
-    return Plan(config, chips.CHIPS["v5e"], all_devices(), full_effort=False)
+    return Plan(config, chips.CHIPS["v5e"], all_devices(), full_effort)
 
 
 @pytest.mark.parametrize("name", ["hps", "aesthetic", "image_reward"])
@@ -125,6 +125,15 @@ def test_the_table_says_what_fits_and_what_is_assumed():
     assert "an epoch (4 updates): 5 s, 200 updates: 4.2 min, assuming 40%" in text
     assert "not measured" in text
     assert "does not fit: why" in show(planned, {"update": "why"}, "title")
+
+
+def test_the_cost_models_time_is_its_cycles_by_the_clock():
+    """3e9 cycles at v5e's 1.5 GHz, of work that takes a second at the peak rate."""
+    planned = here(settings("emoji"), full_effort=True)
+    phase = Phase("rollout", 0, 0, 0, {"bfloat16": 197e12}, Traffic(0, 3e9, {}, 0), 1.0)
+    text = show(planned, {"rollout": phase, "update": phase}, "title")
+    assert "| 2 s, 50% of the peak | 1 s |" in text
+    assert "an epoch (4 updates): 4 s, 200 updates: 3.3 min, by the compiler's cost model; estimated" in text
 
 
 @pytest.mark.parametrize(
