@@ -7,14 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from naive_program import naive_value_and_grad
 
 from nabla_gfn_jax.algorithms import nabla_db
 from nabla_gfn_jax.algorithms.base import Model
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
-from nabla_gfn_jax.algorithms.transitions import draw_steps, flatten, gather, number_of_bins, select
+from nabla_gfn_jax.algorithms.transitions import flatten, gather
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import (
     STABLE_DIFFUSION,
@@ -92,16 +91,16 @@ MODEL = Model(
 PARAMS = {"lora": LORA, "flow": FLOW}
 
 
-def _keys(n=BATCH, seed=0):
+def sample_keys(n=BATCH, seed=0):
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(n))
 
 
 @functools.cache
-def _trajectory():
+def sampled_trajectory():
     """Sampled by parameters θ† that are not the ones the loss is taken at."""
     earlier = jax.tree.map(lambda a: 0.7 * a, LORA)
     predict = functools.partial(MODEL.predict, earlier)
-    return jax.jit(lambda: sample(predict, SCHEDULE, _keys(), SHAPE, jnp.asarray(CONDITION)))()
+    return jax.jit(lambda: sample(predict, SCHEDULE, sample_keys(), SHAPE, jnp.asarray(CONDITION)))()
 
 
 # ---------------------------------------------------------------- the oracle: one transition, autograd only
@@ -178,7 +177,7 @@ def _oracle(settings):
 
 
 def _oracle_terms(settings, k, credit=None):
-    oracle, trajectory = _oracle(settings), _trajectory()
+    oracle, trajectory = _oracle(settings), sampled_trajectory()
     recorded = (trajectory.latents[k], trajectory.latents[k + 1], trajectory.noise_predictions[k])
     x, y, eps = (_float64(a) for a in recorded)
     terms = oracle.terms(x, y, eps, k, credit)
@@ -222,9 +221,9 @@ def test_every_term_and_gradient(variant):
     algorithm = ResidualNablaDB(**settings)
     ordinary = jax.jit(lambda params, transition: algorithm.ordinary(params, MODEL, transition))
     for k in (0, 23, PENULTIMATE):
-        transition = gather(jnp.full(BATCH, k), _trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
+        transition = gather(jnp.full(BATCH, k), sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
         _assert_equal(*ordinary(PARAMS, transition), *_oracle_terms(settings, k))
-    transition = gather(jnp.full(BATCH, 49), _trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
+    transition = gather(jnp.full(BATCH, 49), sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
     last = jax.jit(lambda params, transition: algorithm.last(params, MODEL, transition))
     _assert_equal(*last(PARAMS, transition), *_oracle_terms(settings, 49))
 
@@ -233,22 +232,22 @@ def test_every_term_and_gradient(variant):
 def dpm_solver(monkeypatch):
     """The module's schedule and trajectory by the other sampler, twenty steps."""
     monkeypatch.setitem(globals(), "SCHEDULE", make_schedule(STABLE_DIFFUSION, 20, sampler="sde_dpm_solver"))
-    _trajectory.cache_clear()
+    sampled_trajectory.cache_clear()
     yield
-    _trajectory.cache_clear()
+    sampled_trajectory.cache_clear()
 
 
 def test_every_term_and_gradient_under_sde_dpm_solver(dpm_solver):
     """Its transition densities, which are Gaussian with diffusers' coefficients (test_schedule), in the same loss."""
     algorithm = ResidualNablaDB(**DEFAULTS, transition_fraction=0.4, uneven_bins=True)
     condition = jnp.asarray(CONDITION)
-    chosen = algorithm.transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, condition, 1)
+    chosen = algorithm.transitions(PARAMS, MODEL, sample_keys(), sampled_trajectory(), SCHEDULE, condition, 1)
     assert chosen.ordinary.x.shape[:3] == (1, BATCH, 8)
     ordinary = jax.jit(lambda params, transition: algorithm.ordinary(params, MODEL, transition))
     for k in (0, 9, 18):
-        transition = gather(jnp.full(BATCH, k), _trajectory(), SCHEDULE, condition, None)
+        transition = gather(jnp.full(BATCH, k), sampled_trajectory(), SCHEDULE, condition, None)
         _assert_equal(*ordinary(PARAMS, transition), *_oracle_terms(DEFAULTS, k))
-    transition = gather(jnp.full(BATCH, 19), _trajectory(), SCHEDULE, condition, None)
+    transition = gather(jnp.full(BATCH, 19), sampled_trajectory(), SCHEDULE, condition, None)
     last = jax.jit(lambda params, transition: algorithm.last(params, MODEL, transition))
     _assert_equal(*last(PARAMS, transition), *_oracle_terms(DEFAULTS, 19))
 
@@ -267,7 +266,7 @@ def test_the_comparison_catches_slips(slip, monkeypatch):
     name, factor = SLIPS[slip]
     right = getattr(nabla_db, name)
     monkeypatch.setattr(nabla_db, name, lambda *arguments: factor * right(*arguments))
-    transition = gather(jnp.full(BATCH, 23), _trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
+    transition = gather(jnp.full(BATCH, 23), sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), None)
     algorithm = ResidualNablaDB(**DEFAULTS)
     actual = jax.jit(lambda params: algorithm.ordinary(params, MODEL, transition))(PARAMS)
     with pytest.raises(AssertionError):
@@ -281,8 +280,8 @@ def first_draw(transitions):
 def test_the_loss_is_the_mean_over_all_transitions():
     algorithm = ResidualNablaDB(**DEFAULTS)
     condition = jnp.asarray(CONDITION)
-    choose = jax.jit(lambda t: algorithm.transitions(PARAMS, MODEL, _keys(), t, SCHEDULE, condition, 1))
-    chosen = first_draw(choose(_trajectory()))
+    choose = jax.jit(lambda t: algorithm.transitions(PARAMS, MODEL, sample_keys(), t, SCHEDULE, condition, 1))
+    chosen = first_draw(choose(sampled_trajectory()))
     (loss, metrics), gradient = jax.jit(lambda p, c: algorithm.value_and_grad(p, MODEL, c))(PARAMS, chosen)
     np.testing.assert_allclose(loss, sum(metrics.values()), rtol=1e-6)
     parts = jax.jit(lambda p, c: [algorithm.ordinary(p, MODEL, flatten(c.ordinary)), algorithm.last(p, MODEL, c.last)])(
@@ -297,12 +296,12 @@ def test_the_loss_is_the_mean_over_all_transitions():
 
 
 def test_the_adjoint_is_the_gradient_through_the_whole_chain():
-    oracle, latents = _oracle(DEFAULTS), _float64(_trajectory().latents)
+    oracle, latents = _oracle(DEFAULTS), _float64(sampled_trajectory().latents)
     shocks = [
         latents[k + 1] - oracle.mean(oracle.eps(latents[k], int(SCHEDULE.timestep[k]), None), latents[k], k)
         for k in range(50)
     ]
-    credit = adjoint_credit(MODEL, _trajectory(), SCHEDULE, jnp.asarray(CONDITION), DEFAULTS["beta"])
+    credit = adjoint_credit(MODEL, sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), DEFAULTS["beta"])
     for start in (1, 24, 49, 50):
         t = int(SCHEDULE.timestep[start - 1])
         base_eps = oracle.eps(latents[start - 1], t, None).numpy()
@@ -320,17 +319,17 @@ def test_the_adjoint_is_the_gradient_through_the_whole_chain():
 def test_adjoint_loss_and_gradient(kappa):
     settings = DEFAULTS | {"credit": "adjoint", "prior_strength": kappa}
     algorithm, condition = ResidualNablaDB(**settings), jnp.asarray(CONDITION)
-    credit = adjoint_credit(MODEL, _trajectory(), SCHEDULE, condition, DEFAULTS["beta"])
+    credit = adjoint_credit(MODEL, sampled_trajectory(), SCHEDULE, condition, DEFAULTS["beta"])
     loss = jax.jit(lambda params, transition: algorithm.with_adjoint(params, MODEL, transition))
     for k in (0, 23, PENULTIMATE, 49):
-        transition = gather(jnp.full(BATCH, k), _trajectory(), SCHEDULE, condition, credit)
+        transition = gather(jnp.full(BATCH, k), sampled_trajectory(), SCHEDULE, condition, credit)
         _assert_equal(*loss(PARAMS, transition), *_oracle_terms(settings, k, _float64(credit.gradient[k])))
 
 
 def test_credit_clip():
     condition = jnp.asarray(CONDITION)
-    credit = adjoint_credit(MODEL, _trajectory(), SCHEDULE, condition, DEFAULTS["beta"])
-    transition = gather(jnp.full(BATCH, 23), _trajectory(), SCHEDULE, condition, credit)
+    credit = adjoint_credit(MODEL, sampled_trajectory(), SCHEDULE, condition, DEFAULTS["beta"])
+    transition = gather(jnp.full(BATCH, 23), sampled_trajectory(), SCHEDULE, condition, credit)
     sizes = float(SCHEDULE.sigma[23]) * np.sqrt((credit.gradient[23] ** 2).mean((1, 2, 3)))
     limit = float(np.sort(sizes)[1])  # the middle one of three stays as it is, the largest shrinks to it
     clipped = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"}, credit_clip=limit * (1 + 1e-5))
@@ -339,81 +338,13 @@ def test_credit_clip():
     _assert_equal(*clipped.with_adjoint(PARAMS, MODEL, transition), *expected)
 
 
-# ---------------------------------------------------------------- which transitions
-
-
-def test_one_step_a_bin_and_the_last_never_twice():
-    steps = np.asarray(draw_steps(_keys(3000), 50, 5))
-    for i in range(5):
-        counts = np.bincount(steps[:, i], minlength=50)
-        inside = range(10 * i, 10 * i + (10 if i < 4 else 9))
-        assert counts[list(inside)].sum() == 3000
-        assert counts[list(inside)].min() > 0.75 * 3000 / len(inside)
-    assert np.abs(np.corrcoef(steps.T) - np.eye(5)).max() < 0.08
-
-
-def test_bins_that_divide_a_step():
-    """20 steps, 8 bins: one step in each two and a half; the last bin is without the last step."""
-    assert number_of_bins(20, 0.4, uneven=True) == 8
-    steps = np.asarray(draw_steps(_keys(4000), 20, 8))
-    edges = np.arange(9) * 2.5
-    assert (steps >= np.floor(edges[:-1])).all()
-    assert (steps <= np.floor(edges[1:])).all()
-    counts = np.bincount(steps.ravel(), minlength=20) / 4000
-    assert counts[19] == 0
-    np.testing.assert_allclose(counts[:17], 0.4, atol=0.03)
-    np.testing.assert_allclose(counts[17:19], [0.5 / 2.5 + 0.5 / 1.5, 1 / 1.5], atol=0.03)
-
-
-def test_several_draws_share_one_adjoint_and_differ_in_their_steps():
-    algorithm = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"})
-    condition = jnp.asarray(CONDITION)
-    choose = jax.jit(
-        lambda t, n: algorithm.transitions(PARAMS, MODEL, _keys(), t, SCHEDULE, condition, n), static_argnums=1
-    )
-    three, one = choose(_trajectory(), 3), choose(_trajectory(), 1)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), three, one)
-    times = np.asarray(three.ordinary.step.timestep)
-    assert len(np.unique(times.reshape(3, -1), axis=0)) == 3
-    credit = adjoint_credit(MODEL, _trajectory(), SCHEDULE, condition, DEFAULTS["beta"]).gradient
-    steps = np.searchsorted(-np.asarray(SCHEDULE.timestep), -times)
-    expected = np.asarray(credit)[steps, np.arange(BATCH)[None, :, None]]
-    assert np.linalg.norm(three.ordinary.adjoint.gradient - expected) < 1e-4 * np.linalg.norm(expected)
-
-
-def test_the_draw_belongs_to_the_sample():
-    np.testing.assert_array_equal(draw_steps(_keys(8), 50, 5)[3:5], draw_steps(_keys(8)[3:5], 50, 5))
-
-
-def test_selected_transitions_are_the_trajectorys():
-    trajectory, condition = _trajectory(), {"prompt": jnp.asarray(CONDITION)}
-    chosen = select(_keys(), trajectory, SCHEDULE, condition, 5)
-    steps = draw_steps(_keys(), 50, 5)
-    for b in range(BATCH):
-        for i in range(5):
-            k = int(steps[b, i])
-            np.testing.assert_array_equal(chosen.ordinary.x[b, i], trajectory.latents[k, b])
-            np.testing.assert_array_equal(chosen.ordinary.y[b, i], trajectory.latents[k + 1, b])
-            np.testing.assert_array_equal(chosen.ordinary.noise_prediction[b, i], trajectory.noise_predictions[k, b])
-            assert chosen.ordinary.step.timestep[b, i] == SCHEDULE.timestep[k]
-            np.testing.assert_array_equal(chosen.ordinary.condition["prompt"][b, i], CONDITION[b])
-        np.testing.assert_array_equal(chosen.last.y[b], trajectory.samples[b])
-        assert chosen.last.step.next_timestep[b] == 0
-
-
-@pytest.mark.parametrize(("num_steps", "fraction"), [(49, 0.1), (50, 0.01), (50, 1.0), (52, 0.1)])
-def test_bins_that_do_not_divide(num_steps, fraction):
-    with pytest.raises(UserError, match=str(num_steps)):
-        number_of_bins(num_steps, fraction)
-
-
 # ---------------------------------------------------------------- the reward maximiser
 
 
 @pytest.mark.parametrize("tail", [1, 3])
 def test_reward_maximiser_gradient(tail):
-    algorithm, condition, trajectory = RewardMaximiser(tail=tail), jnp.asarray(CONDITION), _trajectory()
-    chosen = first_draw(algorithm.transitions(PARAMS, MODEL, _keys(), trajectory, SCHEDULE, condition, 1))
+    algorithm, condition, trajectory = RewardMaximiser(tail=tail), jnp.asarray(CONDITION), sampled_trajectory()
+    chosen = first_draw(algorithm.transitions(PARAMS, MODEL, sample_keys(), trajectory, SCHEDULE, condition, 1))
     (loss, _), gradient = jax.jit(lambda p, c: algorithm.value_and_grad(p, MODEL, c))(PARAMS, chosen)
     oracle = _oracle(DEFAULTS)
     x = _float64(trajectory.latents[50 - tail])
@@ -432,59 +363,6 @@ def test_reward_maximiser_gradient(tail):
 
 def test_reward_maximiser_names_a_tail_too_long():
     with pytest.raises(UserError, match="tail is 51"):
-        RewardMaximiser(tail=51).transitions(PARAMS, MODEL, _keys(), _trajectory(), SCHEDULE, jnp.asarray(CONDITION), 1)
-
-
-# ---------------------------------------------------------------- what it costs
-
-
-def _conv_model(width=48):
-    rng = np.random.default_rng(0)
-    kernels = [jnp.asarray(rng.normal(size=(3, 3, a, b)) / a**0.5 / 3, jnp.float32) for a, b in _conv_sizes(width)]
-
-    def convolve(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-
-    def predict(lora, x, t, condition):
-        for i, kernel in enumerate(kernels):
-            hidden = convolve(x, kernel)
-            if lora is not None:
-                hidden = hidden + x @ lora[i]["down"] @ lora[i]["up"]
-            x = jnp.tanh(hidden) if i < len(kernels) - 1 else hidden
-        return x
-
-    lora = [
-        {"down": jnp.asarray(rng.normal(size=(a, 2)), jnp.float32), "up": jnp.zeros((2, b), jnp.float32)}
-        for a, b in _conv_sizes(width)
-    ]
-    model = Model(predict, lambda phi, x, t, c: phi * x, lambda z, c: (z**3).reshape(len(z), -1).sum(1))
-    return model, {"lora": lora, "flow": jnp.float32(0.5)}
-
-
-def _conv_sizes(width):
-    return [(2, width), (width, width), (width, width), (width, width), (width, 2)]
-
-
-def _flops(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile().cost_analysis()["flops"]
-
-
-def test_flops_of_an_update():
-    """By XLA's own count. Naive: 8 network passes a transition; ours: 7, and 3 at the last, so 38/48."""
-    model, params = _conv_model()
-    shape = (8, 8, 2)
-    trajectory = sample(functools.partial(model.predict, None), SCHEDULE, _keys(2), shape, ())
-    algorithm = ResidualNablaDB(beta=1.0)
-    chosen = first_draw(algorithm.transitions(params, model, _keys(2), trajectory, SCHEDULE, (), 1))
-    whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flatten(chosen.ordinary), chosen.last)
-    ours = _flops(lambda p, c: algorithm.value_and_grad(p, model, c), params, chosen)
-    naive = _flops(lambda p, c: naive_value_and_grad(algorithm, p, model, c), params, whole)
-    guess = ResidualNablaDB(beta=1.0, credit="guess")
-    forward_only = _flops(lambda p, c: guess.value_and_grad(p, model, c), params, chosen)
-    forward = _flops(lambda p, x: model.predict(p["lora"], x, None, ()), params, whole.x)
-    print(
-        f"passes a transition: naive {naive / forward:.2f}, lookahead {ours / forward:.2f}, "
-        f"guess {forward_only / forward:.2f}; lookahead/naive {ours / naive:.3f}"
-    )
-    assert ours <= 0.82 * naive
-    assert forward_only <= 0.62 * naive
+        RewardMaximiser(tail=51).transitions(
+            PARAMS, MODEL, sample_keys(), sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), 1
+        )
