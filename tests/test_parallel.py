@@ -29,8 +29,6 @@ def use_devices(monkeypatch, number):
 def fields(credit: str, parts: int) -> list[str]:
     chosen = {"algorithm.credit": credit, "algorithm.beta": 3000.0}
     chosen |= {"training.micro_batches": parts, "training.learning_rate": 0.001}
-    if credit == "lookahead":
-        chosen["training.updates_per_epoch"] = 1
     return [f"--config.{name}={value}" for name, value in chosen.items()]
 
 
@@ -53,9 +51,11 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
     """
     monkeypatch.setattr(train.Epochs, "_grid", lambda *_: {})  # a third function to compile, of what a rollout does
     results = {}
+    updates = {"adjoint": 2, "lookahead": 1}[credit]
     for devices, parts in [(1, 2), (2, 1), (8, 2)]:
         use_devices(monkeypatch, devices)
-        command(tmp_path / f"{devices}x{parts}", *fields(credit, parts))
+        settings = [*fields(credit, parts), f"--config.training.updates_per_epoch={updates}"]
+        command(tmp_path / f"{devices}x{parts}", *settings)
         results[devices] = dict(saved)
         saved.clear()
     alone = results.pop(1)
@@ -72,8 +72,8 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
 
 @pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
 def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch, tmp_path, credit):
-    """In the programs that the test above ran on 8 devices: one, of LoRA and flow gradients, outside the loop over the
-    micro-batches."""
+    """In the program of several updates an epoch on 8 devices: one, of LoRA and flow gradients, outside the loop over
+    the micro-batches."""
     monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
     argv = ["train", *flags(tiny_model, tmp_path), *fields(credit, 2)]
     config, _ = command_line.parse_flags(argv, CONFIG, train.OPTIONS)
