@@ -22,8 +22,6 @@ from tiny_run import flags
 HERE = Path(__file__).parent
 EPOCHS = 6
 COMPILING = 400  # seconds at most, in two processes, on a slow and busy machine
-
-
 SLURM_PORTS = range(2**16 - 2**12, 2**16)  # a job's coordinator has the one of its number modulo 2^12
 
 
@@ -46,8 +44,8 @@ def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[s
         who = [f"--coordinator=127.0.0.1:{port}", "--num_processes=2", f"--process_id={i}"]
         job = {"JOB_ID": port - SLURM_PORTS[0], "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": i, "LOCALID": i}
         env = environment | {f"SLURM_{name}": str(value) for name, value in job.items() if slurm}
-        flags_of_it = [*flags(model, workdir), *(["--distributed"] if slurm else who), *more]
-        command = [sys.executable, str(HERE / "tiny_process.py"), *flags_of_it]
+        who = ["--distributed"] if slurm else who
+        command = [sys.executable, str(HERE / "tiny_process.py"), *flags(model, workdir), *who, *more]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return [process(i) for i in range(2)]

@@ -39,7 +39,10 @@ def _few_pixels(shape: tuple[int, ...], kernel: Array, stride: int, padding: Pad
 
 
 def windows(x: _X, kernel: tuple[int, ...], stride: int, padding: Padding) -> Iterator[Array]:
-    """For each position of a kernel (height, width), row by row, the padded `x` as that position sees it."""
+    """For each position of a kernel (height, width), row by row, the padded `x` as that position sees it.
+
+    Each is (batch, out_height, out_width, inputs).
+    """
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, *sizes, channels = padded.shape
     spans = [(n - k) // stride * stride + 1 for n, k in zip(sizes, kernel, strict=True)]
