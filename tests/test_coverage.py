@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nabla_gfn_jax import evaluate
-from nabla_gfn_jax.data import emoji
+from nabla_gfn_jax.emoji import drawings as emoji
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.metrics import coverage
 
@@ -77,7 +77,7 @@ def test_the_tilt_reaches_no_further_than_the_samples():
 
 @pytest.mark.skipif(not (emoji.default_folder() / "pictures.npz").exists(), reason="the drawings are not downloaded")
 def test_a_blurred_shifted_drawing_is_nearest_to_itself():
-    base = emoji.load().base()
+    base = emoji.load_drawings().base()
     chosen = np.random.default_rng(0).choice(len(base.images), 128, replace=False)
     images = base.images[chosen].astype(np.float32) / np.float32(255.0)
     moved = np.roll(images, (2, -1), axis=(1, 2))

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nabla_gfn_jax.data import emoji
-from nabla_gfn_jax.data.captions import captions
 from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
+from nabla_gfn_jax.emoji import drawings as emoji
+from nabla_gfn_jax.emoji.captions import captions
 from nabla_gfn_jax.errors import UserError
 
 GOOGLE, FLUENT, NAMES = emoji.PACKAGES
@@ -76,7 +76,7 @@ def packages(tmp_path, monkeypatch):
 
 
 def test_reads_each_vendor_over_white(packages):
-    drawings = emoji.load(packages)
+    drawings = emoji.load_drawings(packages)
     assert [c.name for c in drawings.concepts] == ["tiger", "smiling face"]
     assert drawings.images.shape == (5, 64, 64, 3)
     np.testing.assert_array_equal(drawings.concept, [0, 0, 0, 1, 1])
@@ -88,7 +88,7 @@ def test_reads_each_vendor_over_white(packages):
 
 
 def test_base_keeps_only_what_all_vendors_draw(packages):
-    base = emoji.load(packages).base()
+    base = emoji.load_drawings(packages).base()
     assert [c.name for c in base.concepts] == ["tiger"]
     np.testing.assert_array_equal(base.vendor, [0, 1, 2])
     assert base.captioned("an animal") == [0]
@@ -96,10 +96,10 @@ def test_base_keeps_only_what_all_vendors_draw(packages):
 
 
 def test_second_load_needs_no_package(packages):
-    first = emoji.load(packages)
+    first = emoji.load_drawings(packages)
     for file in packages.glob("*.tgz"):
         file.unlink()
-    second = emoji.load(packages)
+    second = emoji.load_drawings(packages)
     np.testing.assert_array_equal(first.images, second.images)
     assert first.concepts == second.concepts
 
@@ -107,7 +107,7 @@ def test_second_load_needs_no_package(packages):
 def test_other_tarball_is_refused(packages):
     tarball(packages, FLUENT, {"assets/1f405.webp": b"something else"})
     with pytest.raises(UserError, match=r"lobehub-fluent-emoji-3d-1\.1\.0\.tgz is not the expected"):
-        emoji.load(packages)
+        emoji.load_drawings(packages)
     assert not (packages / "pictures.npz").exists()
 
 

@@ -10,10 +10,11 @@ import torch
 from test_efficientnet import LITE0, drawing, oracle_of, relative
 
 from nabla_gfn_jax.checkpoints.files import read_safetensors
-from nabla_gfn_jax.data import emoji
 from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
+from nabla_gfn_jax.emoji import drawings as emoji
+from nabla_gfn_jax.emoji import fit_recognisability, fit_valence
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.rewards import fit_recognisability, fit_valence, load_reward
+from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.rewards.emoji import DATA
 
 WITH_DRAWINGS = pytest.mark.skipif(
@@ -93,7 +94,7 @@ def test_recognisability_is_a_probability_of_the_prompts_animal():
 @WITH_DRAWINGS
 def test_recognisability_names_the_drawings_it_was_fitted_to():
     """The head that ships saw all vendors, so this is no measure of how good it is: it shows the labels are right."""
-    drawings = emoji.load(None).base()
+    drawings = emoji.load_drawings(None).base()
     reward = load_reward("recognisability")
     every = np.asarray(reward.encode_prompts(list(SIMPLE_ANIMALS)))[:, None]
     score_all = jax.jit(lambda images, prompts: jax.vmap(partial(reward.score, reward.params, images))(prompts))

@@ -14,9 +14,9 @@ from reward_oracle import CLIP, PROMPTS
 from torch_oracle import CAPTIONS, compile_quickly, nchw, nhwc, relative
 
 from nabla_gfn_jax.checkpoints import hub
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
-from nabla_gfn_jax.models.tokenizer import train_tokenizer
 from nabla_gfn_jax.rewards import hps, load_reward
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_oracle import nchw, nhwc
 
-from nabla_gfn_jax.rewards.resize import resize
+from nabla_gfn_jax.models.resize import resize
 
 
 @pytest.mark.parametrize("antialias", [True, False])

@@ -38,10 +38,10 @@ from safetensors.numpy import load_file
 from test_aesthetic import Aesthetic
 from torch_oracle import CAPTIONS
 
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.models.blip import VIT_L_16
 from nabla_gfn_jax.models.clip_vision import VIT_L_14, VIT_L_14_DIM
 from nabla_gfn_jax.models.open_clip import VIT_H_14
-from nabla_gfn_jax.models.tokenizer import train_tokenizer
 
 pytestmark = pytest.mark.slow
 CONFIGS = Path(__file__).parents[1] / "configs"

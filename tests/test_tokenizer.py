@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import transformers
 
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.models.tokenizer import load_tokenizer, train_tokenizer
+from nabla_gfn_jax.models.tokenizer import load_tokenizer
 
 CAPTIONS = ["a cat", "a smiling face with heart eyes", "two dogs and a frog's pond", "naïve café", "no. 123!"]
 LENGTH = 10
@@ -93,7 +94,7 @@ def test_the_vocabulary_is_clips_layout_and_covers_the_captions(folder):
 
 def test_learning_is_the_same_in_another_process(folder, tmp_path):
     command = (
-        "import sys; from pathlib import Path; from nabla_gfn_jax.models.tokenizer import train_tokenizer;"
+        "import sys; from pathlib import Path; from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer;"
         f"train_tokenizer({CAPTIONS!r}, Path(sys.argv[1]), 600, {LENGTH}); print('torch' in sys.modules)"
     )
     run = subprocess.run([sys.executable, "-c", command, str(tmp_path)], capture_output=True, text=True, check=True)

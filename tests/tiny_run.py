@@ -10,8 +10,8 @@ import pytest
 from nabla_gfn_jax import configuration, train
 from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
-from nabla_gfn_jax.models.tokenizer import train_tokenizer
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.rewards import Reward

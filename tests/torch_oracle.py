@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
-from nabla_gfn_jax.models.tokenizer import train_tokenizer
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)

@@ -116,7 +116,7 @@ def save_folder(
     params: Params,
     weights_dtype: Any = np.float16,
 ) -> None:
-    """Writes unet, vae, text_encoder and scheduler of a diffusers folder; `train_tokenizer` writes the rest.
+    """Writes unet, vae, text_encoder and scheduler of a diffusers folder; `emoji.byte_pairs` the rest.
 
     `configs` holds the contents of each part's JSON file under the part's name, `params` their parameters.
     """

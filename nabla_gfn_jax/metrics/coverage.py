@@ -2,10 +2,11 @@
 
 Every drawing of the base model is a point in 64 dimensions; a sample shows the nearest one. The points are
 discriminant features of EfficientNet-Lite2, not the network of the rewards, and ship with the package, so that no
-picture is needed. `python -m nabla_gfn_jax.metrics.fit_coverage` makes the file and says how often the nearest
+picture is needed. `python -m nabla_gfn_jax.emoji.fit_atlas` makes the file and says how often the nearest
 drawing is the right one.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -17,8 +18,6 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from nabla_gfn_jax.checkpoints.files import read_safetensors
-from nabla_gfn_jax.data.captions import captions
-from nabla_gfn_jax.data.emoji import VENDORS
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models import efficientnet
 from nabla_gfn_jax.models.efficientnet import EfficientNetLite
@@ -38,12 +37,11 @@ class Atlas:
     concept: Int[np.ndarray, " drawings"]
     vendor: Int[np.ndarray, " drawings"]
     names: tuple[str, ...]  # CLDR's, of the concepts
-    subgroups: tuple[str, ...]  # CLDR's, of the concepts
+    captions: tuple[tuple[str, ...], ...]  # of each concept, the most specific first
 
     def captioned(self, caption: str) -> list[int]:
         """The concepts that a caption describes. Raises `UserError` if it describes none."""
-        known = zip(self.names, self.subgroups, strict=True)
-        found = [i for i, (name, subgroup) in enumerate(known) if caption in captions(name, subgroup)]
+        found = [i for i, captions in enumerate(self.captions) if caption in captions]
         if not found:
             raise UserError(f"no drawing is called {caption!r}, so coverage cannot be counted for it")
         return found
@@ -63,7 +61,7 @@ def atlas() -> Atlas:
         concept=tensors["concept"].astype(int),
         vendor=tensors["vendor"].astype(int),
         names=tuple(metadata["names"].split("|")),
-        subgroups=tuple(metadata["subgroups"].split("|")),
+        captions=tuple(map(tuple, json.loads(metadata["captions"]))),
     )
 
 
@@ -99,14 +97,12 @@ def shows_prompt(drawings: Int[np.ndarray, " batch"], prompts: Sequence[str]) ->
 
 def concept_captions() -> list[str]:
     """One caption, with its article, for each emoji of the base model."""
-    known = atlas()
-    levels = [captions(name, subgroup) for name, subgroup in zip(known.names, known.subgroups, strict=True)]
-    return [level[min(1, len(level) - 1)] for level in levels]
+    return [captions[min(1, len(captions) - 1)] for captions in atlas().captions]
 
 
 def vendor_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:
     """Entropy (nats) of the vendors among (weighted) samples; at most ln 3 = 1.10. A few samples underestimate it."""
-    return entropy(np.bincount(atlas().vendor[drawings], weights, minlength=len(VENDORS)))
+    return entropy(np.bincount(atlas().vendor[drawings], weights))
 
 
 def drawing_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:

@@ -1,20 +1,18 @@
-"""CLIP's byte-pair tokenizer: from the files of a diffusers folder, or learned from captions."""
+"""CLIP's byte-pair tokenizer, from the files of a diffusers folder."""
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
-from nabla_gfn_jax.checkpoints.files import read_json, write_json
+from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
-_WORD_END = "</w>"
+WORD_END = "</w>"
 # Contractions, runs of letters, single digits, runs of other signs (Radford et al. 2021's released files).
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -57,7 +55,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def make_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
     """Text to the ids of its byte pairs; the two `special` tokens, start and end, are found in text too."""
-    encoder = _pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=_WORD_END, unk_token=special[1]))
+    encoder = text_pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=special[1]))
     encoder.add_special_tokens(special)
     return encoder
 
@@ -84,67 +82,8 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
 
 
-def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, max_length: int) -> None:
-    """Learns byte-pair merges from `texts` and writes a tokenizer folder that transformers opens too.
-
-    The vocabulary is CLIP's layout: 256 bytes, the same at a word's end, one entry a merge, start and end; at
-    most `vocab_size` of them. A folder that has one keeps it: ids must not move under trained weights.
-    """
-    if (folder / "vocab.json").exists():
-        return
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = _learn_merges(_count_words(texts), vocab_size - 2 * len(alphabet) - 2)
-    entries = [*alphabet, *(c + _WORD_END for c in alphabet), *map("".join, merges), START, END]
-    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(entries))}
-    special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
-    settings = special | {"tokenizer_class": "CLIPTokenizer", "model_max_length": max_length}
-    write_json(folder / "special_tokens_map.json", special)
-    write_json(folder / "tokenizer_config.json", settings)
-    lines = ["#version: 0.2", *map(" ".join, merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    write_json(folder / "vocab.json", vocabulary)
-
-
-def _count_words(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """How often each word occurs, as its bytes' letters, the last one marked."""
-    pipeline = _pipeline(models.BPE())
-    normalise, split = pipeline.normalizer.normalize_str, pipeline.pre_tokenizer.pre_tokenize_str
-    words = Counter(word for text in texts for word, _ in split(normalise(text)))
-    return Counter({(*word[:-1], word[-1] + _WORD_END): count for word, count in words.items()})
-
-
-def _learn_merges(words: Counter[tuple[str, ...]], limit: int) -> list[tuple[str, str]]:
-    """At most `limit` merges, each of the most frequent pair, of equals the alphabet's first.
-
-    Sennrich et al. 2016, arXiv 1508.07909. The `tokenizers` library's trainer breaks ties anew in each run.
-    """
-    merges: list[tuple[str, str]] = []
-    while len(merges) < limit:
-        pairs: Counter[tuple[str, str]] = Counter()
-        for word, count in words.items():
-            for pair in pairwise(word):
-                pairs[pair] += count
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair), default=None)
-        if best is None or pairs[best] < 2:
-            break
-        merges.append(best)
-        words = Counter({_merge(word, best): count for word, count in words.items()})
-    return merges
-
-
-def _merge(word: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
-    if pair not in pairwise(word):
-        return word
-    merged: list[str] = []
-    for symbol in word:
-        if merged and merged[-1] == pair[0] and symbol == pair[1]:
-            merged[-1] += symbol
-        else:
-            merged.append(symbol)
-    return tuple(merged)
-
-
-def _pipeline(model: models.BPE) -> Tokenizer:
+def text_pipeline(model: models.BPE) -> Tokenizer:
+    """CLIP's way from text to words, lower case and split into bytes, before `model` joins these to tokens."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

@@ -17,9 +17,9 @@ from nabla_gfn_jax.checkpoints import hub, weights
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.clip_vision import VIT_L_14, VIT_L_14_DIM, CLIPVisionModelWithProjection
 from nabla_gfn_jax.models.layers import Dense
+from nabla_gfn_jax.models.preprocess import clip_normalise
+from nabla_gfn_jax.models.resize import resize
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
-from nabla_gfn_jax.rewards.preprocess import clip_normalise
-from nabla_gfn_jax.rewards.resize import resize
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores
 

@@ -12,7 +12,7 @@ from nabla_gfn_jax.checkpoints import hub, weights
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig, OpenCLIPText, OpenCLIPVision
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
-from nabla_gfn_jax.rewards.preprocess import clip_normalise, fit_longer_side
+from nabla_gfn_jax.models.preprocess import clip_normalise, fit_longer_side
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores
 

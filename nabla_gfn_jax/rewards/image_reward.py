@@ -18,8 +18,8 @@ from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.bert_tokenizer import load_bert_tokenizer
 from nabla_gfn_jax.models.blip import VIT_L_16, BertConfig, BLIPText, BLIPVision, Mask
 from nabla_gfn_jax.models.layers import Dense
+from nabla_gfn_jax.models.preprocess import clip_normalise, crop_longer_side
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
-from nabla_gfn_jax.rewards.preprocess import clip_normalise, crop_longer_side
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, Resized, Scores, TokenIds
 

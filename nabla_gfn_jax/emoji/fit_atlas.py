@@ -1,10 +1,11 @@
-"""Makes the atlas of drawings that `metrics.coverage` reads: `python -m nabla_gfn_jax.metrics.fit_coverage`.
+"""Makes the atlas of drawings that `metrics.coverage` reads: `python -m nabla_gfn_jax.emoji.fit_atlas`.
 
 The 64 dimensions are a linear discriminant analysis: directions along which drawings differ most for how much a
 drawing's own perturbed versions differ.
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import jax
@@ -13,8 +14,8 @@ from jaxtyping import Float, UInt8
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-from nabla_gfn_jax.data import emoji
-from nabla_gfn_jax.data.perturb import perturb
+from nabla_gfn_jax.emoji.drawings import Drawings, load_drawings
+from nabla_gfn_jax.emoji.perturb import perturb
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics import coverage
 from nabla_gfn_jax.models import efficientnet
@@ -55,7 +56,7 @@ def discriminant(
     return mean, (whiten @ np.linalg.eigh(between)[1][:, -DIMENSIONS:]) / scale[:, None]
 
 
-def write_atlas(file: Path, drawings: emoji.Drawings, features: Float[np.ndarray, "versions drawings 1080"]) -> None:
+def write_atlas(file: Path, drawings: Drawings, features: Float[np.ndarray, "versions drawings 1080"]) -> None:
     """Everything but the network: basis and points in half precision."""
     mean, basis = discriminant(features.astype(np.float64))
     tensors = {
@@ -66,9 +67,9 @@ def write_atlas(file: Path, drawings: emoji.Drawings, features: Float[np.ndarray
         "vendor": drawings.vendor.astype(np.uint8),
     }
     names = "|".join(c.name for c in drawings.concepts)
-    subgroups = "|".join(c.subgroup for c in drawings.concepts)
+    captions = json.dumps([c.captions for c in drawings.concepts])
     file.parent.mkdir(exist_ok=True)
-    save_file(tensors, file, metadata={"names": names, "subgroups": subgroups})
+    save_file(tensors, file, metadata={"names": names, "captions": captions})
 
 
 @exit_on_user_error
@@ -76,7 +77,7 @@ def main() -> None:
     """Writes `metrics/data/drawings.safetensors` and prints how often perturbed drawings are recognised."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--emoji", type=Path, help="folder of the emoji packages (default: the user's cache)")
-    drawings = emoji.load(parser.parse_args().emoji).base()
+    drawings = load_drawings(parser.parse_args().emoji).base()
     write_atlas(coverage.FILE, drawings, layouts(drawings.images))
     unseen_key = jax.random.key(1000)
     images = np.asarray(jax.jit(perturb)(unseen_key, drawings.images.astype(np.float32) / np.float32(255.0)))
