@@ -35,6 +35,7 @@ TEST = [
     "accelerate>=1.1,<2",
     "ruff>=0.12",
     "mypy>=1.15,<3",
+    "import-linter>=2.3,<3",
     "tensorboardX>=2.6,<3",
     *PRETRAIN,
 ]
