@@ -1,0 +1,206 @@
+"""How far is a policy from P_base · R^β? Nats from arrays of rewards and path statistics, with NumPy alone.
+
+A path is a sample with the Gaussian steps that led to it. The policy's steps have mean μ_θ, the base model's μ_#, both
+σ_k. Everything below needs four arrays of the policy's paths and the log rewards of base samples (docs/nats.md):
+
+    spent       S = E_θ[Σ_k ‖μ_θ − μ_#‖²/(2σ_k²)], the KL of the policy's paths from the base model's
+    log Z(b)    mean over prompts of log E_base[R^b]
+    exponent    b such that base samples weighted by R^b have the policy's mean log R, called r
+    needed      b·r − log Z(b). No distribution with mean log R = r is nearer to the base model
+    efficiency  needed / spent, at most 1; it is 1 for the tilted base model P_base · R^b alone
+    gap(β)      S − β·r + log Z(β) = KL(policy's paths ‖ P_base · R^β's) ≥ 0. It is least at β = b: spent − needed
+    weights     w = R^β · Π p_#(y|x)/p_θ(y|x), constant if and only if the policy is P_base · R^β
+
+Every mean is the mean over prompts of the mean within a prompt; the prompts are taken as fixed. Standard errors are a
+bootstrap's over samples. Sample i of a prompt is taken to have the same noise in both models.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nabla_gfn_jax.metrics.tilt import LogZ, Strata, Values, log_z_of, normalise, tilt_of
+
+BaseValues = Float[np.ndarray, " base"]
+Figures = Callable[[Values | None, BaseValues | None], list[float]]  # how often each sample counts → figures
+_REPLICATES = 200  # of the bootstrap: standard errors to 5 %
+
+
+class Estimate(NamedTuple):
+    """A figure and its standard error; NaN where there is none."""
+
+    value: float
+    error: float = float("nan")
+
+
+@dataclass(frozen=True)
+class Paths:
+    """n sampled paths. A base model's own have spent = 0 and log_ratio = 0: `Paths.of_base`."""
+
+    log_reward: Values  # log R of the sample, not multiplied by β
+    spent: Float[np.ndarray, "n steps"]  # ‖μ_θ − μ_#‖²/(2σ²) of each step, summed over elements
+    log_ratio: Values  # log Π p_#(y|x)/p_θ(y|x) = −Σ_k [‖δ_k‖²/2 + δ_k·z_k], δ = (μ_θ − μ_#)/σ, z the noise
+    prompt: Int[np.ndarray, " n"]  # which prompt: any integers
+
+    @classmethod
+    def of_base(cls, log_reward: Values, prompt: Int[np.ndarray, " n"] | None = None) -> "Paths":
+        """Samples of the base model; of one prompt if none is given."""
+        n = len(log_reward)
+        zeros = np.zeros(n)
+        return cls(np.asarray(log_reward), zeros[:, None], zeros, np.zeros(n, int) if prompt is None else prompt)
+
+    def by_prompt(self) -> "Paths":
+        """The same paths in float64, a prompt after the other, in the order they have within each."""
+        order = np.argsort(self.prompt, kind="stable")
+        reward, spent, ratio = (np.asarray(a, np.float64)[order] for a in (self.log_reward, self.spent, self.log_ratio))
+        return Paths(reward, spent, ratio, self.prompt[order])
+
+
+@dataclass(frozen=True)
+class AtBeta:
+    """How far the policy is from P_base · R^β for one β."""
+
+    beta: float
+    log_z: LogZ
+    log_z_is_policys: bool  # where base samples are few and the policy's path weights give more, they are taken
+    gap: Estimate  # nats; in expectation a lower bound if log_z is one
+    effective_share: Estimate  # of the policy's path weights within a prompt, 1/n to 1
+    log_weight_std: Estimate  # of log w within a prompt; 0 for P_base · R^β itself
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a policy reached and what it spent. All is 0 for the base model; its efficiency is undefined, NaN."""
+
+    samples: int
+    base_samples: int
+    log_reward: Estimate
+    exponent: Estimate  # infinite if the policy's mean log R is above (or below) every base sample's
+    needed: Estimate
+    spent: Estimate
+    efficiency: Estimate
+    at_exponent: AtBeta | None  # the nearest target; None where the exponent is infinite
+    at_beta: AtBeta | None  # the target it was trained for, where that is known
+    spent_by_step: Float[np.ndarray, " steps"]
+    spent_by_step_error: Float[np.ndarray, " steps"]
+    warnings: tuple[str, ...]
+
+
+def certify(policy: Paths, base: Paths, beta: float | None = None, seed: int = 0) -> Certificate:
+    """The certificate of a policy, given base samples of the same prompts; `seed` is the bootstrap's.
+
+    The policy may be the base model itself: `certify(base, base, beta)`. Raises `ValueError` if the prompts differ.
+    """
+    pair = _Pair(policy.by_prompt(), base.by_prompt())
+    nearest = pair.overall(None, None)[1]
+    targets = [_Target(pair, b) for b in (nearest, beta) if b is not None and np.isfinite(b)]
+    (reward, exponent, needed, spent, efficiency), *towards = pair.estimate(
+        [pair.overall, *(target.figures for target in targets)], seed
+    )
+    at = {target.beta: target.at(estimates) for target, estimates in zip(targets, towards, strict=True)}
+    by_step, by_step_error = pair.mine.mean_and_error(pair.policy.spent)
+    return Certificate(
+        samples=len(policy.log_reward),
+        base_samples=len(base.log_reward),
+        log_reward=reward,
+        exponent=exponent,
+        needed=needed,
+        spent=spent,
+        efficiency=efficiency,
+        at_exponent=at.get(nearest),
+        at_beta=None if beta is None else at[beta],
+        spent_by_step=by_step,
+        spent_by_step_error=by_step_error,
+        warnings=tuple(_warnings(pair, nearest, None if beta is None else at[beta])),
+    )
+
+
+class _Pair:
+    """A policy's paths beside the base model's, both sorted by prompt."""
+
+    def __init__(self, policy: Paths, base: Paths):
+        self.policy, self.base = policy, base
+        self.mine, self.theirs = Strata(policy.prompt), Strata(base.prompt)
+        if not np.array_equal(self.mine.prompts, self.theirs.prompts):
+            prompts = f"{list(self.mine.prompts)} and {list(self.theirs.prompts)}"
+            raise ValueError(f"the samples of the policy and of the base model are of different prompts: {prompts}")
+
+    def means(self, counts: Values | None) -> tuple[float, float]:
+        """Mean log R and spent."""
+        return self.mine.mean(self.policy.log_reward, counts), self.mine.mean(self.policy.spent.sum(1), counts)
+
+    def overall(self, counts: Values | None, base_counts: BaseValues | None) -> list[float]:
+        """Mean log R, exponent, needed, spent, efficiency."""
+        reward, spent = self.means(counts)
+        tilt = tilt_of(reward, self.base.log_reward, self.theirs, base_counts)
+        return [reward, tilt.exponent, tilt.needed, spent, tilt.needed / spent if spent > 0 else np.nan]
+
+    def estimate(self, functions: Sequence[Figures], seed: int) -> list[list[Estimate]]:
+        """The figures of each function with the bootstrap's standard errors."""
+        with np.errstate(invalid="ignore"):
+            resampled = [[f(*counts) for f in functions] for counts in self._resamples(seed)]
+            errors = [np.std(figures, axis=0, ddof=1).tolist() for figures in zip(*resampled, strict=True)]
+        return [
+            [Estimate(*figure) for figure in zip(f(None, None), error, strict=True)]
+            for f, error in zip(functions, errors, strict=True)
+        ]
+
+    def _resamples(self, seed: int) -> Iterator[tuple[Values, BaseValues]]:
+        """How often each sample counts; within a prompt, samples of the same noise count equally often in both."""
+        rng = np.random.default_rng(seed)
+        for _ in range(_REPLICATES):
+            counts, base_counts = [], []
+            for n, m in zip(self.mine.sizes, self.theirs.sizes, strict=True):
+                shared, more = min(n, m), abs(int(n) - int(m))
+                both = np.bincount(rng.integers(0, shared, shared), minlength=shared)
+                rest = np.bincount(rng.integers(0, more, more), minlength=more) if more else both[:0]
+                counts.append(np.concatenate([both, rest]) if n > m else both)
+                base_counts.append(np.concatenate([both, rest]) if m > n else both)
+            yield np.concatenate(counts).astype(float), np.concatenate(base_counts).astype(float)
+
+
+class _Target:
+    """P_base · R^β, seen from a pair's samples."""
+
+    def __init__(self, pair: _Pair, beta: float):
+        self.beta, self.pair = beta, pair
+        self.log_weight = beta * pair.policy.log_reward + pair.policy.log_ratio
+        self.log_z, self.is_policys = log_z_of(beta * pair.base.log_reward, pair.theirs), False
+        if self.log_z.is_lower_bound:
+            other = log_z_of(self.log_weight, pair.mine)
+            self.log_z, self.is_policys = max((self.log_z, False), (other, True), key=lambda z: z[0].value)
+
+    def figures(self, counts: Values | None, base_counts: BaseValues | None) -> list[float]:
+        """Gap with the plain log Z, effective share and standard deviation of the path weights."""
+        mine = self.pair.mine
+        weights = normalise(self.log_weight, mine, counts)
+        of_base = normalise(self.beta * self.pair.base.log_reward, self.pair.theirs, base_counts)
+        reward, spent = self.pair.means(counts)
+        log_z = (weights if self.is_policys else of_base).log_mean.mean()
+        centred = self.log_weight - mine.repeat(mine.means(self.log_weight, counts))
+        share = float(np.mean(weights.effective / mine.sizes))
+        return [spent - self.beta * reward + float(log_z), share, mine.mean(centred**2, counts) ** 0.5]
+
+    def at(self, estimates: list[Estimate]) -> AtBeta:
+        gap, share, std = estimates
+        gap = Estimate(gap.value + self.log_z.value - self.log_z.plain, gap.error)
+        return AtBeta(self.beta, self.log_z, self.is_policys, gap, share, std)
+
+
+def _warnings(pair: _Pair, exponent: float, at_beta: AtBeta | None) -> Iterator[str]:
+    if not np.isfinite(exponent):
+        yield "the policy's mean log R is beyond that of every base sample: needed and efficiency are lower bounds"
+    elif (z := log_z_of(exponent * pair.base.log_reward, pair.theirs)).is_lower_bound:
+        yield f"needed rests on {z.effective:.1f} effective of {z.samples:.0f} base samples a prompt; draw more"
+    if at_beta is None:
+        return
+    z = log_z_of(at_beta.beta * pair.base.log_reward, pair.theirs)
+    if z.is_lower_bound:
+        few = f"log Z({at_beta.beta:g}) rests on {z.effective:.1f} effective of {z.samples:.0f} base samples a prompt"
+        if at_beta.log_z_is_policys and not at_beta.log_z.is_lower_bound:
+            yield f"{few}; the policy's own path weights are used, which miss what it never draws"
+        else:
+            yield f"{few}: it, and so the gap, is a lower bound; draw more"
