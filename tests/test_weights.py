@@ -1,6 +1,7 @@
 """Reading weights: safetensors one by one, pickles converted once, and the memory it takes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,16 +65,42 @@ def test_a_pickle_is_converted_once(pickled, cache):
     assert json.loads(note.read_text())["source"] == str(file.resolve())
 
 
-def test_a_changed_source_is_converted_again(pickled, cache):
+def test_a_copy_that_nobody_touched_is_not_read_to_check_it(pickled, monkeypatch):
+    """Of gigabytes, at every start; the tensors alone are."""
+    file, a, _ = pickled
+    weights.read_state_dict(file)
+    monkeypatch.setattr(weights, "read_sha256", lambda path: pytest.fail("was read"))
+    np.testing.assert_array_equal(weights.read_state_dict(file)["a"], a)
+
+
+def test_a_copy_that_was_moved_is_read_once_to_check_it(pickled, cache, monkeypatch):
+    """As from one machine to another: its time has changed, its contents have not."""
     file, a, counts = pickled
     weights.read_state_dict(file)
+    (copy,) = cache.glob("*.safetensors")
+    os.utime(copy, (0, 0))
+    read, hashed = weights.read_sha256, []
+    monkeypatch.setattr(weights, "read_sha256", lambda path: (hashed.append(path), read(path))[1])
+    for _ in range(2):
+        np.testing.assert_array_equal(weights.read_state_dict(file)["a"], a)
+    assert hashed == [copy]
+    assert len(counts) == 1
+
+
+def test_a_changed_source_is_converted_again(pickled, cache):
+    """Under another name: who still reads the old tensors gets no new ones among them, but an error."""
+    file, a, counts = pickled
+    weights.read_state_dict(file)
+    old = weights.read_state_dict(file)
     torch.save({"a": torch.tensor(a + 1)}, file)
     np.testing.assert_array_equal(weights.read_state_dict(file)["a"], a + 1)
     assert len(counts) == 2
     assert len(list(cache.glob("*.safetensors"))) == 1
+    with pytest.raises(FileNotFoundError):
+        old["a"]
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut", "note"])
+@pytest.mark.parametrize("damage", ["flip", "cut", "note", "other note"])
 def test_a_damaged_copy_is_made_anew(pickled, cache, damage):
     file, a, counts = pickled
     weights.read_state_dict(file)
@@ -85,7 +112,7 @@ def test_a_damaged_copy_is_made_anew(pickled, cache, damage):
     elif damage == "cut":
         copy.write_bytes(contents[:-10])
     else:
-        copy.with_suffix(".json").write_text("{")
+        copy.with_suffix(".json").write_text("{" if damage == "note" else "[]")
     np.testing.assert_array_equal(weights.read_state_dict(file)["a"], a)
     assert len(counts) == 2
     np.testing.assert_array_equal(weights.read_state_dict(file)["a"], a)

@@ -1,13 +1,9 @@
 """What is written into a workdir is whole, whoever reads it and whenever the run ends."""
 
 import json
-import os
 import threading
 from pathlib import Path
 
-import pytest
-
-from nabla_gfn_jax.checkpoints import files
 from nabla_gfn_jax.command_line import claim_workdir, load_config
 from nabla_gfn_jax.training.metrics_log import MetricsLog
 
@@ -31,19 +27,6 @@ def test_a_process_reads_the_config_while_another_writes_it(tmp_path):
     finally:
         stop.set()
         writer.join()
-
-
-def test_a_file_is_as_before_when_writing_fails(tmp_path, monkeypatch):
-    file = tmp_path / "folder/file.json"
-    files.write_json(file, {"step": 1})
-
-    def fail(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        files.write_json(file, {"step": 2})
-    assert files.read_json(file) == {"step": 1}
 
 
 def test_a_resumed_log_has_neither_repeated_rows_nor_one_that_was_cut_short(tmp_path):

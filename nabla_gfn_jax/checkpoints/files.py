@@ -1,17 +1,24 @@
 """JSON and safetensors files, read and written so that a bad one is named in one line."""
 
+import errno
 import json
+import math
 import os
+import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes  # noqa: F401 (numpy knows bfloat16 by it)
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+from safetensors.numpy import save_file
 
 from nabla_gfn_jax.errors import UserError
+
+_UNFINISHED = ".unfinished"  # how the names of files end that are being written
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -27,17 +34,85 @@ def read_json(file: Path) -> dict[str, Any]:
     return contents
 
 
-def write_whole(file: Path, contents: bytes) -> None:
-    """Writes `contents` and whatever folders lead to `file`, which no reader, nor a crash, ever sees half written."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yields the path of a new file, to be written in the block, that takes the place of `file` when the block ends.
+
+    Makes the folders that lead to `file`. A reader finds the old contents or the new ones, whole, also after a crash
+    or a power cut, and however many processes write at once: the last to finish wins. An error leaves `file` as it was.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    unfinished.write_bytes(contents)
-    os.replace(unfinished, file)
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    try:
+        yield unfinished
+        _flush(unfinished)
+        os.replace(unfinished, file)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    _flush(file.parent)
+
+
+def remove_unfinished(folder: Path, name: str = "*") -> None:
+    """Removes what killed processes left of files called `name` in `folder`. Only for who alone writes them."""
+    for file in folder.glob(f".{name}.*{_UNFINISHED}"):
+        file.unlink(missing_ok=True)
+
+
+def check_can_write(file: Path) -> None:
+    """Raises `UserError` if `file` could not be written, before the work whose results it is to hold."""
+    try:
+        if file.is_dir():
+            raise IsADirectoryError("it is a folder")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror or error}); choose another place") from error
+
+
+def write_whole(file: Path, contents: bytes) -> None:
+    """Writes `contents` as `replacing` does."""
+    with replacing(file) as unfinished:
+        unfinished.write_bytes(contents)
 
 
 def write_json(file: Path, contents: Mapping[str, Any]) -> None:
-    """Writes `contents` as `write_whole` does."""
-    write_whole(file, (json.dumps(contents, indent=2) + "\n").encode())
+    """Writes `plain(contents)` as `replacing` does."""
+    write_whole(file, (json.dumps(plain(contents), indent=2, allow_nan=False) + "\n").encode())
+
+
+def plain(value: Any) -> Any:
+    """`value` as every JSON reader takes it: tuples as lists, paths as text, NumPy's and JAX's scalars as Python's.
+
+    JSON has no infinity and no NaN; they become the texts "inf", "-inf" and "nan", which `float` reads.
+    """
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item"):
+        value = value.item()
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flush(path: Path) -> None:
+    """Waits until a file's contents, or a folder's names, are on the disk. Not every system can open a folder."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if path.is_dir():
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -79,7 +154,12 @@ class TensorFiles(Mapping[str, np.ndarray]):
         return len(self._file_of)
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes `tensors` as `write_whole` does, marked as PyTorch's for the programs that ask."""
+def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `tensors` as `replacing` does.
+
+    The header's `metadata` marks them as PyTorch's if none is given, for the programs that ask. One entry at most: the
+    library writes several in any order, and the same tensors then make another file each time.
+    """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
-    write_whole(file, save(contiguous, metadata={"format": "pt"}))
+    with replacing(file) as unfinished:
+        save_file(contiguous, unfinished, metadata=dict(metadata or {"format": "pt"}))
