@@ -19,7 +19,7 @@ from nabla_gfn_jax.checkpoints.diffusers_folder import (
     load_folder,
     read_architecture,
 )
-from nabla_gfn_jax.checkpoints.hub import PINNED, model_folder
+from nabla_gfn_jax.checkpoints.hub import STABLE_DIFFUSION_1_5, model_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, make_schedule
@@ -114,7 +114,7 @@ def abstract_model(config: ConfigDict) -> StableDiffusion:
     The pinned Stable Diffusion 1.5 need not be here: the models' own defaults are its architecture.
     """
     dtype = DTYPES[config.model_dtype]
-    if config.model in PINNED and not Path(config.model).is_dir():
+    if config.model == STABLE_DIFFUSION_1_5 and not Path(config.model).is_dir():
         unet, vae = UNet2DConditionModel(UNetConfig(), dtype), AutoencoderKL(VAEConfig(), dtype)
         text_encoder, scheduler = CLIPTextModel(CLIPTextConfig(), dtype), STABLE_DIFFUSION
     else:

@@ -1,15 +1,22 @@
 """Finding a model's files: the user's folder, the hub's cache, a download; and what to do without any."""
 
+import json
+import re
 import shutil
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch_oracle as oracle
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.numpy import load_file, save_file
 
 from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
 from nabla_gfn_jax.configuration import SHIPPED_MODELS, resolve_model
+from nabla_gfn_jax.data.prompts import PROMPT_SETS
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.rewards import ABSTRACT, REWARDS
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
@@ -132,13 +139,16 @@ def fake_hub(monkeypatch, tmp_path):
     return fake
 
 
-def test_a_model_of_the_hub_is_downloaded_once_and_loads(fake_hub):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_model_of_the_hub_is_downloaded_once_and_loads(fake_hub, sharded):
+    if sharded:
+        shard(fake_hub.source, "unet/diffusion_pytorch_model.safetensors")
     folder = resolve_model(SD15)
-    assert fake_hub.calls == [("list", SD15, COMMIT), ("download", SD15, COMMIT)]
+    assert fake_hub.calls == [("list", SD15, COMMIT), *[("download", SD15, COMMIT)] * 2]  # the small files come first
     assert not (folder / "unet/diffusion_pytorch_model.bin").exists()
     load_folder(folder)
     assert resolve_model(SD15) == folder
-    assert len(fake_hub.calls) == 2  # the second time the hub was not asked
+    assert len(fake_hub.calls) == 3  # the second time the hub was not asked
 
 
 def test_another_revision(fake_hub):
@@ -148,11 +158,99 @@ def test_another_revision(fake_hub):
     assert fake_hub.calls[-1] == ("download", "somebody/something", "main")
 
 
-def test_a_download_that_was_cut_short_is_finished(fake_hub):
+def shard(folder, file):
+    """Splits a part's weights in two with an index, as large models have them."""
+    state = load_file(folder / file)
+    names = sorted(state)
+    weight_map = {}
+    for i, some in enumerate((names[::2], names[1::2]), 1):
+        piece = f"{Path(file).stem}-0000{i}-of-00002.safetensors"
+        save_file({name: state[name] for name in some}, (folder / file).with_name(piece), {"format": "pt"})
+        weight_map |= dict.fromkeys(some, piece)
+    (folder / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / file).unlink()
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "vae/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+        "unet/*.safetensors",
+        "unet/*",
+        "unet/*.index.json",
+        "text_encoder/config.json",
+    ],
+)
+def test_a_download_that_was_cut_short_is_finished(fake_hub, missing):
+    shard(fake_hub.source, "unet/diffusion_pytorch_model.safetensors")
     folder = resolve_model(SD15)
-    (folder / "vae/diffusion_pytorch_model.safetensors").unlink()
-    load_folder(resolve_model(SD15))
-    assert [kind for kind, *_ in fake_hub.calls].count("download") == 2
+    everything = sorted(folder.rglob("*"))
+    downloads = len(fake_hub.calls)
+    for file in list(folder.glob(missing)):
+        file.unlink()
+    assert sorted(folder.rglob("*")) != everything
+    resolve_model(SD15)
+    assert len(fake_hub.calls) > downloads
+    assert sorted(folder.rglob("*")) == everything
+
+
+def test_a_damaged_index_of_shards_is_downloaded_again(fake_hub):
+    shard(fake_hub.source, "unet/diffusion_pytorch_model.safetensors")
+    index = resolve_model(SD15) / "unet/diffusion_pytorch_model.safetensors.index.json"
+    whole = index.read_text()
+    for damaged in (whole[:50], "[]", '{"weight_map": 3}'):
+        index.write_text(damaged)
+        resolve_model(SD15)
+        assert index.read_text() == whole
+
+
+def test_a_download_that_ends_among_the_weights_has_all_else(fake_hub, monkeypatch):
+    """Nothing tells of a small file that is missing; so those come before the weights."""
+    download = fake_hub.snapshot_download
+
+    def without_network(repo, *, revision, allow_patterns=None, local_files_only=False):
+        if not local_files_only and any(file.endswith(".safetensors") for file in allow_patterns):
+            raise LocalEntryNotFoundError("the network is gone")
+        return download(repo, revision=revision, allow_patterns=allow_patterns, local_files_only=local_files_only)
+
+    monkeypatch.setattr(hub, "snapshot_download", without_network)
+    with pytest.raises(UserError, match="cannot be downloaded"):
+        resolve_model(SD15)
+    folder = fake_hub.cache / COMMIT
+    written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    wanted = hub.choose_files(fake_hub.list_repo_files(SD15, revision=COMMIT))
+    assert written == {file for file in wanted if not file.endswith(".safetensors")}
+
+
+def test_what_is_read_is_what_is_named(fake_hub):
+    """Of a folder with sharded and other weights beside those that are read."""
+    shard(fake_hub.source, "unet/diffusion_pytorch_model.safetensors")
+    (fake_hub.source / "unet/diffusion_pytorch_model-00007-of-00009.safetensors").write_bytes(b"of another model")
+    named = {path.relative_to(fake_hub.source).as_posix() for path in hub.files_read(fake_hub.source)}
+    shards = {f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    weights = {"vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"}
+    assert {name for name in named if name.endswith((".safetensors", ".bin"))} == shards | weights
+    for name in named:  # without any of them the model does not load, or loads as another
+        assert (fake_hub.source / name).is_file()
+
+
+def test_every_repository_that_is_read_is_pinned_but_one(monkeypatch, tmp_path):
+    """HPDv2's commit is not known here; a run's manifest says which one it read."""
+    asked = {}
+
+    def download(repo, file, *, revision, repo_type):
+        asked[repo] = revision
+        (tmp_path / Path(file).name).touch()
+        return str(tmp_path / Path(file).name)
+
+    monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.delenv(hub.FOLDER, raising=False)
+    for load in [*(REWARDS[name] for name in ABSTRACT), *PROMPT_SETS.values()]:
+        with suppress(UserError):  # the files are empty
+            load()
+    assert asked == {name: commit for name, commit in hub.PINNED.items() if name != SD15} | {"zhwang/HPDv2": "main"}
+    assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in hub.PINNED.values())
 
 
 def test_a_model_without_a_network(monkeypatch):

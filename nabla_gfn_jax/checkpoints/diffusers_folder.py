@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.checkpoints.files import TensorFiles, read_json, write_json, write_safetensors
-from nabla_gfn_jax.checkpoints.hub import WEIGHTS, weights_files
+from nabla_gfn_jax.checkpoints.hub import WEIGHTS, shards, weights_files
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict, to_state_dict
 from nabla_gfn_jax.checkpoints.weights import read_state_dict
 from nabla_gfn_jax.errors import UserError
@@ -103,8 +103,7 @@ def _read_weights(folder: Path, part: str) -> tuple[Mapping[str, np.ndarray], Pa
     """A part's tensors and the file that names them."""
     for file in (folder / name for name in weights_files(part)):
         if file.suffix == ".json" and file.is_file():
-            shards = sorted(set(read_json(file).get("weight_map", {}).values()))
-            return TensorFiles(*(folder / shard for shard in shards)), file
+            return TensorFiles(*(folder / shard for shard in shards(file))), file
         if file.is_file():
             return read_state_dict(file), file
     raise UserError(f"{folder / weights_files(part)[0]} is missing; download the model again")

@@ -8,11 +8,23 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.errors import UserError
 
 FOLDER = "NABLA_GFN_JAX_WEIGHTS"  # environment variable: a folder that holds NAME/FILE
-# The state of a model at a commit, so that a run of next year reads what one of today does.
-PINNED = {"stable-diffusion-v1-5/stable-diffusion-v1-5": "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"}
+STABLE_DIFFUSION_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+# The commit that is read of a repository, so that a run of next year reads what one of today does. Of one that is not
+# here the newest is read. A run's manifest says which commit that was, and the run refuses to go on with another.
+PINNED = {
+    STABLE_DIFFUSION_1_5: "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
+    "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
+    "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
+    "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",
+    "trl-lib/ddpo-aesthetic-predictor": "cf4bd10345610935a80a5d3be9a3133c50f121e4",
+    "sayakpaul/drawbench": "ad794cba698c253ffdb6d18eff3fc87b004c1135",
+    "huggingface/label-files": "998629752167c60819e6295813eda1c2db248fd4",
+}
 _MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 
 # What of a diffusers repository is read: the configs, the tokenizer, and one file of weights a part, or its shards.
@@ -25,14 +37,18 @@ _CONFIGS = (
 )
 _TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
 
 
-def find(name: str, file: str, *, repo: str, revision: str = "main", repo_type: str = "model") -> Path:
+def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_type: str = "model") -> Path:
     """`file` of the model called `name`: in the user's folder, else in the hub's cache, else downloaded to it.
 
-    Raises `UserError` that says how to get it.
+    Without a `revision` the commit is the pinned one, or the newest of a repository that is not pinned. Raises
+    `UserError` that says how to get the file.
     """
+    revision = revision or PINNED.get(repo, "main")
     if os.environ.get(FOLDER):
         own = Path(os.environ[FOLDER]) / name / Path(file).name
         if own.is_file():
@@ -66,7 +82,10 @@ def model_folder(model: str) -> Path | None:
         pass
     try:
         wanted = choose_files(HfApi().list_repo_files(repo, revision=revision))
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(wanted)))
+        small = [file for file in wanted if not file.endswith(_WEIGHTS_SUFFIXES)]
+        # Weights come last: where they are there, a download that was cut short had nothing else left to do.
+        snapshot_download(repo, revision=revision, allow_patterns=small)
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         usual = [*_CONFIGS, *(f"tokenizer/{file}" for file in ("merges.txt", "tokenizer_config.json", "vocab.json"))]
         files = " ".join([*usual, *(f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items())])
@@ -108,12 +127,31 @@ def weights_files(part: str) -> list[str]:
 
 
 def _is_shard(file: str, part: str, index: str) -> bool:
-    fp16 = ".fp16" if index.endswith(".fp16.json") else ""
-    return re.fullmatch(rf"{part}/{WEIGHTS[part]}{re.escape(fp16)}-\d+-of-\d+\.safetensors", file) is not None
+    stem = WEIGHTS[part] + (".fp16" if index.endswith(".fp16.json") else "")
+    return file.startswith(f"{part}/{stem}-") and _SHARD.search(file) is not None
+
+
+def files_read(folder: Path) -> list[Path]:
+    """The files that `load_folder` reads of a diffusers folder; shards that an index names, there or not."""
+    listing = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    files = [folder / file for file in choose_files(listing) if not _SHARD.search(file)]
+    indices = [file for file in files if ".safetensors.index." in file.name]
+    return files + [index.with_name(shard) for index in indices for shard in shards(index)]
+
+
+def shards(index: Path) -> list[str]:
+    """The names of the files that an index of shards lists. Raises `UserError` if it is damaged."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise UserError(f"{index} does not say which file holds which tensor; download the model again")
+    return sorted(set(weight_map.values()))
 
 
 def _is_complete(folder: Path) -> bool:
-    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    chosen = choose_files(files)
-    parts = [part for part in WEIGHTS if any(file.startswith(f"{part}/") and file not in _CONFIGS for file in chosen)]
-    return set(_CONFIGS) <= set(chosen) and len(parts) == len(WEIGHTS)
+    try:
+        files = files_read(folder)
+    except UserError:  # a damaged index
+        return False
+    names = {file.relative_to(folder).as_posix() for file in files if file.is_file()}
+    parts = {name.partition("/")[0] for name in names if name.endswith(_WEIGHTS_SUFFIXES)}
+    return len(names) == len(files) and set(_CONFIGS) <= names and parts >= set(WEIGHTS)

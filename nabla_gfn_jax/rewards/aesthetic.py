@@ -47,8 +47,8 @@ class AestheticModel(nn.Module):
 
 def aesthetic() -> Reward:
     """log R = the score, about 1 to 10, from the released files. Raises `UserError` naming a file that is not there."""
-    clip = hub.find("aesthetic", "model.safetensors", repo=CLIP, revision="main")
-    head = hub.find("aesthetic", "aesthetic-model.pth", repo="trl-lib/ddpo-aesthetic-predictor", revision="main")
+    clip = hub.find("aesthetic", "model.safetensors", repo=CLIP)
+    head = hub.find("aesthetic", "aesthetic-model.pth", repo="trl-lib/ddpo-aesthetic-predictor")
     return from_files(clip, head)
 
 

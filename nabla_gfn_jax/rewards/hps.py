@@ -25,8 +25,8 @@ def hps() -> Reward:
 
     Raises `UserError` naming a file that is not there, and how to get it.
     """
-    file = hub.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2", revision="main")
-    words = hub.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14", revision="main")
+    file = hub.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2")
+    words = hub.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14")
     return from_files(file, words.parent)
 
 

@@ -55,7 +55,7 @@ def image_reward() -> Reward:
     """
 
     def find(file: str, repo: str = "THUDM/ImageReward") -> Path:
-        return hub.find("image_reward", file, repo=repo, revision="main")
+        return hub.find("image_reward", file, repo=repo)
 
     words = find("vocab.txt", repo="google-bert/bert-base-uncased")
     return from_files(find("ImageReward.pt"), find("med_config.json"), words)
