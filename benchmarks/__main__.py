@@ -6,12 +6,16 @@ same; times are medians. `unet` wants 12 GB and ten minutes.
 
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads would keep XLA's cores
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the PyTorch statements of the same mathematics
 
 from benchmarks import flops, sampling, start, unet, update
+from nabla_gfn_jax.command_line import parse
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.options import Checked, option
 
 BENCHMARKS = {
     "update": update.run,
@@ -22,11 +26,16 @@ BENCHMARKS = {
 }
 
 
-def main() -> None:
-    names = sys.argv[1:] or list(BENCHMARKS)
-    unknown = [name for name in names if name not in BENCHMARKS]
-    if unknown:
-        sys.exit(f"there is no benchmark {unknown[0]!r}; choose of {', '.join(BENCHMARKS)}")
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Which are run."""
+
+    benchmark: tuple[str, ...] = option(tuple(BENCHMARKS), "which to run", choices=BENCHMARKS, positional=True)
+
+
+@exit_on_user_error
+def main(argv: list[str]) -> None:
+    names = parse(argv, Options, __doc__).benchmark
     print("| what | PyTorch | here | PyTorch / here |\n|---|---|---|---|", flush=True)
     for name in names:
         for row in BENCHMARKS[name]():
@@ -34,4 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -1,5 +1,6 @@
 """The emoji run on both sides: the same model, LoRA, flow network, reward and transitions."""
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -15,15 +16,14 @@ from safetensors.numpy import load_file
 
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.checkpoints.torch_layout import to_state_dict
-from nabla_gfn_jax.command_line import parse_flags
+from nabla_gfn_jax.command_line import load_settings
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import SHIPPED_MODELS, build, prompts_of
 from nabla_gfn_jax.parallel import use_cpu_cores
 from nabla_gfn_jax.rewards.emoji import DATA
+from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.train import Prompts, sample_keys
 from nabla_gfn_jax.training.finetuner import TrainState
-
-CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
 
 
 class Ours:
@@ -31,8 +31,8 @@ class Ours:
 
     def __init__(self) -> None:
         use_compilation_cache()
-        fields = ["--config.algorithm.credit=lookahead", "--config.training.updates_per_epoch=1"]
-        self.config, _ = parse_flags(["", f"--config={CONFIG}", *fields], "", {})
+        fields = {"algorithm.credit": "lookahead", "training.updates_per_epoch": 1}
+        self.config = load_settings(Settings, "emoji", fields)
         use_cpu_cores(self.config.training.trajectories // self.config.training.micro_batches)
         self.pieces = build(self.config)
         self.compiled = self.pieces.compile()
@@ -70,7 +70,7 @@ class Theirs:
         for name, tensor in tensors.items():
             own[name.removeprefix("unet.").replace(".weight", ".default.weight")].data = torch.tensor(tensor)
         self.lora = [p for p in self.pipe.unet.parameters() if p.requires_grad]
-        flow, u = ours.config.flow, self.pipe.unet.config
+        flow, u = ours.config.correction, self.pipe.unet.config
         levels = len(flow.block_out_channels)
         self.flow = diffusers.UNet2DConditionModel(
             sample_size=u.sample_size,
@@ -79,7 +79,7 @@ class Theirs:
             cross_attention_dim=u.cross_attention_dim,
             down_block_types=("CrossAttnDownBlock2D",) * levels,
             up_block_types=("CrossAttnUpBlock2D",) * levels,
-            **flow.to_dict(),
+            **dataclasses.asdict(flow),
         )
         state = to_state_dict(ours.state.params["flow"])
         self.flow.load_state_dict({name: torch.tensor(np.array(a)) for name, a in state.items()})

@@ -1,7 +1,6 @@
 """FLOPs of an update's gradient at Stable Diffusion 1.5's size against the naive program's; nothing runs."""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,24 +8,18 @@ import jax.numpy as jnp
 from naive_program import naive_value_and_grad
 
 from nabla_gfn_jax.algorithms.transitions import flatten
-from nabla_gfn_jax.command_line import parse_flags
+from nabla_gfn_jax.command_line import load_settings
 from nabla_gfn_jax.configuration import abstract_model, assemble
 from nabla_gfn_jax.flops import count_flops
 from nabla_gfn_jax.parallel import data_mesh
 from nabla_gfn_jax.rewards import load_reward
-
-CONFIG = Path(__file__).parents[1] / "configs/hps.py"
+from nabla_gfn_jax.settings import Settings
 
 
 def run() -> Iterator[tuple[str, str, str, str]]:
     """`configs/hps.py`, one trajectory's six transitions, without rematerialisation."""
-    fields = [
-        "training.remat=False",
-        "training.images_at_once=0",
-        "training.trajectories=1",
-        "training.micro_batches=1",
-    ]
-    config, _ = parse_flags(["", f"--config={CONFIG}", *(f"--config.{f}" for f in fields)], "", {})
+    fields = {"remat": False, "images_at_once": 0, "trajectories": 1, "micro_batches": 1}
+    config = load_settings(Settings, "hps", {f"training.{name}": value for name, value in fields.items()})
     mesh = data_mesh(1, 1, jax.local_devices()[:1])
     pieces = assemble(config, mesh, abstract_model(config), load_reward(config.reward, weights=False))
     params = jax.eval_shape(lambda: pieces.first_state(0, config.lora.rank)).params

@@ -9,8 +9,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
-
 
 def run() -> Iterator[tuple[str, str, str, str]]:
     """`configs/emoji.py`; the cache is where a run has it, in the user's cache folder."""
@@ -28,7 +26,7 @@ def _first_update(folder: Path, name: str) -> float:
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
     environment["XDG_CACHE_HOME"] = str(folder / "cache")
     workdir = folder / name
-    flags = [f"--config={CONFIG}", f"--workdir={workdir}", "--config.training.num_epochs=40"]
+    flags = ["--config=emoji", f"--workdir={workdir}", "--config.training.num_epochs=40"]
     start = time.time()
     command = [sys.executable, "-m", "nabla_gfn_jax.train", *flags]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

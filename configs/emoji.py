@@ -9,8 +9,8 @@ about .01 all the while: it is dominated by the spread of the credit.
 
 How it differs from the paper's settings (`paper.py`), and why:
 
-- `credit = "adjoint"`: reaches the exact target in two dimensions where the lookahead stops short, and has no flow
-  network to train (docs/exact_target.md).
+- `credit = "adjoint"`: reaches the exact target in two dimensions where the lookahead stops short, and has no
+  correction network to train (docs/exact_target.md).
 - `credit_clip = 0.2`: the adjoint has heavy tails; clipped transition by transition it needs no clip of the whole
   gradient, so `clip = 1e6`.
 - `beta = 80`: the largest tried. Earlier runs at 10 and 40 climbed less (to .26 and .33 at best) but had other clips,
@@ -52,11 +52,11 @@ def get_config() -> ConfigDict:
     c.lora.rank = 8
     c.lora.start_from = ""
 
-    c.flow = ConfigDict()
-    c.flow.block_out_channels = (32, 64)
-    c.flow.layers_per_block = 1
-    c.flow.attention_head_dim = 2
-    c.flow.norm_num_groups = 8
+    c.correction = ConfigDict()
+    c.correction.block_out_channels = (32, 64)
+    c.correction.layers_per_block = 1
+    c.correction.attention_head_dim = 2
+    c.correction.norm_num_groups = 8
 
     c.training = ConfigDict()
     c.training.num_epochs = 40
@@ -65,7 +65,7 @@ def get_config() -> ConfigDict:
     c.training.updates_per_epoch = 4
     c.training.learning_rate = 1e-3
     c.training.weight_decay_lora = 1e-4
-    c.training.weight_decay_flow = 1e-2
+    c.training.weight_decay_correction = 1e-2
     c.training.remat = False
     c.training.images_at_once = 0  # that the VAE and the reward have on a device; 0: a micro-batch's, all
     c.training.clip = 1e6

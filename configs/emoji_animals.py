@@ -8,16 +8,14 @@ Hardware: 2 CPU cores, 8.4 minutes, peak 3.6 GB. Expect: mean log R from -.57 ±
 each, so 100.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from nabla_gfn_jax.command_line import load_config
+from nabla_gfn_jax.config_files import load_config
 
 
 def get_config() -> ConfigDict:
     """`emoji.py` with another reward, its prompts and its β."""
-    c = load_config(Path(__file__).with_name("emoji.py"))
+    c = load_config("emoji")
     c.reward = "recognisability"
     c.prompts = "simple_animals"
     c.algorithm.beta = 100.0

@@ -6,16 +6,14 @@
 log R .45 after 8 updates with the faces still apart, .60 after 18 and a fifth no face any more (README: the table).
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from nabla_gfn_jax.command_line import load_config
+from nabla_gfn_jax.config_files import load_config
 
 
 def get_config() -> ConfigDict:
     """`emoji.py` with the reward of the sample itself, differentiated through the last ten steps."""
-    c = load_config(Path(__file__).with_name("emoji.py"))
+    c = load_config("emoji")
     c.algorithm = ConfigDict({"name": "reward_maximiser", "tail": 10})
     c.training.updates_per_epoch = 1
     c.training.num_epochs = 30

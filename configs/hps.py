@@ -11,16 +11,14 @@ update was made on a CPU (`tests/test_sd15_end_to_end.py`: with the lookahead, o
 less memory raise `--config.training.micro_batches`: the numbers stay the same.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from nabla_gfn_jax.command_line import load_config
+from nabla_gfn_jax.config_files import load_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """`paper.py` with the reward, its prompts, β and λ."""
-    c = load_config(Path(__file__).with_name("paper.py"), variant)
+    c = load_config("paper", variant)
     c.reward = "hps"
     c.prompts = "hpd_photo_paintings"
     c.algorithm.beta = 500_000.0

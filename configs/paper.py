@@ -2,9 +2,9 @@
 
 `hps.py`, `aesthetic.py` and `image_reward.py` add a reward, its prompts, β and λ. Each has two cheaper variants:
 
-- `--config=configs/hps.py:forward_only`: no flow network g_φ and no reverse term (w_B = 0): the credit is the guess
+- `--config=hps:forward_only`: no correction network g_φ and no reverse term (w_B = 0): the credit is the guess
   G alone. An update then costs about half.
-- `--config=configs/hps.py:fast`: that, and SDE-DPM-Solver++ in 20 steps for DDPM in 50, with 8 + 1 transitions of
+- `--config=hps:fast`: that, and SDE-DPM-Solver++ in 20 steps for DDPM in 50, with 8 + 1 transitions of
   each trajectory.
 """
 
@@ -49,11 +49,11 @@ def get_config(variant: str = "") -> ConfigDict:
     c.lora.rank = 8
     c.lora.start_from = ""
 
-    c.flow = ConfigDict()
-    c.flow.block_out_channels = (64, 128, 256, 256)
-    c.flow.layers_per_block = 1
-    c.flow.attention_head_dim = 8
-    c.flow.norm_num_groups = 32
+    c.correction = ConfigDict()
+    c.correction.block_out_channels = (64, 128, 256, 256)
+    c.correction.layers_per_block = 1
+    c.correction.attention_head_dim = 8
+    c.correction.norm_num_groups = 32
 
     c.training = ConfigDict()
     c.training.num_epochs = 200  # an update each
@@ -62,7 +62,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.training.updates_per_epoch = 1
     c.training.learning_rate = 1e-3
     c.training.weight_decay_lora = 1e-4
-    c.training.weight_decay_flow = 1e-2
+    c.training.weight_decay_correction = 1e-2
     c.training.remat = True  # a gradient keeps what enters a block, not what is within
     c.training.images_at_once = 2  # that the VAE and the reward have on a device
     c.training.clip = 1.0

@@ -1,0 +1,3 @@
+"""Residual ∇-DB finetuning of text-to-image diffusion models."""
+
+__version__ = "0.1.0"

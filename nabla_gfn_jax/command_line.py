@@ -1,137 +1,164 @@
-"""The command line of a run: `--config=FILE[:VARIANT] --config.FIELD=VALUE --OPTION=VALUE`, and the workdir's claim."""
+"""The one command line of all commands: `--NAME=VALUE` or `--NAME VALUE`, `--config.FIELD=VALUE`, and `--help`.
 
-import ast
-import importlib.util
-import json
-import os
-from collections.abc import Sequence
+A command declares its options as a dataclass (`options.py`). One that makes a run also takes `--config`, a config
+file's name, and each field of the run's settings as a flag. argparse and absl are not used underneath: the flags are
+known only when the config has been read, since a field decides which others there are, and argparse takes `--beta -1e5`
+for a missing value.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
-from absl import flags
-from ml_collections import ConfigDict
-
-from nabla_gfn_jax.checkpoints.files import write_json
+from nabla_gfn_jax.config_files import load_config, shipped_configs, split_variant
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.help import print_help
+from nabla_gfn_jax.options import Leaf, build, check_files, did_you_mean, leaves
 
-# What may change between two runs on one workdir: it alters no number of the run.
-_FREE = ("logging", "training.num_epochs")
+__all__ = ["default_workdir", "load_config", "load_settings", "parse", "parse_run", "shipped_configs"]
+
+Options = TypeVar("Options")
+Run = TypeVar("Run")
+Typed = Mapping[str, Sequence[str]]  # what was given to each flag, by its name: "--num", "--config.training.clip"
+_FIELD = "--config."
 
 
-def parse_flags(argv: Sequence[str], config: str, options: dict[str, str | bool]) -> tuple[ConfigDict, Any]:
-    """The configuration that `argv[1:]` asks for, and its options as attributes.
+def parse(argv: Sequence[str], options: type[Options], about: str) -> Options:
+    """The options that `argv[1:]` gives. Prints `about` and the options and exits if `--help` is one of them.
 
-    `config` is the file when none is named, `options` what else the command takes, with their defaults; one whose
-    default is False is a switch. Raises `UserError` for a flag, file or field that does not exist or a value of
-    another type than the field's.
+    Raises `UserError` for a flag that does not exist, is given twice or has a value that is not allowed.
     """
-    named = dict(options)
-    overrides: list[tuple[str, str]] = []
-    for argument in argv[1:]:
-        flag, equals, value = argument.partition("=")
+    known = leaves(options, prefix="--")
+    typed = _read_flags(argv[1:], known)
+    if "--help" in typed:
+        print_help(about, argv[0], known)
+    _refuse_unknown(typed, known)
+    return _options_of(options, known, typed)
+
+
+def parse_run(argv: Sequence[str], options: type[Options], settings: type[Run], about: str) -> tuple[Options, Run]:
+    """The same for a command with a config: its options, `config` among them, and the run's settings."""
+    known = leaves(options, prefix="--")
+    typed = _read_flags(argv[1:], known)
+    config = _once("--config", typed.get("--config", [known["--config"].default]))
+    tree = _tree(settings, config)
+    for flag in sorted((f for f in typed if f.startswith(_FIELD)), key=_decides_others_first):
+        leaf = _leaf(settings, tree, flag.removeprefix(_FIELD), known)
+        _set(settings, tree, leaf, leaf.read(_once(flag, typed[flag])))
+    if "--help" in typed:
+        print_help(about, argv[0], known, leaves(settings, tree), tree, config)
+    fields = [_FIELD + name for name in leaves(settings, tree)]
+    own = {flag: texts for flag, texts in typed.items() if not flag.startswith(_FIELD)}
+    _refuse_unknown(own, known, fields)
+    return _options_of(options, known, own), _checked(build(settings, tree))
+
+
+def load_settings(settings: type[Run], config: str, fields: Mapping[str, Any] | None = None) -> Run:
+    """The settings of a config, named as for `--config`, with some fields changed."""
+    tree = _tree(settings, config)
+    for name in sorted(fields or {}, key=_decides_others_first):
+        _set(settings, tree, _leaf(settings, tree, name), (fields or {})[name])
+    return _checked(build(settings, tree))
+
+
+def default_workdir(config: str, seed: int) -> Path:
+    """`runs/CONFIG/seedN`, or `runs/CONFIG-VARIANT/seedN`."""
+    name, variant = split_variant(config)
+    return Path("runs") / f"{Path(name).stem}{'-' * bool(variant)}{variant}" / f"seed{seed}"
+
+
+def _read_flags(arguments: Sequence[str], known: Mapping[str, Leaf]) -> dict[str, list[str]]:
+    """What was given to each flag; arguments without one belong to the positional option."""
+    positional = next((flag for flag, leaf in known.items() if leaf.option.positional), None)
+    typed: dict[str, list[str]] = {}
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, text = argument.partition("=")
+        flag = "--help" if flag == "-h" else flag
+        if not flag.startswith("--"):
+            if positional is None:
+                raise UserError(f"{argument!r} is not understood; options look like --seed=1, see --help")
+            flag, text = positional, argument
+        elif not equals and (flag == "--help" or (flag in known and known[flag].kind is bool)):
+            text = "true"
+        elif not equals:
+            if not flag.startswith(_FIELD):
+                _refuse_unknown([flag], known)
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"{flag} needs a value, as in {flag}=VALUE; see --help")
+            text = rest.pop(0)
+        typed.setdefault(flag, []).append(text)
+    return typed
+
+
+def _refuse_unknown(flags: Iterable[str], known: Mapping[str, Leaf], fields: Iterable[str] = ()) -> None:
+    for flag in flags:
+        if flag not in known:
+            raise UserError(f"{flag} is unknown{did_you_mean(flag, [*known, '--help', *fields])}; see --help")
+
+
+def _once(flag: str, texts: Sequence[str]) -> str:
+    if len(texts) > 1:
+        raise UserError(f"{flag} is given {len(texts)} times ({', '.join(texts)}); give it once")
+    return texts[0]
+
+
+def _options_of(options: type[Options], known: Mapping[str, Leaf], typed: Typed) -> Options:
+    tree: dict[str, Any] = {}
+    for flag in typed:
+        leaf = known[flag]
+        several = leaf.option.repeated or leaf.option.positional
         name = flag.removeprefix("--")
-        if not equals and named.get(name) is False and flag != name:
-            named[name] = True
-        elif not equals or flag == name:
-            raise UserError(f"{argument!r} is not understood; options look like --config.training.num_epochs=10")
-        elif name.startswith("config."):
-            overrides.append((name.removeprefix("config."), value))
-        elif name == "config":
-            config = value
-        elif isinstance(options.get(name), str):
-            named[name] = value
-        else:
-            known = ", ".join(f"--{option}" for option in ("config", *options))
-            raise UserError(f"{argument} is unknown; use {known} or --config.FIELD")
-    file, _, variant = config.partition(":")
-    fields = load_config(Path(file), variant)
-    for name, text in overrides:
-        override(fields, name, text)
-    return fields, SimpleNamespace(config=config, **named)
+        tree[name] = [leaf.read(text) for text in typed[flag]] if several else leaf.read(_once(flag, typed[flag]))
+    return _checked(build(options, tree, prefix="--"), prefix="--")
 
 
-def workdir_of(options: Any) -> Path:
-    """The workdir that the options name, or one named as the config."""
-    return Path(options.workdir or f"runs/{Path(options.config.partition(':')[0]).stem}")
+def _checked(instance: Any, prefix: str = "") -> Any:
+    check_files(instance, prefix)
+    return instance
 
 
-def read_flags(values: flags.FlagValues, argv: Sequence[str]) -> Any:
-    """The values that `argv` gives the flags. Raises `UserError` for whatever is none of them."""
-    try:
-        rest = values(argv)
-    except flags.Error as error:
-        raise UserError(f"{' '.join(str(error).split())}; see --help") from error
-    if len(rest) > 1:
-        raise UserError(f"unknown argument {rest[1]!r}; see --help")
-    return values
+def _tree(settings: type, config: str) -> dict[str, Any]:
+    """The fields of a config, under the names that they have now."""
+    tree: dict[str, Any] = load_config(*split_variant(config)).to_dict()
+    for old, new in getattr(settings, "RENAMED", {}).items():
+        group, name = _group(tree, old)
+        if name in group:
+            group[new.rpartition(".")[2]] = group.pop(name)
+    return tree
 
 
-def load_config(file: Path, variant: str = "") -> ConfigDict:
-    """What `get_config()` of a Python file returns, or `get_config(variant)`."""
-    if not file.is_file():
-        raise UserError(f"config {file} does not exist; configs/ holds those that come with the project")
-    spec = importlib.util.spec_from_file_location("config_file", file)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(variant) if variant else module.get_config()
-    except TypeError as error:
-        raise UserError(f"config {file} has no variant {variant!r} ({error})") from error
+def _decides_others_first(name: str) -> bool:
+    """Sorts a group's `name` before the fields that it decides."""
+    return not name.endswith(".name")
 
 
-def override(config: ConfigDict, name: str, text: str) -> None:
-    """Sets the field `name` ("training.num_epochs") to what `text` says, if it exists and the type is the field's."""
-    *groups, field = name.split(".")
-    group = config
+def _leaf(settings: type, tree: Mapping[str, Any], name: str, options: Iterable[str] = ()) -> Leaf:
+    """The field called `name`, or called so before."""
+    known, renamed = leaves(settings, tree), name
+    for old, new in getattr(settings, "RENAMED", {}).items():
+        if name == old or name.startswith(f"{old}."):
+            renamed = new + name.removeprefix(old)
+    if renamed not in known:
+        near = did_you_mean(_FIELD + name, [*(_FIELD + n for n in known), *options])
+        raise UserError(f"{_FIELD}{name} is unknown{near}; --help lists the fields")
+    return known[renamed]
+
+
+def _set(settings: type, tree: dict[str, Any], leaf: Leaf, value: Any) -> None:
+    """Of what the config says of one algorithm, only what another has too is kept when the other is chosen."""
+    group, name = _group(tree, leaf.name)
+    group[name] = leaf.check(value)
+    if not _decides_others_first(leaf.name):
+        prefix, known = leaf.name.removesuffix("name"), leaves(settings, tree)
+        for field in [f for f in group if prefix + f not in known]:
+            del group[field]
+
+
+def _group(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
+    """The group of a field, made where there is none, and the field's own name."""
+    *groups, last = name.split(".")
     for part in groups:
-        group = group.get(part) if isinstance(group, ConfigDict) else None
-    if not isinstance(group, ConfigDict) or field not in group or isinstance(group[field], ConfigDict):
-        known = ", ".join(sorted(_flat(config.to_dict())))
-        raise UserError(f"--config.{name} is unknown; the fields are {known}")
-    kind = type(group[field])
-    try:
-        value = text if kind is str else ast.literal_eval(text.capitalize() if kind is bool else text)
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise ValueError
-        group[field] = value
-    except (ValueError, SyntaxError, TypeError):
-        example = group[field]
-        raise UserError(f"--config.{name}={text} is not of type {kind.__name__}; write it like {example!r}") from None
-
-
-def claim_workdir(workdir: Path, config: ConfigDict, *, write: bool = True) -> None:
-    """Makes the folder and its config.json, or, unless `write`, only looks.
-
-    Raises `UserError` if it is not writable or holds another run.
-    """
-    file = workdir / "config.json"
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError("no permission")
-        if file.exists():
-            _compare(json.loads(file.read_text()), json.loads(config.to_json()), workdir)
-        if write:
-            write_json(file, json.loads(config.to_json()))  # other processes may be reading the one before
-    except (OSError, ValueError) as error:
-        raise UserError(f"workdir {workdir} cannot be used ({error}); choose another --workdir") from error
-
-
-def _compare(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
-    before, now = _flat(old), _flat(new)
-    changed = sorted(k for k in before | now if before.get(k) != now.get(k) and not k.startswith(_FREE))
-    if changed:
-        shown = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in changed[:5])
-        raise UserError(f"workdir {workdir} holds a run of another config: {shown}; choose another --workdir")
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+        tree = tree.setdefault(part, {})
+    return tree, last

@@ -7,42 +7,58 @@ LoRA's. No distribution with that mean reward is closer to the base, so its entr
 in proportion would keep, and b is the β that it reached.
 """
 
-import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jaxtyping import Float, Int
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
-from nabla_gfn_jax.command_line import read_flags
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.metrics import coverage
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
 from nabla_gfn_jax.parallel import use_cpu_cores
-from nabla_gfn_jax.rewards import Reward, load_reward
+from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.sample import BATCH, draw_images
 
 EVERY_CONCEPT = "every_concept"  # a caption for each emoji of the base model
 _BATCH = 64
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """What is compared, and how."""
+
+    model: str = option("emoji", "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub")
+    lora: tuple[Path, ...] = option((), "a LoRA file", repeated=True, empty=True, file="existing")
+    prompts: str = option("a_face", f"the held-out prompts of a prompt set, or {EVERY_CONCEPT}")
+    num_prompts: int = option(0, "draw so many prompts of the set; 0: all", minimum=0)
+    num: int = option(512, "images for each prompt", minimum=1)
+    reward: str = option("valence", "the reward; nothing: none", choices=("", *REWARDS), empty=True)
+    sampler: Sampler = option("ddpm", "how an image is sampled")
+    steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
+    guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    seed: int = option(0, "seed of the noise and of the choice of prompts", minimum=0, maximum=LARGEST_SEED)
+    out: Path | None = option(None, "a JSON file for the table", file="output")
+
+
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Prompts → images of each model → rewards and nearest drawings → a table, and JSON if --out is given."""
-    options = _parse(argv)
-    if options.num < 1:
-        raise UserError(f"--num={options.num}; ask for at least one image of each prompt")
+    options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(BATCH)
     model = load_folder(resolve_model(options.model))
-    loras = [(file, load_lora(Path(file), model.params["unet"])) for file in options.lora]
+    loras = [(str(file), load_lora(file, model.params["unet"])) for file in options.lora]
     prompts = [
         p for p in choose_prompts(options.prompts, options.num_prompts, options.seed) for _ in range(options.num)
     ]
@@ -75,7 +91,7 @@ def main(argv: list[str]) -> None:
             rows[f"base tilted to {name}"] = tilted | diversity(base_drawings, prompts, weights)
     print_table(rows)
     if options.out:
-        Path(options.out).write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(options.out, rows)
 
 
 def choose_prompts(name: str, number: int, seed: int) -> list[str]:
@@ -139,24 +155,6 @@ def print_table(rows: dict[str, dict[str, float]]) -> None:
     print("  ".join(name.replace("_", " ").rjust(17) for name in columns))
     for name, row in rows.items():
         print("  ".join((f"{row[c]:.3f}" if c in row else "").rjust(17) for c in columns) + f"  {name}")
-
-
-def _parse(argv: list[str]) -> Any:
-    values = flags.FlagValues()
-    flags.DEFINE_string("model", "emoji", "a shipped model, a folder, or OWNER/NAME on the hub", flag_values=values)
-    flags.DEFINE_multi_string("lora", [], "a LoRA file; give it again to compare several", flag_values=values)
-    flags.DEFINE_string("prompts", "a_face", f"a prompt set's held out, or {EVERY_CONCEPT}", flag_values=values)
-    flags.DEFINE_integer(
-        "num_prompts", 0, "draw this many prompts of the set; 0: all", flag_values=values, lower_bound=0
-    )
-    flags.DEFINE_integer("num", 512, "images for each prompt", flag_values=values)
-    flags.DEFINE_string("reward", "valence", "the reward, or nothing", flag_values=values)
-    flags.DEFINE_string("sampler", "ddpm", "ddpm or sde_dpm_solver", flag_values=values)
-    flags.DEFINE_integer("steps", 50, "sampling steps", flag_values=values)
-    flags.DEFINE_float("guidance", 5.0, "classifier-free guidance", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the noise and the choice of prompts", flag_values=values)
-    flags.DEFINE_string("out", None, "a JSON file for the table", flag_values=values)
-    return read_flags(values, argv)
 
 
 if __name__ == "__main__":

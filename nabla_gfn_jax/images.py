@@ -8,6 +8,8 @@ from PIL import Image
 
 from nabla_gfn_jax.errors import UserError
 
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # the files that pictures are written to
+
 
 def save_grid(
     file: Path, images: Float[np.ndarray, "count height width 3"], columns: int, margin: int = 4, zoom: int = 1

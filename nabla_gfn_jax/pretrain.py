@@ -5,27 +5,40 @@ from its last save; every stage that is done is read back, not repeated.
 """
 
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import jax.numpy as jnp
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
 from nabla_gfn_jax.checkpoints.files import write_json
-from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
+from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.emoji import autoencoder, denoiser
 from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.emoji.drawings import load_drawings
 from nabla_gfn_jax.emoji.miniature import caption_ids, describe, train_denoiser, train_vae
+from nabla_gfn_jax.emoji.settings import Pretraining
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.models.tokenizer import load_tokenizer
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
+from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.workdir import claim_workdir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """Where the model is made."""
+
+    config: str = option("emoji_base", "a shipped config's name or a Python file")
+    workdir: Path | None = option(None, "folder of the run [runs/CONFIG/seedN]")
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """The stages, in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
-    config, options = parse_flags(argv, "configs/emoji_base.py", {"workdir": ""})
-    workdir = workdir_of(options)
+    options, config = parse_run(argv, Options, Pretraining, __doc__)
+    workdir = options.workdir or default_workdir(options.config, config.seed)
     claim_workdir(workdir, config)
     use_compilation_cache()
     drawings = load_drawings()

@@ -5,37 +5,44 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
 
-OPTIONS: dict[str, str | bool] = {"distributed": False, "coordinator": "", "num_processes": "", "process_id": ""}
 _FIND_EACH_OTHER = 120  # seconds
 _SILENCE = 30  # seconds without a sign of life after which a process counts as dead
 _COMPILING = 3600  # seconds that a process waits for others that are alive
 
 
-def join(options: Any) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ProcessOptions(Checked):
+    """Who this process is, of several that make one run."""
+
+    distributed: bool = option(False, "one process of several: the cluster says which (TPU pod, Slurm, Open MPI, ...)")
+    coordinator: str | None = option(None, "the same without a cluster: HOST:PORT of process 0")
+    num_processes: int | None = option(None, "with --coordinator, how many processes there are", minimum=1)
+    process_id: int | None = option(None, "with --coordinator, which of them this one is, from 0", minimum=0)
+
+
+def join(options: ProcessOptions) -> None:
     """Makes this process one of several, if the options say so. Before anything else of JAX.
 
     `--distributed` takes what TPU pods, Slurm, Open MPI and Kubernetes say of the processes;
     `--coordinator=HOST:PORT --num_processes=N --process_id=I` says it, the coordinator being process 0.
     """
     explicit = (options.coordinator, options.num_processes, options.process_id)
-    if not options.distributed and not any(explicit):
+    asked = [value is not None for value in explicit]
+    if not options.distributed and not any(asked):
         return
-    if any(explicit) and not (all(explicit) and all(text.isdigit() for text in explicit[1:])):
+    if any(asked) and not all(asked):
         raise UserError("several processes need all of --coordinator=HOST:PORT --num_processes=N --process_id=I")
-    given: dict[str, Any] = {}
-    if options.coordinator:
-        given = {
-            "coordinator_address": options.coordinator,
-            "num_processes": int(options.num_processes),
-            "process_id": int(options.process_id),
-        }
+    names = ("coordinator_address", "num_processes", "process_id")
+    given: dict[str, Any] = dict(zip(names, explicit, strict=True)) if any(asked) else {}
     try:
         jax.distributed.initialize(**given, initialization_timeout=_FIND_EACH_OTHER, heartbeat_timeout_seconds=_SILENCE)
     except (ValueError, RuntimeError) as error:

@@ -2,39 +2,54 @@
 
 import math
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import flags
 from tqdm import tqdm
 
 from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion, load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
-from nabla_gfn_jax.command_line import read_flags
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import Sampler, make_schedule
 from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, encode_prompts, guided_predictor
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
-from nabla_gfn_jax.images import save_grid
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.images import PICTURES, save_grid
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, place, split, use_cpu_cores
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, Timesteps
 
 BATCH = 32  # images drawn together
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """What is drawn, and how."""
+
+    model: str = option("emoji", "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub")
+    lora: Path | None = option(None, "a LoRA file in diffusers', PEFT's or kohya's layout", file="existing")
+    prompt: tuple[str, ...] = option(("a face",), "what to draw, a row of images each", repeated=True, empty=True)
+    num: int = option(16, "images for each prompt", minimum=1)
+    sampler: Sampler = option("ddpm", "how an image is sampled")
+    steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
+    guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    eta: float = option(1.0, "noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
+    seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
+    out: Path = option(Path("samples.png"), "the picture to write", file="output", endings=PICTURES)
+
+
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Prompts → images → one PNG, a row for each prompt."""
-    options = _parse(argv)
-    if options.num < 1:
-        raise UserError(f"--num={options.num}; ask for at least one image")
+    options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(BATCH)
     model = load_folder(resolve_model(options.model))
-    lora = load_lora(Path(options.lora), model.params["unet"]) if options.lora else None
+    lora = load_lora(options.lora, model.params["unet"]) if options.lora else None
     prompts = [prompt for prompt in options.prompt for _ in range(options.num)]
     images = draw_images(
         model,
@@ -48,7 +63,7 @@ def main(argv: list[str]) -> None:
     )
     one_prompt = len(options.prompt) == 1
     columns = math.ceil(math.sqrt(options.num)) if one_prompt else options.num
-    save_grid(Path(options.out), images, columns=columns, zoom=max(1, 128 // images.shape[1]))
+    save_grid(options.out, images, columns=columns, zoom=max(1, 128 // images.shape[1]))
     print(f"{len(images)} images in {options.out}")
 
 
@@ -92,21 +107,6 @@ def draw_images(
         rows = slice(start, start + batch)
         parts.append(np.asarray(drawing(params, lora, keys[rows], {k: v[rows] for k, v in condition.items()})))
     return np.concatenate(parts)[:count]
-
-
-def _parse(argv: list[str]) -> flags.FlagValues:
-    values = flags.FlagValues()
-    flags.DEFINE_string("model", "emoji", "a shipped model, a folder, or OWNER/NAME on the hub", flag_values=values)
-    flags.DEFINE_string("lora", None, "a LoRA file, in diffusers', PEFT's or kohya's layout", flag_values=values)
-    flags.DEFINE_multi_string("prompt", ["a face"], "what to draw; give it again for another row", flag_values=values)
-    flags.DEFINE_integer("num", 16, "images for each prompt", flag_values=values)
-    flags.DEFINE_string("sampler", "ddpm", "ddpm or sde_dpm_solver", flag_values=values)
-    flags.DEFINE_integer("steps", 50, "sampling steps", flag_values=values)
-    flags.DEFINE_float("guidance", 5.0, "classifier-free guidance", flag_values=values)
-    flags.DEFINE_float("eta", 1.0, "1: DDPM, 0: DDIM", flag_values=values)
-    flags.DEFINE_integer("seed", 0, "of the noise", flag_values=values)
-    flags.DEFINE_string("out", "samples.png", "the PNG to write", flag_values=values)
-    return read_flags(values, argv)
 
 
 if __name__ == "__main__":

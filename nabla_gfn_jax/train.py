@@ -1,50 +1,59 @@
-"""Finetunes a text-to-image model with a reward: `python -m nabla_gfn_jax.train --config=configs/emoji.py`.
+"""Finetunes a text-to-image model with a reward: `python -m nabla_gfn_jax.train --config=emoji`.
 
-The same command on the same workdir resumes. Docstrings of the config files say what each field means. `--profile`
-traces two epochs. Several processes, a machine each: the same command on each with `--distributed` where the cluster
-says who they are, or `--coordinator=HOST:PORT --num_processes=N --process_id=I`, and one workdir that all of them see.
+The same command on the same workdir resumes. Several processes, a machine each: the same command on each with
+`--distributed` where the cluster says who they are, or `--coordinator=HOST:PORT --num_processes=N --process_id=I`, and
+one workdir that all of them see.
 """
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from nabla_gfn_jax import processes
 from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
-from nabla_gfn_jax.command_line import claim_workdir, parse_flags, workdir_of
+from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.configuration import build, check, prompts_of
 from nabla_gfn_jax.diffusion.text_to_image import Condition, encode_prompts
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import save_grid
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import SPLIT, gather, place, placed, use_cpu_cores
-from nabla_gfn_jax.processes import ending_together, is_first, join, meet
+from nabla_gfn_jax.processes import ProcessOptions, ending_together, is_first, join, meet
+from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner, Rollout, TrainState
 from nabla_gfn_jax.training.metrics_log import MetricsLog
 from nabla_gfn_jax.training.profiling import Meter, Trace
 from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
+from nabla_gfn_jax.workdir import claim_workdir
 
-OPTIONS: dict[str, str | bool] = {"workdir": "", "profile": False, **processes.OPTIONS}
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ProcessOptions):
+    """What a run is told beside its settings."""
+
+    config: str = option("emoji", "a shipped config's name or a Python file, and :VARIANT where it has any")
+    workdir: Path | None = option(None, "folder of the run [runs/CONFIG-VARIANT/seedN]")
+    profile: bool = option(False, "trace two epochs, for TensorBoard or XProf, into WORKDIR/profile")
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Configuration → pieces → restore → for each epoch: sample, update, log, save."""
-    config, options = parse_flags(argv, "configs/emoji.py", OPTIONS)
-    workdir = workdir_of(options)
-    check(config)
-    use_cpu_cores(config.training.trajectories // max(config.training.micro_batches, 1))
+    options, config = parse_run(argv, Options, Settings, __doc__)
+    workdir = options.workdir or default_workdir(options.config, config.seed)
+    use_cpu_cores(config.training.trajectories // config.training.micro_batches)
     join(options)
     with ending_together():
+        check(config)
         claim_workdir(workdir, config, write=is_first())
         use_compilation_cache()
         pieces = build(config)
@@ -83,7 +92,7 @@ def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
 
 
 def restore(
-    pieces: Finetuner, checkpoints: Checkpoints, config: ConfigDict, prompts: Prompts
+    pieces: Finetuner, checkpoints: Checkpoints, config: Settings, prompts: Prompts
 ) -> tuple[TrainState, Any, int]:
     """State, the transitions that wait to be trained on, and the next epoch: the last save's, or the beginning's."""
     state = pieces.init(config.seed, config.lora.rank)
@@ -100,7 +109,7 @@ def restore(
 
 def run(
     pieces: Finetuner,
-    config: ConfigDict,
+    config: Settings,
     workdir: Path,
     prompts: Prompts,
     state: TrainState,
@@ -136,7 +145,7 @@ def run(
 class Epochs:
     """What an epoch does with the devices."""
 
-    def __init__(self, pieces: Finetuner, config: ConfigDict, prompts: Prompts):
+    def __init__(self, pieces: Finetuner, config: Settings, prompts: Prompts):
         self._pieces, self._prompts, self._compiled = pieces, prompts, pieces.compile()
         self._seed, self._count = jax.random.key(config.seed), config.training.trajectories
         self._last, self._samples_every = config.training.num_epochs, config.logging.samples_every

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -115,9 +114,8 @@ def test_the_adjoint_reaches_the_target(reward):
     assert result.kl_target_policy <= 0.02
 
 
-def test_the_command_writes_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mixture2d", f"--out={tmp_path}", "--updates=2", "--only=reward maximiser"])
-    mixture2d.main()
+def test_the_command_writes_its_table(tmp_path, capsys):
+    mixture2d.main(["mixture2d", f"--out={tmp_path}", "--updates=2", "--only=reward maximiser"])
     assert "reward maximiser" in capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert [r["reward"] for r in results] == ["mild"] * 3 + ["doubled"] * 3
@@ -125,9 +123,8 @@ def test_the_command_writes_its_table(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "table.md").read_text().count("\n") == 8
 
 
-def test_a_line_that_is_not_there(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["mixture2d", f"--out={tmp_path}", "--only=nothing"])
+def test_a_line_that_is_not_there(tmp_path, capsys):
     with pytest.raises(SystemExit) as exit_info:
-        mixture2d.main()
+        mixture2d.main(["mixture2d", f"--out={tmp_path}", "--only=nothing"])
     assert exit_info.value.code == 2
     assert "nothing" in capsys.readouterr().err

@@ -362,7 +362,5 @@ def test_reward_maximiser_gradient(tail):
 
 
 def test_reward_maximiser_names_a_tail_too_long():
-    with pytest.raises(UserError, match="tail is 51"):
-        RewardMaximiser(tail=51).transitions(
-            PARAMS, MODEL, sample_keys(), sampled_trajectory(), SCHEDULE, jnp.asarray(CONDITION), 1
-        )
+    with pytest.raises(UserError, match="tail = 51 is more"):
+        RewardMaximiser(tail=51).validate(50)

@@ -7,11 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from tiny_run import CONFIG, brightness, flags
+from tiny_run import brightness, flags, last_of_each
 
-from nabla_gfn_jax import command_line, configuration, parallel, train
+from nabla_gfn_jax import configuration, parallel, train
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
+from nabla_gfn_jax.command_line import parse_run
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.settings import Settings
 
 
 @pytest.fixture
@@ -74,9 +77,9 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
 def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch, tmp_path, credit):
     """In the program of several updates an epoch on 8 devices: one, of LoRA and flow gradients, outside the loop over
     the micro-batches."""
-    monkeypatch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
-    argv = ["train", *flags(tiny_model, tmp_path), *fields(credit, 2)]
-    config, _ = command_line.parse_flags(argv, CONFIG, train.OPTIONS)
+    monkeypatch.setitem(REWARDS, "1.0", lambda: brightness(1.0))
+    argv = ["train", *last_of_each([*flags(tiny_model, tmp_path), *fields(credit, 2)])]
+    _, config = parse_run(argv, train.Options, Settings, "")
     pieces = configuration.build(config)
     prompts = train.Prompts(pieces, configuration.prompts_of(config))
     state = pieces.init(0, config.lora.rank)

@@ -12,7 +12,7 @@ from test_flops import sd15_forward_flops
 
 from nabla_gfn_jax import plan
 from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
-from nabla_gfn_jax.command_line import parse_flags
+from nabla_gfn_jax.command_line import load_settings
 from nabla_gfn_jax.configuration import SHIPPED_MODELS, abstract_model, assemble
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.flops import FULL, count_flops
@@ -22,6 +22,7 @@ from nabla_gfn_jax.planning.hlo import Traffic
 from nabla_gfn_jax.planning.phases import Phase, Plan
 from nabla_gfn_jax.planning.table import show
 from nabla_gfn_jax.rewards import ABSTRACT, load_reward
+from nabla_gfn_jax.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # OpenCLIP's ViT-H/14 image tower; CLIP's ViT-L/14 with its projection, and LAION's head; BLIP as ImageReward has it.
@@ -29,9 +30,8 @@ REWARDS = {"hps": 632_076_800, "aesthetic": 303_966_208 + 927_969, "image_reward
 LIBTPU = pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install 'nabla_gfn_jax[tpu]'")
 
 
-def settings(name: str, *fields: str):
-    flags = [f"--config={CONFIGS / name}.py", *(f"--config.{field}" for field in fields)]
-    return parse_flags(["plan", *flags], "", {})[0]
+def settings(name: str, **training: int):
+    return load_settings(Settings, name, {f"training.{field}": value for field, value in training.items()})
 
 
 def here(config, *, full_effort: bool = False) -> Plan:
@@ -99,7 +99,7 @@ def test_shapes_of_a_folder_are_those_of_its_weights():
 
 def test_the_largest_micro_batch_is_found_by_bisection(monkeypatch):
     """Of the divisors of a device's 8 trajectories, 4 is the largest whose peak fits; 3 compilations tell."""
-    planned = here(settings("emoji", *(f"training.{f}" for f in ("trajectories=64", "micro_batches=2"))))
+    planned = here(settings("emoji", trajectories=64, micro_batches=2))
     asked = []
 
     def compile_for(name, pieces):

@@ -2,12 +2,13 @@
 
 import json
 import threading
-from pathlib import Path
 
-from nabla_gfn_jax.command_line import claim_workdir, load_config
+from nabla_gfn_jax.command_line import load_settings
+from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.metrics_log import MetricsLog
+from nabla_gfn_jax.workdir import claim_workdir
 
-CONFIG = load_config(Path(__file__).parents[1] / "configs/emoji.py")
+CONFIG = load_settings(Settings, "emoji")
 
 
 def test_a_process_reads_the_config_while_another_writes_it(tmp_path):

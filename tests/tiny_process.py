@@ -2,10 +2,11 @@
 
 import sys
 
-from tiny_run import brightness
+from tiny_run import brightness, last_of_each
 
-from nabla_gfn_jax import configuration, train
+from nabla_gfn_jax import train
+from nabla_gfn_jax.rewards import REWARDS
 
 if __name__ == "__main__":
-    configuration.load_reward = lambda name: brightness(float(name))
-    train.main(sys.argv)
+    REWARDS["1.0"] = lambda: brightness(1.0)
+    train.main([sys.argv[0], *last_of_each(sys.argv[1:])])

@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nabla_gfn_jax import configuration, train
+from nabla_gfn_jax import train
 from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
-from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.rewards import REWARDS, Reward
 
 CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
 
@@ -76,10 +76,15 @@ def command(tiny_model):
 
     def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(configuration, "load_reward", lambda name: brightness(float(name)))
-            train.main(["train", *flags(tiny_model, workdir, reward), *more])
+            patch.setitem(REWARDS, reward, lambda: brightness(float(reward)))
+            train.main(["train", *last_of_each([*flags(tiny_model, workdir, reward), *more])])
 
     return call
+
+
+def last_of_each(flags: list[str]) -> list[str]:
+    """A flag given twice is an error: here the later one is meant."""
+    return list({flag.partition("=")[0]: flag for flag in flags}.values())
 
 
 def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
@@ -89,8 +94,8 @@ def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
         "reward": reward,
         "sampling.num_steps": 10,
         "algorithm.transition_fraction": 0.2,
-        "flow.block_out_channels": "(8,)",
-        "flow.norm_num_groups": 4,
+        "correction.block_out_channels": "(8,)",
+        "correction.norm_num_groups": 4,
         "training.trajectories": 16,
         "training.micro_batches": 2,
         "training.updates_per_epoch": 2,

@@ -52,6 +52,9 @@ class Algorithm(Protocol):
     def uses_flow(self) -> bool:
         """Whether there is a φ to train; if not, params["flow"] is {}."""
 
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
+
     def transitions(
         self,
         params: Params,

@@ -24,40 +24,34 @@ from nabla_gfn_jax.algorithms.credit import GAMMAS, Prediction, adjoint_credit, 
 from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
 from nabla_gfn_jax.diffusion.sampler import Trajectory
 from nabla_gfn_jax.diffusion.schedule import Schedule, clean_prediction, expand, step_mean
+from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, Scores
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualNablaDB:
+class ResidualNablaDB(Checked):
     """Residual ∇-DB with a choice of credit.
 
-    Attributes:
-        beta: β, the reward's exponent.
-        output_regularisation: λ.
-        prior_strength: κ, the base model's exponent.
-        credit: "lookahead": G + g_φ, the paper's. "guess": G alone, with no φ and no reverse term. "adjoint":
-            the reward gradient at the trajectory's end pulled back through the base model, with no φ and the
-            forward term weighted by σ².
-        gamma: γ_t, the trust in the guess G at time t.
-        variance_weighted: whether the forward term is weighted by σ², as under "adjoint" it always is. Without the
-            weight the nearly noiseless last steps, where the score is largest, outweigh all others.
-        flow_gradient_from_forward: whether φ is trained by the forward term too, as in the paper.
-        credit_clip: for "adjoint", the largest σ·(root mean square of a) that a transition's credit may
-            have; it biases the credit towards zero.
-        transition_fraction: how many of a trajectory's steps are trained on, beside the last.
-        uneven_bins: whether the bins that they are drawn from may divide a step between two.
+    The credits are "lookahead": G + g_φ, the paper's; "guess": G alone, with no φ and no reverse term; "adjoint": the
+    reward gradient at the trajectory's end pulled back through the base model, with no φ and the forward term weighted
+    by σ². Without that weight the nearly noiseless last steps, where the score is largest, outweigh all others.
     """
 
-    beta: float
-    output_regularisation: float = 0.0
-    prior_strength: float = 1.0
-    credit: Literal["lookahead", "guess", "adjoint"] = "lookahead"
-    gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = "alpha_bar"
-    variance_weighted: bool = False
-    flow_gradient_from_forward: bool = True
-    credit_clip: float = math.inf
-    transition_fraction: float = 0.1
-    uneven_bins: bool = False
+    beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
+    output_regularisation: float = option(0.0, "λ, how strongly ε_θ is held at ε_θ†", minimum=0)
+    prior_strength: float = option(1.0, "κ, the base model's exponent", minimum=0)
+    credit: Literal["lookahead", "guess", "adjoint"] = option("lookahead", "what each step is told of the reward")
+    gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
+    variance_weighted: bool = option(False, "weight the forward term by σ², as the adjoint always does")
+    flow_gradient_from_forward: bool = option(True, "train φ by the forward term too, as in the paper")
+    credit_clip: float = option(
+        math.inf,
+        "for the adjoint, the largest σ·(root mean square) of a transition's credit; it biases towards zero",
+        above=0,
+        infinite=True,
+    )
+    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
+    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
 
     @property
     def uses_flow(self) -> bool:
@@ -66,6 +60,10 @@ class ResidualNablaDB:
     def bins(self, num_steps: int) -> int:
         """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
         return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
+        self.bins(num_steps)
 
     def transitions(
         self,

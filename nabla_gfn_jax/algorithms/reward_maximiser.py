@@ -16,6 +16,7 @@ from nabla_gfn_jax.algorithms.base import Metrics, Model
 from nabla_gfn_jax.diffusion.sampler import Trajectory
 from nabla_gfn_jax.diffusion.schedule import Schedule, step_mean
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 
@@ -30,18 +31,19 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RewardMaximiser:
-    """Minimises −mean log R of the final sample.
+class RewardMaximiser(Checked):
+    """Minimises −mean log R of the final sample."""
 
-    Attributes:
-        tail: K, the number of last steps that are differentiated.
-    """
-
-    tail: int = 1
+    tail: int = option(1, "K, the number of last steps that are differentiated", minimum=1)
 
     @property
     def uses_flow(self) -> bool:
         return False
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if a trajectory has fewer steps than are differentiated."""
+        if self.tail > num_steps:
+            raise UserError(f"algorithm.tail = {self.tail} is more than sampling.num_steps = {num_steps}")
 
     def transitions(
         self,
@@ -55,8 +57,6 @@ class RewardMaximiser:
     ) -> Tail:
         """The state K steps before the end and the noise drawn since, the same in every draw."""
         num_steps, batch = schedule.num_steps, len(keys)
-        if not 1 <= self.tail <= num_steps:
-            raise UserError(f"tail is {self.tail}; choose 1 to the number of sampling steps, {num_steps}")
         last = slice(num_steps - self.tail, num_steps)
         means = jax.vmap(step_mean)(trajectory.noise_predictions[last], trajectory.latents[last], schedule[last])
         shocks = trajectory.latents[1:][last] - means

@@ -4,8 +4,8 @@ The 64 dimensions are a linear discriminant analysis: directions along which dra
 drawing's own perturbed versions differ.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -14,8 +14,10 @@ from jaxtyping import Float, UInt8
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.emoji.drawings import Drawings, load_drawings
 from nabla_gfn_jax.emoji.perturb import perturb
+from nabla_gfn_jax.emoji.settings import FitOptions
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics import coverage
 from nabla_gfn_jax.models import efficientnet
@@ -73,11 +75,9 @@ def write_atlas(file: Path, drawings: Drawings, features: Float[np.ndarray, "ver
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Writes `metrics/data/drawings.safetensors` and prints how often perturbed drawings are recognised."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--emoji", type=Path, help="folder of the emoji packages (default: the user's cache)")
-    drawings = load_drawings(parser.parse_args().emoji).base()
+    drawings = load_drawings(parse(argv, FitOptions, __doc__).emoji).base()
     write_atlas(coverage.FILE, drawings, layouts(drawings.images))
     unseen_key = jax.random.key(1000)
     images = np.asarray(jax.jit(perturb)(unseen_key, drawings.images.astype(np.float32) / np.float32(255.0)))
@@ -89,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -6,7 +6,7 @@ to two vendors' drawings and judge the third's. (ImageNet's own classes of these
 name few drawings right.)
 """
 
-import argparse
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ from safetensors.numpy import save_file
 from scipy.optimize import minimize
 from scipy.special import log_softmax
 
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.data.prompts import SIMPLE_ANIMALS
 from nabla_gfn_jax.emoji.drawings import load_drawings
 from nabla_gfn_jax.emoji.features import features_of
+from nabla_gfn_jax.emoji.settings import FitOptions
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.rewards.emoji import DATA
 
@@ -107,11 +109,9 @@ def figures(examples: Examples, log_p: Float[np.ndarray, "versions drawings clas
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Fits, prints the figures and writes `rewards/data/recognisability.safetensors`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--emoji", type=Path, help="folder of the emoji packages (default: the user's cache)")
-    examples = read_examples(parser.parse_args().emoji)
+    examples = read_examples(parse(argv, FitOptions, __doc__).emoji)
     judged = {strength: other_vendors(examples, strength) for strength in STRENGTHS}
     found = {strength: figures(examples, log_p) for strength, log_p in judged.items()}
     strength = max(STRENGTHS, key=lambda s: float(found[s]["unseen vendor, log p"]))
@@ -124,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -6,8 +6,8 @@ The head is a ridge regression; its strength is chosen by cross-validation over 
 fitted and judged.
 """
 
-import argparse
 import csv
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +17,10 @@ from jaxtyping import Bool, Float, Int
 from safetensors.numpy import save_file
 from scipy.stats import spearmanr
 
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.emoji.drawings import load_drawings
 from nabla_gfn_jax.emoji.features import features_of
+from nabla_gfn_jax.emoji.settings import FitOptions
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.rewards.emoji import DATA
 
@@ -141,11 +143,9 @@ def read_examples(folder: Path | None) -> Examples:
 
 
 @exit_on_user_error
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Fits, prints the figures and writes `rewards/data/valence.safetensors`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--emoji", type=Path, help="folder of the emoji packages (default: the user's cache)")
-    examples = read_examples(parser.parse_args().emoji)
+    examples = read_examples(parse(argv, FitOptions, __doc__).emoji)
     results = figures(examples, held_out_predictions(examples))
     strength = choose_strength(examples)
     kernel, bias = ridge(examples, strength)
@@ -157,4 +157,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -1,5 +1,6 @@
 """What the miniature Stable Diffusion of emoji consists of, and the training of its parts."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod
 from nabla_gfn_jax.emoji import autoencoder, denoiser
 from nabla_gfn_jax.emoji.drawings import SIZE, Drawings
 from nabla_gfn_jax.emoji.loop import State, fit, init_state, optimizer
+from nabla_gfn_jax.emoji.settings import Pretraining
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -18,17 +20,17 @@ from nabla_gfn_jax.models.vae import AutoencoderKL
 from nabla_gfn_jax.typing import Params
 
 
-def describe(config: Any) -> dict[str, dict[str, Any]]:
+def describe(config: Pretraining) -> dict[str, dict[str, Any]]:
     """The contents of the model's JSON files. The VAE's scaling factor is 1 until the latents' scale is known."""
     down = ["CrossAttnDownBlock2D"] * (len(config.unet.block_out_channels) - 1) + ["DownBlock2D"]
     v, t, u = config.vae, config.text_encoder, config.unet
     shared = ("block_out_channels", "layers_per_block", "norm_num_groups")
-    vae: dict[str, Any] = {name: v[name] for name in shared}
+    vae: dict[str, Any] = {name: getattr(v, name) for name in shared}
     vae |= {"in_channels": 3, "out_channels": 3, "latent_channels": v.latent_channels, "scaling_factor": 1.0}
     vae["down_block_types"] = ["DownEncoderBlock2D"] * len(v.block_out_channels)
     vae["up_block_types"] = ["UpDecoderBlock2D"] * len(v.block_out_channels)
     vae["sample_size"] = SIZE
-    unet: dict[str, Any] = {name: u[name] for name in (*shared, "attention_head_dim")}
+    unet: dict[str, Any] = {name: getattr(u, name) for name in (*shared, "attention_head_dim")}
     unet |= {"in_channels": v.latent_channels, "out_channels": v.latent_channels}
     unet |= {
         "cross_attention_dim": t.hidden_size,
@@ -38,13 +40,13 @@ def describe(config: Any) -> dict[str, dict[str, Any]]:
         "down_block_types": down,
         "up_block_types": [name.replace("Down", "Up") for name in reversed(down)],
     }
-    text = t.to_dict() | {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_tokens}
+    text = asdict(t) | {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_tokens}
     text |= {"hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "bos_token_id": None, "eos_token_id": None}
     scheduler = STABLE_DIFFUSION | {"prediction_type": "v_prediction"}
     return {"vae": vae, "unet": unet, "text_encoder": text, "scheduler": scheduler}
 
 
-def train_vae(config: Any, vae: AutoencoderKL, drawings: Drawings, workdir: Path) -> Params:
+def train_vae(config: Pretraining, vae: AutoencoderKL, drawings: Drawings, workdir: Path) -> Params:
     """The averaged parameters of a VAE that never saw the held-out drawings."""
     c = config.vae
     transform = optimizer(c.learning_rate, c.steps)
@@ -63,7 +65,7 @@ def caption_ids(tokenizer: CLIPTokenizer, drawings: Drawings) -> tuple[np.ndarra
     return ids[drawings.concept], tokenizer([""])[0]
 
 
-def train_denoiser(config: Any, json_files: dict, data: denoiser.LatentDrawings, workdir: Path) -> Params:
+def train_denoiser(config: Pretraining, json_files: dict, data: denoiser.LatentDrawings, workdir: Path) -> Params:
     """The averaged parameters of the UNet and the text encoder."""
     c = config.unet
     unet = UNet2DConditionModel(UNetConfig.from_json(json_files["unet"]))

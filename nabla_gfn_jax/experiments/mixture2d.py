@@ -7,10 +7,10 @@ own 50 DDPM steps; the reward is log R(x) = k·x, so that the distribution to be
 mixture too. The policy adds an MLP to the base, and the algorithms are those that finetune images.
 """
 
-import argparse
 import functools
 import itertools
 import json
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import Algorithm, Model
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
+from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import (
     STABLE_DIFFUSION,
@@ -35,6 +36,7 @@ from nabla_gfn_jax.diffusion.schedule import (
 )
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.experiments.mixture import Distance, Mixture, Points, cell_kl, distance, sampled
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
 from nabla_gfn_jax.typing import Params, PRNGKey, Timesteps
 
 DATA = Mixture(np.array([0.4, 0.4, 0.2]), np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), 0.3)
@@ -243,14 +245,19 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """What of the table is made, and where."""
+
+    out: Path = option(meaning="folder for results.json, table.md and samples.npz")
+    updates: int = option(3000, "updates of each line", minimum=1)
+    only: str = option("", "only the lines whose name contains this", empty=True)
+    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
+
+
 @exit_on_user_error
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for results.json, table.md and samples.npz")
-    parser.add_argument("--updates", type=int, default=3000)
-    parser.add_argument("--only", default="", help="run only the lines whose name contains this")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
+def main(argv: list[str]) -> None:
+    arguments = parse(argv, Options, __doc__)
     chosen = [run for run in runs(arguments.updates) if arguments.only in run.name]
     if not chosen:
         names = "; ".join(run.name for run in runs(1))
@@ -272,4 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv)

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from nabla_gfn_jax.configuration import abstract_model, assemble, prompts_of
 from nabla_gfn_jax.flops import FULL, count_flops
@@ -16,6 +15,7 @@ from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, placed
 from nabla_gfn_jax.planning.chips import Chip
 from nabla_gfn_jax.planning.hlo import Traffic, traffic
 from nabla_gfn_jax.rewards import ABSTRACT, Reward, load_reward
+from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner
 
 PHASES = ("rollout", "update")
@@ -41,7 +41,7 @@ class Phase:
 class Plan:
     """A run's functions, compiled for the devices of `mesh`."""
 
-    def __init__(self, config: ConfigDict, chip: Chip, mesh: Mesh, full_effort: bool):
+    def __init__(self, config: Settings, chip: Chip, mesh: Mesh, full_effort: bool):
         self.config, self.chip, self.mesh, self.full_effort = config, chip, mesh, full_effort
         base, reward = abstract_model(config), load_reward(config.reward, weights=False)
         self.pieces: Finetuner = assemble(config, mesh, base, reward)
@@ -124,7 +124,7 @@ class Plan:
         return compiled.update, (frozen, state, placed(transitions, self.mesh, ROLLOUT_SPLIT.transitions))
 
 
-def _prompt_features(config: ConfigDict, reward: Reward, count: int) -> PyTree[Any]:
+def _prompt_features(config: Settings, reward: Reward, count: int) -> PyTree[Any]:
     """Shapes of what the reward keeps of `count` prompts."""
     prompt = "" if config.reward in ABSTRACT else prompts_of(config)[0]
     one = reward.encode_prompts([prompt])

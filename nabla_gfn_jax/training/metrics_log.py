@@ -6,8 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
-
+from nabla_gfn_jax import options
 from nabla_gfn_jax.checkpoints.files import write_whole
 from nabla_gfn_jax.errors import UserError
 
@@ -22,7 +21,7 @@ class Sink(NamedTuple):
 class MetricsLog:
     """Appends one row an update to `metrics.jsonl`; rows of a step that is repeated after a resume are replaced."""
 
-    def __init__(self, workdir: Path, first_step: int, config: ConfigDict, *, write: bool = True):
+    def __init__(self, workdir: Path, first_step: int, config: Any, *, write: bool = True):
         self._file = workdir / "metrics.jsonl"
         self._sinks: list[Sink] = []
         self._writes = write
@@ -32,7 +31,7 @@ class MetricsLog:
         if config.logging.tensorboard:
             self._sinks.append(_tensorboard(workdir))
         if config.logging.wandb:
-            self._sinks.append(_wandb(workdir, config.to_dict()))
+            self._sinks.append(_wandb(workdir, options.plain(config)))
 
     def write(self, row: dict[str, float]) -> None:
         """`row` has `step`; numbers that are not finite are written as null."""

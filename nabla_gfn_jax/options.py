@@ -1,0 +1,328 @@
+"""A value that a user can set: its type, range or choices, unit, meaning and default, stated once.
+
+A command's options and each group of a run's settings are a frozen dataclass of them:
+
+    @dataclass(frozen=True, kw_only=True)
+    class Sampling(Checked):
+        num_steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
+
+A field is a bool, int, float, str, Path or Literal, one of them or None, or a tuple of them. No field is ever NaN, and
+none is infinite unless it says so. A field may also be a dataclass of options, or, by `one_of`, one of several.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from nabla_gfn_jax.errors import UserError
+
+T = TypeVar("T")
+LARGEST_SEED = 2**32 - 1  # a random key is made of 32 bits of it
+_WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is stated of a value beside its type and default; bounds and choices are those of each element of a tuple.
+
+    Attributes:
+        meaning: a phrase for `--help`.
+        unit: what a number counts or measures.
+        choices: the values that are allowed, if not a Literal names them; read anew at each check.
+        above, minimum, maximum: bounds; `above` is not allowed itself.
+        infinite: whether inf is allowed, within the bounds.
+        empty: whether "" or an empty tuple is allowed.
+        repeated: whether the flag is given once for each element of a tuple, which otherwise has commas.
+        positional: whether the elements of a tuple are given without a flag.
+        free: whether the value changes no number of a run.
+        file: of a path: one that exists, or one to be written.
+        endings: how the name of a file to be written may end.
+    """
+
+    meaning: str
+    unit: str = ""
+    choices: Collection[str] = ()
+    above: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    infinite: bool = False
+    empty: bool = False
+    repeated: bool = False
+    positional: bool = False
+    free: bool = False
+    file: Literal["", "existing", "output"] = ""
+    endings: tuple[str, ...] = ()
+
+
+def option(default: Any = MISSING, meaning: str = "", **stated: Any) -> Any:
+    """A dataclass field; `stated` are attributes of `Option`. Without a default the value must be given."""
+    return dataclasses.field(default=default, metadata={"option": Option(meaning=meaning, **stated)})
+
+
+def one_of(registry: Mapping[str, type], meaning: str) -> Any:
+    """A dataclass field that holds one of the registry's dataclasses: the one that the group's `name` says."""
+    return dataclasses.field(metadata={"registry": registry, "meaning": meaning})
+
+
+class Leaf(NamedTuple):
+    """A value by its full name, `training.clip` or `--num`."""
+
+    name: str
+    kind: type  # bool, int, float, str or Path
+    many: bool  # a tuple of them
+    optional: bool  # or None
+    choices: Collection[Any]
+    option: Option
+    default: Any  # MISSING: it must be given
+
+    @property
+    def allowed(self) -> str:
+        """What the value may be, to follow "it must be"."""
+        o, show = self.option, ("{:d}" if self.kind is int else "{:g}").format
+        words = _WORDS[self.kind]
+        if self.choices:
+            words = f"one of {', '.join(map(str, self.choices))}"
+        elif self.kind is str and not o.empty:
+            words = "text that is not empty"
+        elif o.endings:
+            words = f"a file name that ends in {' or '.join(o.endings)}"
+        if o.minimum is not None and o.maximum is not None:
+            words += f" from {show(o.minimum)} to {show(o.maximum)}"
+        elif o.minimum is not None:
+            words += f" of {show(o.minimum)} or more"
+        elif o.above is not None:
+            words += f" above {show(o.above)}"
+        if o.maximum is not None and o.minimum is None:
+            words += f"{' and' if o.above is not None else ''} up to {show(o.maximum)}"
+        words += ", or inf" * o.infinite
+        return f"{words}, for each, with commas between" if self.many and not (o.repeated or o.positional) else words
+
+    def check(self, value: Any) -> Any:
+        """The value in the field's own type. Raises `UserError` that names the field, the value and what is allowed."""
+        if self.optional and value in (None, ""):
+            return None
+        try:
+            if not self.many:
+                return self._element(value)
+            if not isinstance(value, tuple | list) or not (value or self.option.empty):
+                raise ValueError
+            return tuple(map(self._element, value))
+        except (ValueError, OverflowError):
+            shown = repr(value) if isinstance(value, str) else value
+            hint = did_you_mean(value, map(str, self.choices)) if isinstance(value, str) else ""
+            raise UserError(f"{self.name} = {shown} is not allowed; it must be {self.allowed}{hint}") from None
+
+    def read(self, text: str) -> Any:
+        """The value that was typed, of a tuple without `repeated` all of it."""
+        if self.many and not (self.option.repeated or self.option.positional):
+            inner = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
+            return [self._typed(part.strip()) for part in inner.split(",") if part.strip()]
+        return self._typed(text)
+
+    def _typed(self, text: str) -> Any:
+        """A value of the field's kind, or the text as it is, for `check` to refuse."""
+        try:
+            if self.kind is bool:
+                return {"true": True, "false": False}[text.lower()]
+            return self.kind(text) if self.kind in (int, float) else text
+        except (ValueError, KeyError):
+            return text
+
+    def _element(self, value: Any) -> Any:
+        """The value in the field's kind. Raises `ValueError` if it is not allowed."""
+        if self.kind is Path and isinstance(value, str | Path) and str(value):
+            return Path(value).expanduser()
+        if self.kind is float and (value in ("inf", "-inf") or type(value) is int):
+            value = float(value)
+        allowed = type(value) is self.kind and (not self.choices or value in self.choices)
+        if not allowed or (self.kind in (int, float) and not self._within_bounds(value)):
+            raise ValueError
+        if value == "" and not self.option.empty:
+            raise ValueError
+        return value
+
+    def _within_bounds(self, value: float) -> bool:
+        o = self.option
+        if math.isnan(value) or (math.isinf(value) and not o.infinite):
+            return False
+        low = (o.minimum is None or value >= o.minimum) and (o.above is None or value > o.above)
+        return low and (o.maximum is None or value <= o.maximum)
+
+
+def leaves(cls: type, tree: Mapping[str, Any] | None = None, prefix: str = "") -> dict[str, Leaf]:
+    """All values of a dataclass of options by full name; `tree` says which dataclass a field by `one_of` holds.
+
+    Raises `TypeError` for a field without `option`, or of a type that is no option's.
+    """
+    found: dict[str, Leaf] = {}
+    for field, hint in _fields(cls):
+        name, inside = prefix + field.name, (tree or {}).get(field.name, {})
+        if "registry" in field.metadata:
+            chosen = _name_leaf(name, field)
+            found[chosen.name] = chosen
+            group = field.metadata["registry"].get(inside.get("name"))
+            found |= leaves(group, inside, f"{name}.") if group else {}
+        elif dataclasses.is_dataclass(hint):
+            found |= leaves(typing.cast(type, hint), inside, f"{name}.")
+        else:
+            found[name] = _leaf(name, hint, field)
+    return found
+
+
+def build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
+    """The dataclass whose fields are the tree's values, defaults where it has none.
+
+    Numbers that JSON lacks may be "inf" or "-inf". Raises `UserError` for a name that is no field, a field that is
+    missing, or a value that is not allowed.
+    """
+    if not isinstance(tree, Mapping):
+        raise UserError(f"{prefix.rstrip('.')} = {tree!r} is not allowed; it must be a group of fields")
+    names = [field.name for field, _ in _fields(cls)]
+    for name in tree:
+        if name not in names:
+            raise UserError(f"{prefix}{name} is unknown{did_you_mean(f'{prefix}{name}', [prefix + n for n in names])}")
+    values: dict[str, Any] = {}
+    for field, hint in _fields(cls):
+        name, inside = prefix + field.name, tree.get(field.name, MISSING)
+        if "registry" in field.metadata:
+            group = dict(inside) if isinstance(inside, Mapping) else {}
+            chosen = _name_leaf(name, field).check(group.pop("name", None))
+            values[field.name] = build(field.metadata["registry"][chosen], group, f"{name}.")
+        elif dataclasses.is_dataclass(hint):
+            values[field.name] = build(typing.cast(type, hint), {} if inside is MISSING else inside, f"{name}.")
+        else:
+            leaf = _leaf(name, hint, field)
+            value = leaf.default if inside is MISSING else inside
+            if value is MISSING:
+                raise UserError(f"{name} is missing; it must be {leaf.allowed}")
+            values[field.name] = leaf.check(value)
+    return cls(**values)
+
+
+class Checked:
+    """Base of the dataclasses of options: whatever makes one, its values are allowed ones."""
+
+    def __post_init__(self) -> None:
+        validate(self)
+
+
+def validate(instance: Any, prefix: str = "") -> None:
+    """Raises `UserError` if a value is not allowed."""
+    for field, hint in _fields(type(instance)):
+        if "registry" not in field.metadata and not dataclasses.is_dataclass(hint):
+            _leaf(prefix + field.name, hint, field).check(getattr(instance, field.name))
+
+
+def check_files(instance: Any, prefix: str = "") -> None:
+    """Raises `UserError` if a file that is to be read does not exist, or one that is to be written cannot be."""
+    values = flatten(instance, prefix)
+    for name, leaf in leaves(type(instance), _names(instance), prefix).items():
+        files = values[name] if leaf.many else [values[name]]
+        for file in files if leaf.kind is Path and leaf.option.file else ():
+            if file is not None:
+                _check_file(leaf, file)
+
+
+def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
+    """The values by full name."""
+    found: dict[str, Any] = {}
+    for field, hint in _fields(type(instance)):
+        name, value = prefix + field.name, getattr(instance, field.name)
+        if "registry" in field.metadata:
+            found[f"{name}.name"] = _name_in(field, value)
+        nested = "registry" in field.metadata or dataclasses.is_dataclass(hint)
+        found |= flatten(value, f"{name}.") if nested else {name: value}
+    return found
+
+
+def free_names(instance: Any) -> frozenset[str]:
+    """Full names of the values that change no number of a run."""
+    return frozenset(n for n, leaf in leaves(type(instance), _names(instance)).items() if leaf.option.free)
+
+
+def plain(instance: Any) -> dict[str, Any]:
+    """A tree of what JSON can hold, which `build` reads back: infinities as text, tuples as lists, paths as text."""
+    tree: dict[str, Any] = {}
+    for name, value in flatten(instance).items():
+        *groups, last = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[last] = [_plain(v) for v in value] if isinstance(value, tuple) else _plain(value)
+    return tree
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean NEAREST?", or nothing if none is near. The same last part of a dotted name is nearest."""
+    names = list(known)
+    same_end = [n for n in names if n.rpartition(".")[2].lstrip("-") == name.rpartition(".")[2].lstrip("-")]
+    near = same_end or difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
+        return str(value)
+    return value
+
+
+def _fields(cls: type) -> Iterator[tuple[dataclasses.Field[Any], Any]]:
+    hints = typing.get_type_hints(cls)
+    return ((field, hints[field.name]) for field in dataclasses.fields(cls))
+
+
+def _name_leaf(group: str, field: dataclasses.Field[Any]) -> Leaf:
+    stated = Option(meaning=field.metadata["meaning"])
+    return Leaf(f"{group}.name", str, False, False, field.metadata["registry"], stated, MISSING)
+
+
+def _name_in(field: dataclasses.Field[Any], value: Any) -> str:
+    return next(name for name, cls in field.metadata["registry"].items() if cls is type(value))
+
+
+def _names(instance: Any) -> dict[str, Any]:
+    """The tree of names alone, which tells `leaves` the dataclasses that the instance holds."""
+    found: dict[str, Any] = {}
+    for field, hint in _fields(type(instance)):
+        value = getattr(instance, field.name)
+        if "registry" in field.metadata:
+            found[field.name] = {"name": _name_in(field, value)} | _names(value)
+        elif dataclasses.is_dataclass(hint):
+            found[field.name] = _names(value)
+    return found
+
+
+def _leaf(name: str, hint: Any, field: dataclasses.Field[Any]) -> Leaf:
+    if "option" not in field.metadata:
+        raise TypeError(f"{name} has no option()")
+    stated: Option = field.metadata["option"]
+    kind, optional = hint, False
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = (k for k in typing.get_args(kind) if k is not types.NoneType)
+        optional = True
+    many = typing.get_origin(kind) is tuple
+    kind = typing.get_args(kind)[0] if many else kind
+    literal = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
+    kind = str if literal else kind
+    if kind not in _WORDS:
+        raise TypeError(f"{name} is of type {hint}, which is no option's")
+    return Leaf(name, kind, many, optional, literal or stated.choices, stated, field.default)
+
+
+def _check_file(leaf: Leaf, file: Path) -> None:
+    if leaf.option.file == "existing":
+        if not file.exists():
+            raise UserError(f"{leaf.name} = {file} does not exist")
+        return
+    if leaf.option.endings and file.suffix not in leaf.option.endings:
+        raise UserError(f"{leaf.name} = {file} is not allowed; it must be {leaf.allowed}")
+    folder = next(p for p in file.absolute().parents if p.exists())
+    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{leaf.name} = {file} cannot be written; name a file in a folder that can be")
