@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from nabla_gfn_jax.errors import UserError
@@ -12,16 +12,21 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # the files that pictures are wri
 
 
 def save_grid(
-    file: Path, images: Float[np.ndarray, "count height width 3"], columns: int, margin: int = 4, zoom: int = 1
+    file: Path,
+    images: Float[np.ndarray, "count height width 3"] | UInt8[np.ndarray, "count height width 3"],
+    columns: int,
+    margin: int = 4,
+    zoom: int = 1,
 ) -> None:
-    """Writes images in [0, 1], row by row, `columns` a row, on white; each pixel `zoom` pixels wide.
+    """Writes images in [0, 1], or in uint8, row by row, `columns` a row, on white; each pixel `zoom` pixels wide.
 
     Raises `UserError` if the file cannot be written.
     """
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
-    for i, image in enumerate(np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)):
+    levels = images if images.dtype == np.uint8 else np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+    for i, image in enumerate(levels):
         top, left = (margin + n * (size + margin) for n, size in zip(divmod(i, columns), (height, width), strict=True))
         canvas[top : top + height, left : left + width] = image
     try:

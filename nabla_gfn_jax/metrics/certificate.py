@@ -17,23 +17,23 @@ bootstrap's over samples. Sample i of a prompt is taken to have the same noise i
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from nabla_gfn_jax.metrics.tilt import LogZ, Strata, Values, log_z_of, normalise, tilt_of
+from nabla_gfn_jax.metrics.tilt import (
+    BaseValues,
+    Estimate,
+    LogZ,
+    Strata,
+    Values,
+    log_z_of,
+    normalise,
+    resamples,
+    tilt_of,
+)
 
-BaseValues = Float[np.ndarray, " base"]
 Figures = Callable[[Values | None, BaseValues | None], list[float]]  # how often each sample counts → figures
-_REPLICATES = 200  # of the bootstrap: standard errors to 5 %
-
-
-class Estimate(NamedTuple):
-    """A figure and its standard error; NaN where there is none."""
-
-    value: float
-    error: float = float("nan")
 
 
 @dataclass(frozen=True)
@@ -141,25 +141,12 @@ class _Pair:
     def estimate(self, functions: Sequence[Figures], seed: int) -> list[list[Estimate]]:
         """The figures of each function with the bootstrap's standard errors."""
         with np.errstate(invalid="ignore"):
-            resampled = [[f(*counts) for f in functions] for counts in self._resamples(seed)]
+            resampled = [[f(*counts) for f in functions] for counts in resamples(self.mine, self.theirs, seed)]
             errors = [np.std(figures, axis=0, ddof=1).tolist() for figures in zip(*resampled, strict=True)]
         return [
             [Estimate(*figure) for figure in zip(f(None, None), error, strict=True)]
             for f, error in zip(functions, errors, strict=True)
         ]
-
-    def _resamples(self, seed: int) -> Iterator[tuple[Values, BaseValues]]:
-        """How often each sample counts; within a prompt, samples of the same noise count equally often in both."""
-        rng = np.random.default_rng(seed)
-        for _ in range(_REPLICATES):
-            counts, base_counts = [], []
-            for n, m in zip(self.mine.sizes, self.theirs.sizes, strict=True):
-                shared, more = min(n, m), abs(int(n) - int(m))
-                both = np.bincount(rng.integers(0, shared, shared), minlength=shared)
-                rest = np.bincount(rng.integers(0, more, more), minlength=more) if more else both[:0]
-                counts.append(np.concatenate([both, rest]) if n > m else both)
-                base_counts.append(np.concatenate([both, rest]) if m > n else both)
-            yield np.concatenate(counts).astype(float), np.concatenate(base_counts).astype(float)
 
 
 class _Target:

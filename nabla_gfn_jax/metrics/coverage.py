@@ -15,10 +15,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.checkpoints.files import read_safetensors
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.metrics.base import Batch, NotAvailable, Samples, Weighting
+from nabla_gfn_jax.metrics.entropy import entropy, rarefied_entropy
+from nabla_gfn_jax.metrics.tilt import Estimate, Strata, Values
 from nabla_gfn_jax.models import efficientnet
 from nabla_gfn_jax.models.efficientnet import EfficientNetLite
 from nabla_gfn_jax.typing import Images, Params
@@ -88,29 +91,62 @@ def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np
     return np.concatenate(batches)[: len(images)]
 
 
-def shows_prompt(drawings: Int[np.ndarray, " batch"], prompts: Sequence[str]) -> Bool[np.ndarray, " batch"]:
-    """Does the drawing each sample shows bear its prompt as a caption? `drawings`: from `nearest_drawing`."""
-    concepts = {prompt: atlas().captioned(prompt) for prompt in set(prompts)}
-    shown = atlas().concept[drawings]
-    return np.array([c in concepts[prompt] for c, prompt in zip(shown, prompts, strict=True)])
-
-
 def concept_captions() -> list[str]:
     """One caption, with its article, for each emoji of the base model."""
     return [captions[min(1, len(captions) - 1)] for captions in atlas().captions]
 
 
-def vendor_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:
-    """Entropy (nats) of the vendors among (weighted) samples; at most ln 3 = 1.10. A few samples underestimate it."""
-    return entropy(np.bincount(atlas().vendor[drawings], weights))
+class Coverage:
+    """Which drawings images show, and how evenly; for prompts that are captions of the base model's drawings."""
 
+    def __init__(self) -> None:
+        self._concepts: list[list[int]] = []
 
-def drawing_entropy(drawings: Int[np.ndarray, " batch"], weights: Float[np.ndarray, " batch"] | None = None) -> float:
-    """Entropy (nats) of the drawings among (weighted) samples; at most the log of their number."""
-    return entropy(np.bincount(drawings, weights))
+    @property
+    def name(self) -> str:
+        return "coverage"
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Raises `NotAvailable` if a prompt is no drawing's caption or the metric's network is not installed."""
+        try:
+            self._concepts = [atlas().captioned(prompt) for prompt in prompts]
+        except UserError as error:
+            raise NotAvailable(str(error)) from error
 
-def entropy(counts: Float[np.ndarray, " kinds"] | Int[np.ndarray, " kinds"]) -> float:
-    """-Σ p ln p of the frequencies."""
-    p = counts[counts > 0] / counts.sum()
-    return float(-(p * np.log(p)).sum())
+    def update(self, batch: Batch) -> Samples:
+        drawing = nearest_drawing(batch.images)
+        right = [c in self._concepts[p] for c, p in zip(atlas().concept[drawing], batch.prompt, strict=True)]
+        return Samples(batch.prompt, {"drawing": drawing, "right": np.asarray(right, bool)})
+
+    def compute(self, state: Samples, weighting: Weighting | None = None) -> dict[str, Estimate]:
+        """Share of images that show their prompt; entropies of vendors (mean over prompts) and of all drawings."""
+        state = state.by_prompt()
+        weighting = weighting or Weighting.equal(state.prompt)
+        drawing, vendor = state.values["drawing"], atlas().vendor[state.values["drawing"]]
+
+        def figures(weights: Values) -> dict[str, float]:
+            return {
+                "concept_accuracy": float(weights @ state.values["right"]),
+                "vendor_entropy": float(np.mean([entropy(vendor[p], weights[p]) for p in Strata(state.prompt).slices])),
+                "drawing_entropy": entropy(drawing, weights),
+            }
+
+        return weighting.estimate(figures)
+
+    def compute_as(self, state: Samples, weighting: Weighting) -> dict[str, Estimate]:
+        """The entropies of `compute`, of as few of these samples as those of a weighting of the same prompts are worth.
+
+        Few samples miss kinds, and no correction sees all of them: only what is counted alike is compared.
+        """
+        state = state.by_prompt()
+        drawing, vendor = state.values["drawing"], atlas().vendor[state.values["drawing"]]
+        equal = Weighting.equal(state.prompt)
+        prompts = list(zip(equal.strata.slices, weighting.effective_of_prompts, strict=True))
+
+        def figures(weights: Values) -> dict[str, float]:
+            counts = np.round(weights / equal.weights).astype(int)
+            vendors = [rarefied_entropy(np.bincount(vendor[p], counts[p]), round(n)) for p, n in prompts]
+            drawings = rarefied_entropy(np.bincount(drawing, counts), round(weighting.effective))
+            return {"vendor_entropy": float(np.mean(vendors)), "drawing_entropy": drawings}
+
+        return equal.estimate(figures)

@@ -1,0 +1,137 @@
+"""Metrics of a base model and of LoRAs on it: which apply, their states, and the base model's states kept for later."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nabla_gfn_jax.checkpoints.files import write_whole
+from nabla_gfn_jax.inference.sampling import ImageSampler
+from nabla_gfn_jax.metrics.base import Metric, NotAvailable, Samples, Weighting
+from nabla_gfn_jax.metrics.certificate import Certificate
+from nabla_gfn_jax.metrics.coverage import Coverage
+from nabla_gfn_jax.metrics.nats import Nats
+from nabla_gfn_jax.metrics.reward import LogReward
+from nabla_gfn_jax.metrics.tilt import Estimate
+from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.typing import Params
+
+States = dict[str, Samples]  # by the metric's name
+Figures = dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is known of one model."""
+
+    figures: Figures
+    certificate: Certificate | None = None
+    tilted: Figures | None = None  # of the base samples, weighted by R^b to this model's mean log R
+    as_few: Figures | None = None  # of this model's samples, as few as those are worth
+
+
+class Evaluator:
+    """Samples one prompt set from several models with the same noise and measures them."""
+
+    def __init__(self, sampler: ImageSampler, reward: Reward | None, beta: float | None = None):
+        """Raises `UserError` if the reward cannot judge the prompts. `beta`: what the LoRAs were trained for."""
+        self._sampler = sampler
+        self.metrics, self.not_available = choose_metrics(sampler, reward, beta)
+
+    def states(self, lora: Params | None, num: int, *, first: int = 0, progress: str | None = None) -> States:
+        """Of images number `first` to `num` − 1 of each prompt."""
+        states: States = {}
+        wants_nats = any(isinstance(metric, Nats) for metric in self.metrics)
+        for batch in self._sampler.images(lora, num, first=first, nats=wants_nats, progress=progress):
+            for metric in self.metrics:
+                state = metric.update(batch)
+                states[metric.name] = states[metric.name].merge(state) if metric.name in states else state
+        return states
+
+    def base_states(self, num: int, cache: Path | None, key: Mapping[str, Any], progress: str | None = None) -> States:
+        """Of `num` or more images of each prompt by the base model. What the folder `cache` has is not sampled again.
+
+        `key` names everything that the images and their rewards depend on.
+        """
+        names = json.dumps([metric.name for metric in self.metrics])
+        digest = hashlib.sha256((json.dumps(key, sort_keys=True) + names).encode()).hexdigest()
+        file = None if cache is None else cache / f"base-{digest[:16]}.npz"
+        states = _read_states(file) if file is not None and file.is_file() else {}
+        have = min((int(np.bincount(s.prompt).min()) for s in states.values()), default=0)
+        if have < num and self.metrics:
+            more = self.states(None, num, first=have, progress=progress)
+            states = {name: states[name].merge(more[name]) for name in states} or more
+            if file is not None:
+                _write_states(file, states)
+        return states
+
+    def evaluate(self, states: States, base: States | None = None) -> Evaluation:
+        """Figures of every metric; given the base model's states, the certificate and how the tilted base compares."""
+        figures = {k: v for m in self.metrics for k, v in m.compute(states[m.name]).items()}
+        nats = next((m for m in self.metrics if isinstance(m, Nats)), None)
+        coverage = next((m for m in self.metrics if isinstance(m, Coverage)), None)
+        reward = next((m.name for m in self.metrics if isinstance(m, LogReward)), None)
+        if base is None or reward is None:
+            return Evaluation(figures)
+        certificate = nats.certify(states[nats.name], base[nats.name]) if nats else None
+        if coverage is None or states is base:
+            return Evaluation(figures, certificate)
+        tilted = Weighting.tilted(base[reward].by_prompt(), states[reward].by_prompt())
+        worth = {"effective_samples": Estimate(tilted.effective)}
+        of_tilted = {k: v for m in self.metrics for k, v in m.compute(base[m.name], tilted).items()}
+        as_few = coverage.compute_as(states[coverage.name], tilted)
+        return Evaluation(figures, certificate, of_tilted | worth, as_few | worth)
+
+
+def choose_metrics(
+    sampler: ImageSampler, reward: Reward | None, beta: float | None
+) -> tuple[list[Metric], dict[str, str]]:
+    """The metrics that apply, prepared, and why others do not, by name."""
+    reasons: dict[str, str] = {}
+    candidates: list[Metric] = [Coverage()]
+    if reward is None:
+        reasons |= {"reward": "no reward was named", "nats": "no reward was named"}
+    elif sampler.has_nats:
+        candidates.insert(0, Nats(reward, sampler.schedule.num_steps, beta))
+    else:
+        reasons["nats"] = "steps without noise (eta 0) have no density"
+        candidates.insert(0, LogReward(reward))
+    chosen = []
+    for metric in candidates:
+        try:
+            metric.prepare(sampler.prompts)
+            chosen.append(metric)
+        except NotAvailable as reason:
+            reasons[metric.name] = str(reason)
+    return chosen, reasons
+
+
+def _write_states(file: Path, states: States) -> None:
+    arrays = {f"{name}/prompt": state.prompt for name, state in states.items()}
+    arrays |= {f"{name}/{key}": array for name, state in states.items() for key, array in state.values.items()}
+    contents = io.BytesIO()
+    np.savez(contents, **arrays)  # type: ignore[arg-type]
+    write_whole(file, contents.getvalue())
+
+
+def _read_states(file: Path) -> States:
+    """What `_write_states` wrote; nothing if the file is damaged, so that it is made again."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            for full in arrays.files:
+                name, _, key = full.partition("/")
+                found.setdefault(name, {})[key] = arrays[full]
+        return {name: Samples(values.pop("prompt"), values) for name, values in found.items()}
+    except (OSError, ValueError, KeyError):
+        return {}
+
+
+def prompts_of_set(known: Sequence[str], number: int, seed: int) -> list[str]:
+    """All, or `number` of them drawn without replacement if it is not 0."""
+    return list(known) if number == 0 else list(np.random.default_rng(seed).choice(list(known), number, replace=False))

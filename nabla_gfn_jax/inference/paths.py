@@ -1,0 +1,57 @@
+"""Sampling that keeps of each path only what it ends at, and how far it went from the base model's on the way."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from nabla_gfn_jax.algorithms.base import Predict
+from nabla_gfn_jax.diffusion.sampler import draw_noise
+from nabla_gfn_jax.diffusion.schedule import Schedule, step_mean
+from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
+
+
+class Paths(NamedTuple):
+    """Where sampled paths end, and their nats (`metrics.certificate`); zeros if the base model itself sampled."""
+
+    latents: Latents
+    spent: Float[Array, "batch steps"]  # ‖μ_θ − μ_#‖²/(2σ²) of each step, summed over elements
+    log_ratio: Float[Array, " batch"]  # log p_#(path)/p_θ(path), with the noise that was drawn
+
+
+def sample_paths(
+    predict: Predict,
+    lora: Params | None,
+    schedule: Schedule,
+    keys: PRNGKeys,
+    shape: tuple[int, ...],
+    condition: PyTree[Any],
+    *,
+    nats: bool = True,
+) -> Paths:
+    """Samples as `diffusion.sampler.sample` does, number for number, in the memory of one state.
+
+    For `nats` the base model is evaluated at each state beside the policy, which doubles the cost; every σ must be
+    above 0. `lora` None is the base model.
+
+    With δ = (μ_θ − μ_#)/σ and y = μ_θ + σ z, log p_#(y|x) − log p_θ(y|x) = −‖δ + z‖²/2 + ‖z‖²/2 = −‖δ‖²/2 − δ·z.
+    """
+    compare = nats and lora is not None
+    across = tuple(range(1, 1 + len(shape)))
+
+    def step(x: Latents, inputs: tuple[Array, Schedule]) -> tuple[Latents, tuple[Array, Array]]:
+        index, now = inputs
+        time = jnp.broadcast_to(now.timestep, keys.shape)
+        eps, noise = predict(lora, x, time, condition), draw_noise(keys, index + 1, shape)
+        spent = log_ratio = jnp.zeros(keys.shape)
+        if compare:
+            change = eps - predict(None, x, time, condition)
+            delta = step_mean(change, jnp.zeros_like(x), now) / now.sigma
+            spent = jnp.square(delta).sum(across) / 2
+            log_ratio = -spent - (delta * noise).sum(across)
+        return step_mean(eps, x, now) + now.sigma * noise, (spent, log_ratio)
+
+    steps = (jnp.arange(schedule.num_steps), schedule)
+    latents, (spent, log_ratio) = jax.lax.scan(step, draw_noise(keys, 0, shape), steps)
+    return Paths(latents, spent.T, log_ratio.sum(axis=0))

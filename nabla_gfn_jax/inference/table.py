@@ -1,0 +1,120 @@
+"""Evaluations as tables that say what they show, and as JSON."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from nabla_gfn_jax.inference.evaluation import Evaluation, Figures
+from nabla_gfn_jax.metrics.certificate import AtBeta, Certificate
+from nabla_gfn_jax.metrics.tilt import Estimate
+
+NATS_LEGEND = """\
+exponent    b for which P_base · R^b has this mean log R
+needed      nats (KL from the base model) of that P_base · R^b: the least that any model with this mean log R spends
+spent       nats that the model spends: KL of its sampling paths from the base model's
+efficiency  needed / spent; 1 for P_base · R^b itself
+gap         KL of its paths from those of P_base · R^β: 0 if and only if it samples from P_base · R^β
+share       effective share of the path weights, which make its samples stand for P_base · R^β; 1: all count alike
+std log w   standard deviation of these weights' logarithms; 0 for P_base · R^β itself"""
+IMAGES_LEGEND = """\
+Under each model: the base model's samples weighted by R^b to the same mean log R, and the model's own entropies counted
+in as few samples as those are worth. Compare these two lines with each other."""
+
+
+def print_nats(certificates: Mapping[str, Certificate], parts: int = 10) -> None:
+    """The certificates, one line a model, and by part of the path where the nats are spent."""
+    first = next(iter(certificates.values()))
+    beta = "b" if first.at_beta is None else f"β = {first.at_beta.beta:g}"
+    columns = ["log R", "exponent", "needed", "spent", "efficiency", f"gap, {beta}", "share", "std log w"]
+    print_columns(columns, {name: _nats_row(c) for name, c in certificates.items()})
+    print(f"\n{NATS_LEGEND}")
+    spending = {name: c for name, c in certificates.items() if c.spent.value > 0}
+    if spending:
+        pieces = np.array_split(np.arange(len(first.spent_by_step)), min(parts, len(first.spent_by_step)))
+        print("\nspent, from the first steps (noise) to the last (details):")
+        rows = {n: [_number(c.spent_by_step[p].sum(), 0.005) for p in pieces] for n, c in spending.items()}
+        print_columns([f"{p[0] + 1}-{p[-1] + 1}" for p in pieces], rows)
+    for name, certificate in certificates.items():
+        for warning in certificate.warnings:
+            print(f"\nnote, {name}: {warning}")
+
+
+def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
+    """The other metrics' figures, with the tilted base model under each."""
+    rows: dict[str, Figures] = {}
+    for name, evaluation in evaluations.items():
+        rows[name] = evaluation.figures
+        if evaluation.tilted is not None and evaluation.as_few is not None:
+            worth = evaluation.tilted["effective_samples"].value
+            rows[f"  base tilted to {name}"] = evaluation.tilted
+            rows[f"  {name} as {worth:.0f} samples"] = evaluation.as_few
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = {name: [show(row[c]) if c in row else "" for c in columns] for name, row in rows.items()}
+    print_columns([c.replace("_", " ") for c in columns], cells)
+    if len(rows) > len(evaluations):
+        print(f"\n{IMAGES_LEGEND}")
+
+
+def print_columns(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
+    """Right-aligned cells, the rows' names first."""
+    widths = [max(len(cell) for cell in column) for column in zip(columns, *rows.values(), strict=True)]
+    left = max(map(len, rows))
+    for name, cells in {"": columns, **rows}.items():
+        print("  ".join([name.ljust(left), *(c.rjust(w) for c, w in zip(cells, widths, strict=True))]).rstrip())
+
+
+def show(estimate: Estimate) -> str:
+    """`value ± standard error`, to two digits of the error."""
+    if math.isnan(estimate.value):
+        return "-"
+    if math.isinf(estimate.value):
+        return "beyond"
+    if not estimate.error > 0:  # none, or exact
+        return f"{estimate.value:.3g}"
+    return f"{_number(estimate.value, estimate.error)} ± {_number(estimate.error, estimate.error)}"
+
+
+def _number(value: float, error: float) -> str:
+    decimals = max(0, 1 - math.floor(math.log10(error))) if math.isfinite(error) else 3
+    return f"{value:.{min(decimals, 4)}f}"
+
+
+def _nats_row(certificate: Certificate) -> list[str]:
+    c, at = certificate, certificate.at_beta or certificate.at_exponent
+    cells = [show(e) for e in (c.log_reward, c.exponent, c.needed, c.spent, c.efficiency)]
+    if at is None:
+        return [*cells, "", "", ""]
+    bound = "≥ " * at.log_z.is_lower_bound
+    return [*cells, bound + show(at.gap), show(at.effective_share), show(at.log_weight_std)]
+
+
+def to_json(evaluation: Evaluation) -> dict[str, Any]:
+    """Everything, with all steps; NaN is null."""
+    found: dict[str, Any] = {"figures": _plain(evaluation.figures)}
+    if evaluation.certificate is not None:
+        found["certificate"] = dict(_certificate(evaluation.certificate))
+    if evaluation.tilted is not None and evaluation.as_few is not None:
+        found |= {"tilted_base": _plain(evaluation.tilted), "as_few_samples": _plain(evaluation.as_few)}
+    return found
+
+
+def _certificate(certificate: Certificate) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(certificate).items():
+        if isinstance(value, AtBeta):
+            yield name, {k: _plain(v._asdict() if k == "log_z" else v) for k, v in vars(value).items()}
+        else:
+            yield name, _plain(value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Estimate):
+        return {"value": _plain(value.value), "std_error": _plain(value.error)}
+    if isinstance(value, Mapping):
+        return {name: _plain(v) for name, v in value.items()}
+    if isinstance(value, np.ndarray | tuple | list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value.item() if isinstance(value, np.generic) else value

@@ -1,0 +1,122 @@
+"""What a metric is: a state from each batch of images, states that merge, and figures from a state.
+
+A new metric is one file with one class that keeps the `Metric` protocol, and a line in `inference.evaluation`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from nabla_gfn_jax.metrics.tilt import BaseValues, Estimate, Strata, Values, normalise, resamples, tilt_of
+
+
+class NotAvailable(Exception):
+    """The metric cannot judge these prompts. Its text says why, in a line."""
+
+
+class PathStatistics(NamedTuple):
+    """How each sample's path differs from what the base model would have done: see `metrics.certificate.Paths`."""
+
+    spent: Float[np.ndarray, "batch steps"]
+    log_ratio: Float[np.ndarray, " batch"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images in [0, 1] that were sampled together."""
+
+    images: Float[np.ndarray, "batch height width 3"]
+    prompt: Int[np.ndarray, " batch"]  # of each image: an index into the prompts that the metrics were prepared for
+    paths: PathStatistics | None = None  # None: not recorded, as for the base model itself
+
+
+class State(Protocol):
+    """What is kept of the images that were seen."""
+
+    def merge(self, other: Any) -> Any:
+        """The state of this one's images and the other's, in this order."""
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """`prepare` once, `update` for each batch, `merge` the states, `compute`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Before any image is sampled. Raises `NotAvailable` if the metric cannot judge these prompts."""
+
+    def update(self, batch: Batch) -> Any:
+        """The state of a batch."""
+
+    def compute(self, state: Any, weighting: "Weighting | None" = None) -> dict[str, Estimate]:
+        """Figures by name, of samples that count equally or as the weighting says."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A state that keeps a few numbers of each sample: arrays of one leading axis."""
+
+    prompt: Int[np.ndarray, " n"]
+    values: dict[str, np.ndarray]
+
+    def merge(self, other: "Samples") -> "Samples":
+        values = {name: np.concatenate([mine, other.values[name]]) for name, mine in self.values.items()}
+        return Samples(np.concatenate([self.prompt, other.prompt]), values)
+
+    def by_prompt(self) -> "Samples":
+        """A prompt after the other, in the order they have within each."""
+        order = np.argsort(self.prompt, kind="stable")
+        return Samples(self.prompt[order], {name: array[order] for name, array in self.values.items()})
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """Weights of samples sorted by prompt, the same total for each prompt, and what a bootstrap makes of them."""
+
+    strata: Strata
+    weights: Values  # sum to 1
+    replicates: Float[np.ndarray, "replicates n"]
+
+    @classmethod
+    def equal(cls, prompt: Int[np.ndarray, " n"], seed: int = 0) -> "Weighting":
+        """Each sample of a prompt counts as much."""
+        strata = Strata(prompt)
+        scale = strata.repeat(1.0 / (strata.sizes * len(strata.sizes)))
+        replicates = np.array([counts for counts, _ in resamples(strata, strata, seed)])
+        return cls(strata, scale, replicates * scale)
+
+    @classmethod
+    def tilted(cls, base: Samples, policy: Samples, seed: int = 0) -> "Weighting":
+        """Base samples weighted by R^b to the policy's mean log R. Both have "log_reward", sorted by prompt."""
+        mine, theirs = Strata(policy.prompt), Strata(base.prompt)
+        reward, base_reward = policy.values["log_reward"], base.values["log_reward"]
+
+        def weights(counts: Values | None, base_counts: BaseValues | None) -> BaseValues:
+            b = tilt_of(mine.mean(reward, counts), base_reward, theirs, base_counts).exponent
+            return normalise(np.clip(b, -1e9, 1e9) * base_reward, theirs, base_counts).shares / len(theirs.sizes)
+
+        replicates = np.array([weights(*counts) for counts in resamples(mine, theirs, seed)])
+        return cls(theirs, weights(None, None), replicates)
+
+    @property
+    def effective(self) -> float:
+        """How many equally weighted samples these are worth, all prompts together."""
+        return float(1.0 / np.square(self.weights).sum())
+
+    def estimate(self, figures: Callable[[Values], dict[str, float]]) -> dict[str, Estimate]:
+        """Figures of the weights, with the spread of those of the replicates."""
+        values, resampled = figures(self.weights), [figures(weights) for weights in self.replicates]
+        return {
+            name: Estimate(value, float(np.std([figures[name] for figures in resampled], ddof=1)))
+            for name, value in values.items()
+        }
+
+    @property
+    def effective_of_prompts(self) -> Float[np.ndarray, " prompts"]:
+        """The same of each prompt's."""
+        return self.strata.sums(self.weights) ** 2 / self.strata.sums(np.square(self.weights))

@@ -1,0 +1,38 @@
+"""The certificate of a policy as a metric: rewards and path statistics of its samples, then nats (`certificate`)."""
+
+import numpy as np
+
+from nabla_gfn_jax.metrics.base import Batch, PathStatistics, Samples
+from nabla_gfn_jax.metrics.certificate import Certificate, Paths, certify
+from nabla_gfn_jax.metrics.reward import LogReward
+from nabla_gfn_jax.rewards.reward import Reward
+
+
+class Nats(LogReward):
+    """What `LogReward` keeps, and of each path the nats spent by step and log p_#/p_θ.
+
+    A batch without path statistics is the base model's own.
+    """
+
+    def __init__(self, reward: Reward, num_steps: int, beta: float | None = None):
+        super().__init__(reward)
+        self._num_steps, self._beta = num_steps, beta
+
+    @property
+    def name(self) -> str:
+        return "nats"
+
+    def update(self, batch: Batch) -> Samples:
+        count = len(batch.prompt)
+        paths = batch.paths or PathStatistics(
+            np.zeros((count, self._num_steps), np.float32), np.zeros(count, np.float32)
+        )
+        return Samples(batch.prompt, super().update(batch).values | paths._asdict())
+
+    def certify(self, state: Samples, base: Samples) -> Certificate:
+        """The certificate, given the state of base samples of the same prompts, sampler and reward."""
+        return certify(_paths(state), _paths(base), self._beta)
+
+
+def _paths(state: Samples) -> Paths:
+    return Paths(prompt=state.prompt, **state.values)

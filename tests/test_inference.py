@@ -1,0 +1,108 @@
+"""Sampling images in batches, on the tiny model: what an image depends on, and what it does not."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling, all_images, scaled
+from nabla_gfn_jax.models.lora import init_lora
+
+HOW = Sampling(steps=4, guidance=2.0, seed=3)
+PROMPTS = ["a face", "an animal", ""]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load_folder(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def lora(model):
+    fresh = init_lora(jax.random.key(0), model.params["unet"], rank=2)
+    return jax.tree.map(lambda a: 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), fresh)
+
+
+def joined(batches):
+    batches = list(batches)
+    images = np.concatenate([b.images for b in batches])
+    paths = [b.paths for b in batches if b.paths is not None]
+    return images, np.concatenate([b.prompt for b in batches]), *(np.concatenate(p) for p in zip(*paths, strict=True))
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+    return ImageSampler(model, PROMPTS, HOW, batch=8)
+
+
+@pytest.fixture(scope="module")
+def sampled(sampler, lora):
+    return joined(sampler.images(lora, 3, nats=True))
+
+
+def test_an_image_depends_on_no_other(model, lora, sampler, sampled):
+    images, prompt, spent, log_ratio = sampled
+    assert prompt.tolist() == [0] * 3 + [1] * 3 + [2] * 3
+    assert spent.shape == (9, 4)
+    assert len(np.unique(images.reshape(9, -1).round(5), axis=0)) == 9
+    rows = np.array([1, 2, 4, 5, 7, 8])
+    few = joined(ImageSampler(model, PROMPTS, HOW, batch=16).images(lora, 3, first=1, nats=True))
+    for other in (few, joined(sampler.images(lora, 3, first=1, nats=True))):
+        for mine, theirs in zip(other, (images, prompt, spent, log_ratio), strict=True):
+            np.testing.assert_allclose(mine, theirs[rows], rtol=1e-4, atol=1e-5)
+
+
+def test_nats_change_no_image_and_the_base_model_has_none(sampler, lora, sampled):
+    np.testing.assert_allclose(joined(sampler.images(lora, 3))[0], sampled[0], atol=1e-5)
+    base = next(sampler.images(None, 3, nats=True))
+    assert base.paths is None
+    assert np.abs(base.images[:3] - sampled[0][:3]).max() > 1e-3
+
+
+def test_a_lora_of_no_strength_is_the_base_model(sampler, lora, sampled):
+    images, _, spent, log_ratio = joined(sampler.images(scaled(lora, 0.0), 3, nats=True))
+    np.testing.assert_allclose(images, joined(sampler.images(None, 3))[0], atol=1e-6)
+    assert not spent.any()
+    assert not log_ratio.any()
+    half = joined(sampler.images(scaled(lora, 0.5), 3, nats=True))[2]
+    assert 0 < half.sum() < sampled[2].sum()
+
+
+def test_each_prompt_is_encoded_once(model):
+    asked = []
+
+    def tokenize(prompts):
+        asked.extend(prompts)
+        return model.tokenizer(prompts)
+
+    ImageSampler(dataclasses.replace(model, tokenizer=tokenize), [*PROMPTS, "a face"], HOW)
+    assert sorted(asked) == sorted(set(PROMPTS))
+
+
+def test_decoding_in_parts_changes_no_image(model, lora, sampled, monkeypatch):
+    monkeypatch.setattr("nabla_gfn_jax.inference.sampling._DECODED", 64)  # pixels: one image of 8 x 8
+    images = joined(ImageSampler(model, PROMPTS, HOW, batch=16).images(lora, 3))[0]
+    np.testing.assert_allclose(images, sampled[0], atol=1e-5)
+
+
+def test_large_images_are_sampled_a_few_at_a_time(model):
+    config = dataclasses.replace(model.unet.config, sample_size=512)
+    large = dataclasses.replace(model, unet=model.unet.clone(config=config))
+    assert ImageSampler(model, PROMPTS, HOW)._batch == 32
+    assert ImageSampler(large, PROMPTS, HOW)._batch == len(jax.devices())
+
+
+def test_steps_without_noise_have_no_nats(model, sampler):
+    assert sampler.has_nats
+    assert not ImageSampler(model, PROMPTS, dataclasses.replace(HOW, eta=0.0)).has_nats
+    with pytest.raises(UserError, match="num_steps is 1000"):
+        ImageSampler(model, PROMPTS, dataclasses.replace(HOW, steps=1000))
+
+
+def test_pictures_have_256_levels(sampled, sampler, lora):
+    pictures = all_images(sampler.images(lora, 3, nats=True))
+    assert pictures.dtype == np.uint8
+    np.testing.assert_allclose(pictures / 255.0, sampled[0], atol=0.51 / 255)
