@@ -1,13 +1,21 @@
 """Package metadata; tool settings live in pyproject.toml."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-# Tried together on Python 3.11: jax 0.10.2, flax 0.12.8, optax 0.2.8, orbax-checkpoint 0.12.8.
+HERE = Path(__file__).parent
+(VERSION,) = re.findall(r'__version__ = "(.*)"', (HERE / "nabla_gfn_jax/__init__.py").read_text(encoding="utf-8"))
+
+# The newest pair of jax and flax that there is for a Python, which is what pip installs, is tested in .ci/run:
+#   Python 3.11        jax 0.10.2,   flax 0.12.8   (jax 0.11 and flax 0.12.9 need Python 3.12)
+#   Python 3.12, 3.13  jax 0.12.0.1, flax 0.12.12  (flax up to 0.12.8 breaks with jax 0.11.1 and later)
+JAX = ">=0.10.2,<0.13"
 REQUIREMENTS = [
-    "jax>=0.10,<0.11",  # 0.11.1 and later break flax up to 0.12.8
-    "flax>=0.12,<0.13",
+    f"jax{JAX}",
+    "flax>=0.12.8,<0.13; python_version < '3.12'",
+    "flax>=0.12.12,<0.13; python_version >= '3.12'",
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "ml_collections>=1.1,<2",
@@ -43,14 +51,16 @@ TEST = [
 
 setup(
     name="nabla_gfn_jax",
-    version="0.1.0",
+    version=VERSION,
     description="Residual ∇-DB (∇-GFlowNet) finetuning of text-to-image diffusion models in JAX",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["nabla_gfn_jax", "nabla_gfn_jax.*"]),
+    packages=[*find_packages(include=["nabla_gfn_jax", "nabla_gfn_jax.*"]), "nabla_gfn_jax.configs"],
+    package_dir={"nabla_gfn_jax.configs": "configs"},
+    entry_points={"console_scripts": ["nabla-gfn = nabla_gfn_jax.__main__:main"]},
     package_data={
-        "nabla_gfn_jax": ["assets/**/*"],
+        "nabla_gfn_jax": ["assets/**/*", "py.typed"],
         "nabla_gfn_jax.rewards": ["data/*"],
         "nabla_gfn_jax.metrics": ["data/*"],
     },
@@ -60,12 +70,12 @@ setup(
         "pretrain": PRETRAIN,
         "logging": ["tensorboardX>=2.6,<3", "wandb>=0.19"],
         "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],
-        "cuda": ["jax[cuda12]>=0.10,<0.11"],
-        "tpu": ["jax[tpu]>=0.10,<0.11"],
+        "cuda": [f"jax[cuda12]{JAX}"],
+        "tpu": [f"jax[tpu]{JAX}"],
         # Compilers for devices that are not here; TPUs' is in "tpu". cuDNN, large, is asked for its version.
         "plan": [
-            "jax[tpu]>=0.10,<0.11",
-            "jax-cuda12-plugin>=0.10,<0.11",
+            f"jax[tpu]{JAX}",
+            f"jax-cuda12-plugin{JAX}",
             "nvidia-cuda-nvcc-cu12>=12.6",
             "nvidia-cudnn-cu12>=9.8,<10",
         ],
