@@ -19,7 +19,7 @@ import torch
 CHECKED = (
     *("models", "rewards", "metrics", "data", "experiments.mixture", "evaluate", "images"),
     *("emoji.drawings", "emoji.captions", "emoji.perturb", "emoji.byte_pairs", "emoji.features", "emoji.miniature"),
-    *("emoji.fit_atlas", "emoji.fit_recognisability", "emoji.fit_valence", "emoji.autoencoder", "emoji.denoiser"),
+    *("emoji.fit_atlas", "emoji.fit_recognisability", "emoji.fit_valence"),
     *("algorithms.base", "algorithms.credit", "algorithms.nabla_db"),
     *("checkpoints.files", "checkpoints.lora_file", "checkpoints.torch_layout", "checkpoints.torch_pickle"),
     "checkpoints.weights",

@@ -75,18 +75,28 @@ def test_image_gradient(name):
 
 
 def test_valence_is_bounded_and_ignores_the_prompt():
+    """The bound works: with a head fifty times as steep, outputs far beyond 1 are still scored within it."""
     reward = load_reward("valence")
     assert reward.encode_prompts(["a face", "a tiger"]) == {}
     wild = np.random.default_rng(0).choice([0.0, 1.0], (2, 64, 64, 3)).astype(np.float32)
-    assert np.all(np.abs(np.asarray(reward.score(reward.params, wild, {}))) <= 1)
+    steep = reward.params | {"kernel": 50.0 * reward.params["kernel"], "bias": 50.0 * reward.params["bias"]}
+    with torch.no_grad():
+        outputs = 50.0 * torch_outputs("valence", torch.tensor(wild.transpose(0, 3, 1, 2)))[:, 0]
+    assert outputs.abs().min() > 1
+    np.testing.assert_allclose(jax.jit(reward.score)(steep, wild, {}), torch.tanh(outputs).numpy(), atol=1e-4)
 
 
 def test_recognisability_is_a_probability_of_the_prompts_animal():
+    """What the 45 animals leave is the oracle's probability of something else."""
     reward = load_reward("recognisability")
-    image = np.repeat(drawing(64, seed=9)[:1], len(SIMPLE_ANIMALS), axis=0)
+    images = drawing(64, seed=9)
     features = reward.encode_prompts([f"an {a}" if a[0] in "aeiou" else f"a {a}" for a in SIMPLE_ANIMALS])
-    p = np.exp(np.asarray(reward.score(reward.params, image, features), np.float64))
-    assert 0 < p.sum() < 1  # "something else" has the rest
+    score = jax.jit(reward.score)
+    p = np.exp([score(reward.params, images, features[np.array([n, n])]) for n in range(len(features))]).sum(axis=0)
+    with torch.no_grad():
+        outputs = torch_outputs("recognisability", torch.tensor(images.transpose(0, 3, 1, 2)))
+    other = torch.softmax(outputs, dim=1)[:, len(SIMPLE_ANIMALS)].numpy()
+    np.testing.assert_allclose(1.0 - p, other, atol=1e-4)
     with pytest.raises(UserError, match="unicorn"):
         reward.encode_prompts(["a unicorn"])
 

@@ -64,7 +64,8 @@ def make_loss(
         velocity = predict({"params": params["unet"]}, signal * z + sigma * noise, t, context)
         error = jnp.square(velocity - (signal * noise - sigma * z)).mean(axis=(1, 2, 3))
         noisy = t >= alphas_cumprod.shape[0] // 2
-        per_half = {"loss_high_noise": jnp.where(noisy, error, 0.0).sum() / jnp.maximum(noisy.sum(), 1)}
+        count = jnp.maximum(noisy.sum(), 1).astype(error.dtype)
+        per_half = {"loss_high_noise": jnp.where(noisy, error, 0.0).sum() / count}
         return error.mean(), per_half
 
     return loss

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,17 @@ import flax.serialization
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from nabla_gfn_jax.checkpoints.files import write_whole
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Params, PRNGKey
+
+Metrics = dict[str, Float[Array, ""]]
+Loss = Callable[[Params, PRNGKey], tuple[Float[Array, ""], Metrics]]
+_SECONDS_BETWEEN_SAVES = 120
 
 
 @flax.struct.dataclass
@@ -28,8 +35,13 @@ class State:
 
 
 def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW with a linear warm-up over 200 updates, cosine decay to 1 % at `steps`, gradients clipped to norm 1."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, 200, steps, 0.01 * learning_rate)
+    """AdamW, gradients clipped to norm 1.
+
+    The learning rate rises linearly over 200 updates (half of them if they are fewer than 400) and then falls along a
+    cosine to 1 % at `steps`.
+    """
+    warm_up = min(200, steps // 2)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, steps, 0.01 * learning_rate)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-3))
 
 
@@ -43,7 +55,7 @@ def init_state(params: Params, transform: optax.GradientTransformation) -> State
 def fit(
     name: str,
     state: State,
-    loss: Callable[[Params, PRNGKey], tuple[Float[Array, ""], dict[str, Float[Array, ""]]]],
+    loss: Loss,
     transform: optax.GradientTransformation,
     *,
     steps: int,
@@ -52,53 +64,64 @@ def fit(
     workdir: Path,
     chunk: int = 50,
 ) -> State:
-    """Minimises `loss(params, key)` until `state.step == steps`, from the workdir's last save if there is one.
+    """Minimises `loss(params, key)` until `state.step == steps`, from the last save in `workdir` if there is one.
 
-    Step `n` draws from `fold_in(key(seed), n)` alone, so a resumed run repeats an uninterrupted one. `decay` is the
-    moving average's. Appends to `workdir/{name}.jsonl`; saves `workdir/{name}.msgpack` every two minutes and last.
+    Step n draws from `fold_in(key(seed), n)` alone, so a resumed run repeats an uninterrupted one. `decay` is that of
+    the moving average. Every `chunk` steps a row of means goes to `workdir/{name}.jsonl`; `workdir/{name}.msgpack` is
+    saved every two minutes and at the end. Raises `UserError` if a mean is not finite; that state is not saved.
     """
+    run = jax.jit(partial(_updates, loss, transform, seed, decay), static_argnums=1)
+    file, log = workdir / f"{name}.msgpack", workdir / f"{name}.jsonl"
+    if file.exists():
+        state = _read(file, state)
+    _keep_rows_up_to(log, int(state.step))
+    start, begun, saved = time.time(), int(state.step), time.time()
+    while (done := int(state.step)) < steps:
+        state, metrics = run(state, min(chunk, steps - done))
+        done = int(state.step)
+        seconds = time.time() - start
+        row: dict[str, Any] = {"step": done, "seconds": round(seconds, 1)}
+        row |= {k: float(v) for k, v in metrics.items()}
+        with log.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        if not np.isfinite(list(row.values())).all():
+            raise UserError(f"{name}: the loss at step {done} is not finite; lower learning_rate in a new --workdir")
+        left = seconds / (done - begun) * (steps - done)
+        print(f"{name} {done}/{steps}  loss {row['loss']:.5f}  {left / 60:.1f} min left", flush=True)
+        if time.time() - saved > _SECONDS_BETWEEN_SAVES:
+            write_whole(file, flax.serialization.to_bytes(state))
+            saved = time.time()
+    write_whole(file, flax.serialization.to_bytes(state))
+    return state
 
-    def update(state: State, _: None) -> tuple[State, dict[str, Array]]:
+
+def _updates(
+    loss: Loss, transform: optax.GradientTransformation, seed: int, decay: float, state: State, count: int
+) -> tuple[State, Metrics]:
+    """`count` updates, and the means of their metrics."""
+
+    def update(state: State, _: None) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state.params, key)
-        updates, moments = transform.update(gradient, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
+            updates, moments = transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         # A short run must not average in its random start: the decay grows with the step, as in TensorFlow's EMA.
-        count = state.step.astype(jnp.float32)
-        weight = jnp.minimum(decay, (1.0 + count) / (10.0 + count))
+        made = state.step.astype(jnp.float32)
+        weight = jnp.minimum(decay, (1.0 + made) / (10.0 + made))
         average = jax.tree.map(lambda a, p: weight * a + (1.0 - weight) * p, state.average, params)
         new = State(params=params, average=average, optimizer=moments, step=state.step + 1)
         return new, {"loss": value, **metrics}
 
-    @jax.jit
-    def run(state: State) -> tuple[State, dict[str, Array]]:
-        state, metrics = jax.lax.scan(update, state, None, length=chunk)
-        return state, jax.tree.map(jnp.mean, metrics)
-
-    file = workdir / f"{name}.msgpack"
-    if file.exists():
-        state = _read(file, state)
-    start, begun, saved = time.time(), int(state.step), time.time()
-    while (done := int(state.step)) < steps:
-        state, metrics = run(state)
-        seconds = time.time() - start
-        row: dict[str, Any] = {"step": done + chunk, "seconds": round(seconds, 1)}
-        row |= {k: float(v) for k, v in metrics.items()}
-        with (workdir / f"{name}.jsonl").open("a") as log:
-            log.write(json.dumps(row) + "\n")
-        left = seconds / (done + chunk - begun) * (steps - done - chunk)
-        print(f"{name} {done + chunk}/{steps}  loss {row['loss']:.5f}  {left / 60:.1f} min left", flush=True)
-        if time.time() - saved > 120:
-            _write(file, state)
-            saved = time.time()
-    _write(file, state)
-    return state
+    state, metrics = jax.lax.scan(update, state, None, length=count)
+    return state, jax.tree.map(jnp.mean, metrics)
 
 
-def _write(file: Path, state: State) -> None:
-    partial = file.with_suffix(".partial")
-    partial.write_bytes(flax.serialization.to_bytes(state))
-    partial.replace(file)
+def _keep_rows_up_to(log: Path, step: int) -> None:
+    """Drops the rows of updates that were made after the last save, which will be made again."""
+    if log.exists():
+        rows = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        write_whole(log, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())
 
 
 def _read(file: Path, state: State) -> State:
