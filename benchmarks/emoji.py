@@ -14,16 +14,18 @@ from efficientnet_oracle import LITE0, oracle_of
 from peft import LoraConfig
 from safetensors.numpy import load_file
 
+from nabla_gfn_jax.base_models.names import SHIPPED_MODELS
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.checkpoints.torch_layout import to_state_dict
 from nabla_gfn_jax.command_line import load_settings
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import SHIPPED_MODELS, build, prompts_of
 from nabla_gfn_jax.parallel import use_cpu_cores
 from nabla_gfn_jax.rewards.emoji import DATA
 from nabla_gfn_jax.settings import Settings
-from nabla_gfn_jax.train import Prompts, sample_keys
-from nabla_gfn_jax.training.finetuner import TrainState
+from nabla_gfn_jax.training.build import build, prompts_of
+from nabla_gfn_jax.training.loop import sample_keys
+from nabla_gfn_jax.training.prompts import PromptIds
+from nabla_gfn_jax.training.state import TrainState
 
 
 class Ours:
@@ -34,18 +36,18 @@ class Ours:
         fields = {"algorithm.credit": "lookahead", "training.updates_per_epoch": 1}
         self.config = load_settings(Settings, "emoji", fields)
         use_cpu_cores(self.config.training.trajectories // self.config.training.micro_batches)
-        self.pieces = build(self.config)
-        self.compiled = self.pieces.compile()
-        self.prompts = Prompts(self.pieces, prompts_of(self.config))
+        self.trainer, self.texts = build(self.config), prompts_of(self.config)
+        self.ids = PromptIds(len(self.texts))
         self.keys = sample_keys(jax.random.key(0), 0, self.config.training.trajectories)
-        state = self.pieces.init(0, self.config.lora.rank)
+        state = self.trainer.first_state(0, self.config.lora.rank)
         rng = np.random.default_rng(0)  # neither LoRA nor g_φ zero: nothing drops out
         params = jax.tree.map(lambda a: a + rng.normal(0, 0.01, a.shape).astype(np.float32), state.params)
         self.state = TrainState(params=params, optimizer=state.optimizer, step=state.step)
 
-    def transitions(self) -> Any:
-        drawn = (self.keys, self.prompts.draw(self.keys))
-        return self.compiled.rollout(self.pieces.frozen, self.state.params, *drawn).transitions
+    def data(self) -> Any:
+        """What the update is made on."""
+        ids = self.ids.chosen(self.keys)
+        return self.trainer.rollout(self.trainer.frozen, self.state.params, self.keys, ids).data
 
 
 class Theirs:
@@ -81,7 +83,7 @@ class Theirs:
             up_block_types=("CrossAttnUpBlock2D",) * levels,
             **dataclasses.asdict(flow),
         )
-        state = to_state_dict(ours.state.params["flow"])
+        state = to_state_dict(ours.state.params["correction"])
         self.flow.load_state_dict({name: torch.tensor(np.array(a)) for name, a in state.items()})
         self.network = oracle_of("lite0", LITE0).requires_grad_(False)
         head = load_file(DATA / "valence.safetensors")

@@ -14,11 +14,11 @@ def run() -> Iterator[tuple[str, str, str, str]]:
     """32 images, from prompts' features (diffusers: from prompts) to pixels."""
     ours = Ours()
     theirs = Theirs(ours)
-    config, drawn = ours.config.sampling, (ours.keys, ours.prompts.cycle(len(ours.keys)))
-    prompts = [ours.prompts.texts[i % len(ours.prompts.texts)] for i in range(len(ours.keys))]
+    config, given = ours.config.sampling, (ours.keys, ours.ids.cycle(len(ours.keys)))
+    prompts = [ours.texts[i] for i in given[1]]
 
     def draw() -> jax.Array:
-        return jax.block_until_ready(ours.compiled.draw(ours.pieces.frozen, ours.state.params, *drawn))
+        return jax.block_until_ready(ours.trainer.images(ours.trainer.frozen, ours.state.params, *given))
 
     def pipeline() -> np.ndarray:
         options = {"num_inference_steps": config.num_steps, "guidance_scale": config.guidance, "eta": 1.0}

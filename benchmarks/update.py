@@ -16,18 +16,18 @@ def run() -> Iterator[tuple[str, str, str, str]]:
     """All 32 trajectories' 192 transitions, two micro-batches, one AdamW step."""
     ours = Ours()
     theirs = Theirs(ours)
-    transitions = ours.transitions()
-    program = TorchUpdate(theirs, ours, jax.tree.map(np.asarray, transitions))
+    data, weight = ours.data(), np.ones(len(ours.keys), np.float32)
+    program = TorchUpdate(theirs, ours, jax.tree.map(np.asarray, data))
     state = ours.state
 
     def update() -> dict[str, Any]:
         nonlocal state
         state = jax.tree.map(np.asarray, state)
-        state, metrics = jax.block_until_ready(ours.compiled.update(ours.pieces.frozen, state, transitions))
+        state, metrics = jax.block_until_ready(ours.trainer.update(ours.trainer.frozen, state, data, weight))
         return metrics
 
     want, got = program.step(apply=False), update()
-    for name in ("loss", "grad_norm_lora", "grad_norm_flow"):
+    for name in ("loss", "grad_norm_lora", "grad_norm_correction"):
         error = abs(want[name] - float(got[name])) / abs(want[name])
         assert error < 1e-3, f"{name}: {want[name]} in PyTorch, {float(got[name])} here"
     yield compare("(a) update of configs/emoji.py, lookahead, 32 trajectories", program.step, update, rounds=5)
@@ -38,19 +38,19 @@ class TorchUpdate:
 
     def __init__(self, model: Theirs, ours: Ours, transitions: Any) -> None:
         self.model, self.config = model, ours.config
-        self.alpha_bars = torch.tensor(np.asarray(alphas_cumprod(ours.pieces.base.scheduler)))
+        self.alpha_bars = torch.tensor(np.float32(alphas_cumprod(ours.trainer.base.scheduler)))
         decay = self.config.training
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": model.lora, "weight_decay": decay.weight_decay_lora},
-                {"params": list(model.flow.parameters()), "weight_decay": decay.weight_decay_flow},
+                {"params": list(model.flow.parameters()), "weight_decay": decay.weight_decay_correction},
             ],
             lr=decay.learning_rate,
         )
         parts = self.config.training.micro_batches
-        devices = ours.pieces.mesh.size
+        devices = ours.trainer.mesh.size
         # Micro-batches as the devices make them: the mean does not depend on it.
-        self.parts = [_part(transitions, i, parts * devices) for i in range(parts * devices)]
+        self.parts = [_part(ours, transitions, i, parts * devices) for i in range(parts * devices)]
         self.parts = [{k: torch.cat([p[k] for p in self.parts[i::parts]]) for k in self.parts[0]} for i in range(parts)]
 
     def step(self, apply: bool = True) -> dict[str, float]:
@@ -64,7 +64,7 @@ class TorchUpdate:
         norms = [torch.nn.utils.clip_grad_norm_(group["params"], clip).item() for group in self.optimizer.param_groups]
         if apply:
             self.optimizer.step()
-        return {"loss": loss, "grad_norm_lora": norms[0], "grad_norm_flow": norms[1]}
+        return {"loss": loss, "grad_norm_lora": norms[0], "grad_norm_correction": norms[1]}
 
     def _loss(self, c: dict[str, torch.Tensor]) -> torch.Tensor:
         algorithm, last = self.config.algorithm, c["t_next"] == 0
@@ -118,14 +118,16 @@ def _mean_square(a: torch.Tensor) -> torch.Tensor:
     return (a**2).flatten(1).mean(1)
 
 
-def _part(transitions: Any, i: int, parts: int) -> dict[str, torch.Tensor]:
+def _part(ours: Ours, transitions: Any, i: int, parts: int) -> dict[str, torch.Tensor]:
     """One of the parts of an epoch's trajectories: its ordinary transitions and its last ones, in a row."""
 
     def rows(of: Any) -> dict[str, np.ndarray]:
         image = lambda z: np.moveaxis(z, -1, -3)  # noqa: E731
-        found = {"x": image(of.x), "y": image(of.y), "t": of.step.timestep, "t_next": of.step.next_timestep}
-        found |= {"a": of.step.alpha_bar, "a_next": of.step.alpha_bar_next, "sigma": of.step.sigma}
-        return found | {name: of.condition[name] for name in ("context", "negative")}
+        step, table = jax.tree.map(np.asarray, ours.trainer.chain[of.index]), ours.trainer.table["base"]
+        context = np.asarray(table.context)[of.prompt_id]
+        found = {"x": image(of.x), "y": image(of.y), "t": step.at.time, "t_next": step.to.time}
+        found |= {"a": step.at.signal, "a_next": step.to.signal, "sigma": step.sigma}
+        return found | {"context": context, "negative": np.broadcast_to(table.empty, context.shape)}
 
     ordinary, last = rows(transitions.ordinary), rows(transitions.last)
     joined = {}

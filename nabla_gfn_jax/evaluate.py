@@ -9,12 +9,11 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
-    model = load_folder(resolve_model(options.model))
+    model = load_model(options.model)
     loras = {str(file): load_lora(file, model.params["unet"]) for file in options.lora}
     how = Sampling(sampler=options.sampler, steps=options.steps, guidance=options.guidance, seed=options.seed)
     sampler = ImageSampler(model, choose_prompts(options.prompts, options.num_prompts, options.seed), how)

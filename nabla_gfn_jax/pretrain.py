@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import save_folder
+from nabla_gfn_jax.base_models.diffusers_folder import save_folder
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache

@@ -5,11 +5,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.configuration import resolve_model
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import PICTURES, save_grid
@@ -40,7 +39,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
-    model = load_folder(resolve_model(options.model))
+    model = load_model(options.model)
     lora = load_lora(options.lora, model.params["unet"]) if options.lora else None
     how = Sampling(
         sampler=options.sampler, steps=options.steps, guidance=options.guidance, eta=options.eta, seed=options.seed

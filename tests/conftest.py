@@ -17,7 +17,7 @@ import torch
 # Shapes and types of every call are checked against its signature; where it says a JAX array, NumPy's will do. Left out
 # are the modules whose dataclasses are trees, which JAX fills with what is no array, and those that tests hand fakes.
 CHECKED = (
-    *("models", "rewards", "metrics", "data", "experiments.mixture", "evaluate", "images"),
+    *("models", "rewards", "metrics", "data", "studies.mixture", "evaluate", "images"),
     *("emoji.drawings", "emoji.captions", "emoji.perturb", "emoji.byte_pairs", "emoji.features", "emoji.miniature"),
     *("emoji.fit_atlas", "emoji.fit_recognisability", "emoji.fit_valence"),
     *("algorithms.base", "algorithms.credit", "algorithms.nabla_db"),

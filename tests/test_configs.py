@@ -6,7 +6,8 @@ import pytest
 
 from nabla_gfn_jax.command_line import load_config, load_settings, shipped_configs
 from nabla_gfn_jax.data.prompts import PROMPT_SETS
-from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, make_schedule
+from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.emoji.settings import Pretraining
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import leaves
@@ -15,7 +16,9 @@ from nabla_gfn_jax.settings import Settings
 FOLDER = Path(__file__).parents[1] / "configs"
 PAPER = {"hps": (500_000.0, 5000.0), "aesthetic": (10_000.0, 2000.0), "image_reward": (10_000.0, 5000.0)}
 RUNS = [
-    *((name, "") for name in ("emoji", "emoji_animals", "emoji_maximiser")),
+    *((name, "") for name in ("emoji", "emoji_animals")),
+    *((name, variant) for name in ("ddpo", "draft", "refl") for variant in ("", "emoji")),
+    ("draft", "lv"),
     *((name, variant) for name in PAPER for variant in ("", "forward_only", "fast")),
 ]
 
@@ -26,9 +29,9 @@ def test_every_field_is_understood_and_stated(name, variant):
     if hasattr(run.algorithm, "bins"):
         steps = run.sampling.num_steps * run.algorithm.transition_fraction
         assert run.algorithm.bins(run.sampling.num_steps) == round(steps)
-    make_schedule(STABLE_DIFFUSION, run.sampling.num_steps, sampler=run.sampling.sampler)
+    stable_diffusion_chain(STABLE_DIFFUSION, run.sampling.num_steps, sampler=run.sampling.sampler)
     assert run.prompts in PROMPT_SETS
-    assert run.training.trajectories % (8 * run.training.micro_batches) == 0 or name.startswith("emoji")
+    assert run.training.trajectories % (8 * run.training.micro_batches) == 0 or "emoji" in (name[:5], variant)
 
 
 def test_no_run_or_base_of_runs_is_left_out():
@@ -43,7 +46,7 @@ def test_a_config_that_others_are_made_of_states_every_field(name):
     tree = load_config(name).to_dict()
     stated = {f"{group}.{field}" for group, fields in tree.items() if isinstance(fields, dict) for field in fields}
     stated |= {field for field, value in tree.items() if not isinstance(value, dict)}
-    assert set(leaves(Settings, tree)) - stated == {"algorithm.flow_gradient_from_forward"}
+    assert set(leaves(Settings, tree)) - stated == {"algorithm.correction_from_forward"}
 
 
 @pytest.mark.parametrize("name", PAPER)
@@ -51,7 +54,7 @@ def test_the_papers_numbers(name):
     run = load_settings(Settings, name)
     assert (run.algorithm.beta, run.algorithm.output_regularisation) == PAPER[name]
     assert run.algorithm.credit == "lookahead"
-    assert run.algorithm.uses_flow
+    assert run.algorithm.heads() == {"correction": "vector"}
     assert run.training.num_epochs * run.training.updates_per_epoch == 200
     fast = load_settings(Settings, f"{name}:fast")
     assert (fast.sampling.num_steps, fast.sampling.sampler, fast.algorithm.credit) == (20, "sde_dpm_solver", "guess")

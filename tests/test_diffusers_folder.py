@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline
 from flax.traverse_util import flatten_dict
 from safetensors.numpy import load_file, save_file
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder, save_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder, save_folder
 from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.errors import UserError
 

@@ -11,9 +11,9 @@ import torch_oracle as oracle
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
 
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.names import SHIPPED_MODELS, resolve_model
 from nabla_gfn_jax.checkpoints import hub
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
-from nabla_gfn_jax.configuration import SHIPPED_MODELS, resolve_model
 from nabla_gfn_jax.data.prompts import PROMPT_SETS
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards import ABSTRACT, REWARDS

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling, all_images, scaled
 from nabla_gfn_jax.models.lora import init_lora

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.numpy import load_file, save_file
 from torch_oracle import nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora, save_kohya, save_lora
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.lora import init_lora

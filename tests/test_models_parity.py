@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import get_peft_model_state_dict
 from torch_oracle import nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.models.lora import init_lora
 

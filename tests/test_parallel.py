@@ -9,12 +9,14 @@ import pytest
 from jax.sharding import Mesh
 from tiny_run import brightness, flags, last_of_each
 
-from nabla_gfn_jax import configuration, parallel, train
+from nabla_gfn_jax import parallel, train
 from nabla_gfn_jax.checkpoints.training_state import Checkpoints
 from nabla_gfn_jax.command_line import parse_run
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.settings import Settings
+from nabla_gfn_jax.training import loop
+from nabla_gfn_jax.training.build import build, length
 
 
 @pytest.fixture
@@ -23,6 +25,11 @@ def saved(monkeypatch):
     trees = {}
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: trees.update({step: jax.device_get(tree)}))
     return trees
+
+
+def without_images(monkeypatch):
+    """They are a third program to compile, of what the rollout does too."""
+    monkeypatch.setattr(loop.Programs, "images", lambda self, params: np.zeros((16, 8, 8, 3), np.float32))
 
 
 def use_devices(monkeypatch, number):
@@ -52,7 +59,7 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
     at first: under the lookahead an epoch makes one update, as in the paper's configs. After six, g_φ on 1 and on 8
     devices differs by 1.1e-5, LoRA by 2.5e-6 and the optimizer's state by 3e-7 (on a CPU without AVX-512).
     """
-    monkeypatch.setattr(train.Epochs, "_grid", lambda *_: {})  # a third function to compile, of what a rollout does
+    without_images(monkeypatch)
     results = {}
     updates = {"adjoint": 2, "lookahead": 1}[credit]
     for devices, parts in [(1, 2), (2, 1), (8, 2)]:
@@ -65,36 +72,26 @@ def test_devices_and_accumulation_change_no_number(command, saved, monkeypatch, 
     for other in results.values():
         assert other.keys() == alone.keys() == {1, 2, 3}
         for epoch, tree in other.items():
-            state, pending = tree["state"], tree["pending"]
-            for group in ("lora", *(["flow"] if credit == "lookahead" else [])):
+            state, data = tree["state"], tree["data"]
+            for group in ("lora", *(["correction"] if credit == "lookahead" else [])):
                 assert distance(state.params[group], alone[epoch]["state"].params[group]) < 1e-5
             assert distance(state.optimizer, alone[epoch]["state"].optimizer) < 1e-5
-            assert distance(pending.last.y, alone[epoch]["pending"].last.y) < 1e-5
-            assert distance(pending.ordinary.x, alone[epoch]["pending"].ordinary.x) < 1e-5
+            assert distance(data.last.y, alone[epoch]["data"].last.y) < 1e-5
+            assert distance(data.ordinary.x, alone[epoch]["data"].ordinary.x) < 1e-5
 
 
 @pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
 def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch, tmp_path, credit):
-    """In the program of several updates an epoch on 8 devices: one, of LoRA and flow gradients, outside the loop over
+    """In the program of several updates an epoch on 8 devices: one, of LoRA and g_φ gradients, outside the loop over
     the micro-batches."""
     monkeypatch.setitem(REWARDS, "1.0", lambda: brightness(1.0))
     argv = ["train", *last_of_each([*flags(tiny_model, tmp_path), *fields(credit, 2)])]
     _, config = parse_run(argv, train.Options, Settings, "")
-    pieces = configuration.build(config)
-    prompts = train.Prompts(pieces, configuration.prompts_of(config))
-    state = pieces.init(0, config.lora.rank)
-    keys = train.sample_keys(jax.random.key(0), 0, 16)
-    compiled = pieces.compile()
-    drawn = parallel.place((keys, prompts.draw(keys)), pieces.mesh, parallel.SPLIT)
-    arguments = (pieces.frozen, state.params, *drawn)
-    rollout = compiled.rollout.lower(*arguments).compile()
-    assert "all-reduce" not in rollout.as_text()
-    transitions = jax.tree.map(
-        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-        jax.eval_shape(compiled.rollout, *arguments).transitions,
-        rollout.output_shardings.transitions,
-    )
-    update = compiled.update.lower(pieces.frozen, state, transitions).compile().as_text()
+    trainer = build(config)
+    state = parallel.place(trainer.first_state(0, config.lora.rank), trainer.mesh)
+    compiled = loop.Programs(trainer, length(config), state).compiled
+    assert "all-reduce" not in compiled["rollout"].as_text()
+    update = compiled["update"].as_text()
     (where,) = loops_around(update, "all-reduce")
     assert where == 1  # the loop over the epoch's updates; the one over micro-batches is inside it
     reduced = re.search(r"f32\[(\d+)\]\S* all-reduce\(", update)

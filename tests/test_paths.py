@@ -7,35 +7,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
-from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod, make_schedule
-from nabla_gfn_jax.experiments.mixture import Mixture
-from nabla_gfn_jax.experiments.mixture2d import DATA, REWARDS
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics.certificate import Paths, certify
+from nabla_gfn_jax.studies.mixture import Mixture
+from nabla_gfn_jax.studies.mixture2d import DATA, REWARDS
 
-SCHEDULE = make_schedule(STABLE_DIFFUSION, 50)
-ALPHAS = alphas_cumprod(STABLE_DIFFUSION)
+CHAIN = stable_diffusion_chain(STABLE_DIFFUSION, 50)
 
 
 def keys_of(seed, number):
     return jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(seed)))(jnp.arange(number))
 
 
-def coefficients(schedule):
+def coefficients(chain):
     """on_x, on_eps and σ of μ = on_x x + on_eps ε, in float64 from the definition."""
-    alpha, after, sigma = (
-        np.asarray(a, np.float64) for a in (schedule.alpha_bar, schedule.alpha_bar_next, schedule.sigma)
-    )
+    alpha, after, sigma = (np.asarray(a, np.float64) for a in (chain.at.signal, chain.to.signal, chain.sigma))
     on_eps = np.sqrt(1 - after - sigma**2) - np.sqrt(after * (1 - alpha) / alpha)
     return np.sqrt(after / alpha), on_eps, sigma
 
 
-def certificate(predict, lora, reward, seed=0, number=5000, beta=1.0, schedule=SCHEDULE):
+def certificate(predict, lora, reward, seed=0, number=5000, beta=1.0, chain=CHAIN):
     """Of a policy in the plane, from its own and the base's samples with the same noise."""
 
     def run(lora):
-        paths = jax.jit(lambda: sample_paths(predict, lora, schedule, keys_of(seed, number), (2,), ()))()
+        paths = jax.jit(lambda: sample_paths(predict, lora, chain, keys_of(seed, number), (2,), ()))()
         log_reward = np.asarray(paths.latents, np.float64) @ reward
         return Paths(log_reward, np.asarray(paths.spent), np.asarray(paths.log_ratio), np.zeros(number, int))
 
@@ -46,19 +44,19 @@ def test_it_samples_what_the_sampler_samples_and_its_nats_are_those_of_the_densi
     rng = np.random.default_rng(0)
     matrices = {True: rng.normal(size=(3, 3)), False: rng.normal(size=(3, 3))}
 
-    def predict(lora, x, t, condition):
+    def predict(lora, x, level, condition):
         matrix = jnp.asarray(matrices[lora is None], jnp.float32)
-        return jnp.tanh(x @ matrix + 1e-3 * t.astype(jnp.float32)[:, None] + condition)
+        return jnp.tanh(x @ matrix + 1e-3 * level.time.astype(jnp.float32)[:, None] + condition)
 
     keys, condition = keys_of(1, 5), jnp.asarray(rng.normal(size=(5, 3)), jnp.float32)
-    paths = sample_paths(predict, {}, SCHEDULE, keys, (3,), condition)
-    trajectory = sample(functools.partial(predict, {}), SCHEDULE, keys, (3,), condition)
+    paths = sample_paths(predict, {}, CHAIN, keys, (3,), condition)
+    trajectory = sample(predict, {}, CHAIN, keys, (3,), condition)
     np.testing.assert_allclose(paths.latents, trajectory.samples, rtol=1e-5, atol=1e-5)
-    on_x, on_eps, sigma = coefficients(SCHEDULE)
+    on_x, on_eps, sigma = coefficients(CHAIN)
     states = np.asarray(trajectory.latents, np.float64)
     log_ratio, spent = np.zeros(5), np.zeros((5, 50))
     for k in range(50):
-        time = np.asarray(SCHEDULE.timestep)[k]
+        time = np.asarray(CHAIN.at.time)[k]
         mean = {}
         for base in (False, True):
             eps = np.tanh(states[k] @ matrices[base] + 1e-3 * time + np.asarray(condition, np.float64))
@@ -68,7 +66,7 @@ def test_it_samples_what_the_sampler_samples_and_its_nats_are_those_of_the_densi
         spent[:, k] = ((mean[True] - mean[False]) ** 2).sum(1) / (2 * sigma[k] ** 2)
     np.testing.assert_allclose(paths.spent, spent, rtol=2e-3, atol=1e-4)
     np.testing.assert_allclose(paths.log_ratio, log_ratio, rtol=2e-3, atol=2e-2)
-    unchanged = sample_paths(predict, None, SCHEDULE, keys, (3,), condition)
+    unchanged = sample_paths(predict, None, CHAIN, keys, (3,), condition)
     assert not np.any(unchanged.spent)
     assert not np.any(unchanged.log_ratio)
 
@@ -79,17 +77,17 @@ def gaussian(reward, scale):
     Given y after step k, log E[R | y] is linear in y, of slope reward · Π_{j>k} a_j, a_j = ∂μ_j/∂x_j: Doob's transform.
     """
     data = Mixture(np.ones(1), np.array([[0.7, -0.4]]), 0.6)
-    on_x, on_eps, sigma = coefficients(SCHEDULE)
-    alpha = np.asarray(SCHEDULE.alpha_bar, np.float64)
+    on_x, on_eps, sigma = coefficients(CHAIN)
+    alpha = np.asarray(CHAIN.at.signal, np.float64)
     slopes = on_x + on_eps * np.sqrt(1 - alpha) / (alpha * data.std**2 + 1 - alpha)
     later = np.append(np.cumprod(slopes[::-1])[::-1], 1.0)
     change = (sigma**2 * later[1:] / on_eps)[:, None] * reward
     table = np.zeros((1000, 2), np.float32)
-    table[np.asarray(SCHEDULE.timestep)] = scale * change
+    table[np.asarray(CHAIN.at.time)] = scale * change
 
-    def predict(lora, x, t, condition):
-        eps = data.noise_prediction(x, ALPHAS[t])
-        return eps if lora is None else eps + jnp.asarray(table)[t]
+    def predict(lora, x, level, condition):
+        eps = data.noise_prediction(x, level.signal)
+        return eps if lora is None else eps + jnp.asarray(table)[level.time]
 
     by_steps = ((sigma * later[1:]) ** 2).sum() * reward @ reward / 2
     return predict, by_steps, later[0] ** 2 * reward @ reward  # and the variance of log R by the start
@@ -122,13 +120,13 @@ def test_a_policy_that_goes_too_far_has_the_known_nats():
 @pytest.mark.parametrize("name", REWARDS)
 def test_the_tilted_mixtures_own_noise_prediction_nearly_reaches_the_target(name):
     """Its drift is the exact one of many small steps; of 200 nearly. The gap is what the discrete steps leave."""
-    schedule, target = make_schedule(STABLE_DIFFUSION, 200), DATA.tilted(REWARDS[name])
+    chain, target = stable_diffusion_chain(STABLE_DIFFUSION, 200), DATA.tilted(REWARDS[name])
 
-    def predict(lora, x, t, condition):
-        return (DATA if lora is None else target).noise_prediction(x, ALPHAS[t])
+    def predict(lora, x, level, condition):
+        return (DATA if lora is None else target).noise_prediction(x, level.signal)
 
-    result = certificate(predict, {}, REWARDS[name], number=2000, schedule=schedule)
+    result = certificate(predict, {}, REWARDS[name], number=2000, chain=chain)
     assert result.efficiency.value > 0.8
     assert result.exponent.value == pytest.approx(1.0, abs=0.1)
-    assert result.at_beta.gap.value < 0.1 * result.spent.value
+    assert result.at_beta.gap.value < 0.1 * result.spent.value + 2 * result.at_beta.gap.error
     assert result.at_beta.effective_share.value > 0.8

@@ -11,17 +11,17 @@ import pytest
 from test_flops import sd15_forward_flops
 
 from nabla_gfn_jax import plan
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.names import SHIPPED_MODELS, abstract_model
 from nabla_gfn_jax.command_line import load_settings
-from nabla_gfn_jax.configuration import SHIPPED_MODELS, abstract_model, assemble
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.flops import FULL, count_flops
 from nabla_gfn_jax.parallel import all_devices
 from nabla_gfn_jax.planning import chips
 from nabla_gfn_jax.planning.hlo import Traffic
-from nabla_gfn_jax.planning.phases import Phase, Plan
+from nabla_gfn_jax.planning.phases import Phase, Plan, abstract_trainer
 from nabla_gfn_jax.planning.table import show
-from nabla_gfn_jax.rewards import ABSTRACT, load_reward
+from nabla_gfn_jax.rewards import ABSTRACT
 from nabla_gfn_jax.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -43,12 +43,13 @@ def here(config, *, full_effort: bool = False) -> Plan:
 def test_the_papers_configs_need_no_weights(name):
     """Parameters as the papers state them: shapes alone, in the dtypes of a run."""
     config = settings(name)
-    pieces = assemble(config, all_devices(), abstract_model(config), load_reward(config.reward, weights=False))
-    sizes = {part: sum(a.size for a in jax.tree.leaves(tree)) for part, tree in pieces.frozen_params["base"].items()}
+    trainer = abstract_trainer(config, all_devices())
+    sizes = {part: sum(a.size for a in jax.tree.leaves(tree)) for part, tree in trainer.frozen_params["base"].items()}
     assert sizes == {"unet": 859_520_964, "vae": 83_653_863}
-    dtypes = {part: {str(a.dtype) for a in jax.tree.leaves(tree)} for part, tree in pieces.frozen_params.items()}
-    assert dtypes == {"base": {"bfloat16"}, "reward": {"float32"}}
-    reward = sum(a.size for a in jax.tree.leaves(pieces.reward.params))
+    dtypes = {part: {str(a.dtype) for a in jax.tree.leaves(tree)} for part, tree in trainer.frozen_params.items()}
+    assert dtypes["base"] == {"bfloat16"}
+    assert dtypes["reward"] == {"float32"}
+    reward = sum(a.size for a in jax.tree.leaves(trainer.reward.params))
     assert reward == pytest.approx(REWARDS[name], rel=0 if name != "image_reward" else 0.01)
     assert set(ABSTRACT) == {"hps", "aesthetic", "image_reward"}
 
@@ -86,13 +87,13 @@ def test_the_flops_of_a_rollout_at_full_size():
 
 
 def program_of(planned: Plan, name: str):
-    function, arguments = planned.phase(name, planned.pieces)
+    function, arguments = planned.phase(name, planned.trainer)
     return function, *arguments
 
 
 def test_shapes_of_a_folder_are_those_of_its_weights():
     config = settings("emoji")
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), abstract_model(config).params)
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), abstract_model(config.model).params)
     loaded = jax.tree.map(lambda a: (a.shape, a.dtype), load_folder(SHIPPED_MODELS["emoji"]).params)
     assert shapes == loaded
 
@@ -102,8 +103,8 @@ def test_the_largest_micro_batch_is_found_by_bisection(monkeypatch):
     planned = here(settings("emoji", trajectories=64, micro_batches=2))
     asked = []
 
-    def compile_for(name, pieces):
-        size = 8 // pieces.micro_batches
+    def compile_for(name, trainer):
+        size = 8 // trainer.micro_batches
         asked.append(size)
         return "too big" if size > 4 else Phase(name, 0, size * 3 * 2**30, 0, {}, Traffic(0, 0, {}, 0), 0.0)
 

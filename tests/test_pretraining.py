@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from nabla_gfn_jax import pretrain
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.emoji import autoencoder, denoiser
 from nabla_gfn_jax.emoji.drawings import Concept, Drawings
 from nabla_gfn_jax.emoji.loop import fit, init_state

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from diffusers import DDIMScheduler
 
+from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import draw_noise, sample
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION as CONFIG
-from nabla_gfn_jax.diffusion.schedule import make_schedule
 
 SHAPE = (4, 3, 2)
 
@@ -18,9 +18,9 @@ def _weights():
     return rng.normal(size=(2, 2)).astype(np.float32), rng.normal(size=(5, 2)).astype(np.float32)
 
 
-def _predict(x, t, condition):
+def _predict(lora, x, level, condition):
     mixing, embedding = _weights()
-    time = (t.astype(jnp.float32) / 1000)[:, None, None, None]
+    time = (level.time.astype(jnp.float32) / 1000)[:, None, None, None]
     return jnp.tanh(x @ mixing + time + (condition @ embedding)[:, None, None, :])
 
 
@@ -30,7 +30,9 @@ def _keys(n):
 
 def test_fifty_ddpm_steps_match_diffusers():
     condition = jax.random.normal(jax.random.key(3), (3, 5))
-    trajectory = jax.jit(lambda k: sample(_predict, make_schedule(CONFIG, 50), k, SHAPE, condition))(_keys(3))
+    trajectory = jax.jit(lambda k: sample(_predict, None, stable_diffusion_chain(CONFIG, 50), k, SHAPE, condition))(
+        _keys(3)
+    )
     mixing, embedding = (torch.from_numpy(w) for w in _weights())
     oracle = DDIMScheduler(**CONFIG)
     oracle.set_timesteps(50)
@@ -39,7 +41,7 @@ def test_fifty_ddpm_steps_match_diffusers():
     for k, t in enumerate(oracle.timesteps):
         np.testing.assert_allclose(trajectory.latents[k], x.numpy(), rtol=1e-4, atol=1e-4)
         eps = torch.tanh(x @ mixing + t / 1000 + prompt[:, None, None, :])
-        np.testing.assert_allclose(trajectory.noise_predictions[k], eps.numpy(), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(trajectory.outputs[k], eps.numpy(), rtol=1e-4, atol=1e-4)
         noise = torch.tensor(np.asarray(draw_noise(_keys(3), k + 1, SHAPE)))
         x = oracle.step(eps, t, x, eta=1.0, variance_noise=noise).prev_sample
     error = np.linalg.norm(trajectory.samples - x.numpy()) / np.linalg.norm(x.numpy())
@@ -48,10 +50,10 @@ def test_fifty_ddpm_steps_match_diffusers():
 
 
 def test_a_sample_depends_on_its_own_key_only():
-    schedule = make_schedule(CONFIG, 5)
+    chain = stable_diffusion_chain(CONFIG, 5)
     condition = jax.random.normal(jax.random.key(3), (4, 5))
-    whole = sample(_predict, schedule, _keys(4), SHAPE, condition)
-    part = sample(_predict, schedule, _keys(4)[1:3], SHAPE, condition[1:3])
+    whole = sample(_predict, None, chain, _keys(4), SHAPE, condition)
+    part = sample(_predict, None, chain, _keys(4)[1:3], SHAPE, condition[1:3])
     np.testing.assert_allclose(whole.latents[:, 1:3], part.latents, rtol=1e-5, atol=1e-5)
 
 

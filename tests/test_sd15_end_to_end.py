@@ -157,7 +157,7 @@ LOAD = """
 import re, sys
 from pathlib import Path
 import jax
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
 before = peak()

@@ -1,19 +1,18 @@
 """Which transitions of a trajectory are trained on."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_nabla_db import BATCH, CONDITION, DEFAULTS, MODEL, PARAMS, SCHEDULE, sample_keys, sampled_trajectory
+from test_nabla_db import BATCH, DEFAULTS, MODEL, PARAMS, rollout, sample_keys, sampled_trajectory
 
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
-from nabla_gfn_jax.algorithms.transitions import draw_steps, number_of_bins, select
+from nabla_gfn_jax.algorithms.transitions import number_of_bins, select, select_steps
 from nabla_gfn_jax.errors import UserError
 
 
 def test_one_step_a_bin_and_the_last_never_twice():
-    steps = np.asarray(draw_steps(sample_keys(3000), 50, 5))
+    steps = np.asarray(select_steps(sample_keys(3000), 50, 5))
     for i in range(5):
         counts = np.bincount(steps[:, i], minlength=50)
         inside = range(10 * i, 10 * i + (10 if i < 4 else 9))
@@ -25,7 +24,7 @@ def test_one_step_a_bin_and_the_last_never_twice():
 def test_bins_that_divide_a_step():
     """20 steps, 8 bins: one step in each two and a half; the last bin is without the last step."""
     assert number_of_bins(20, 0.4, uneven=True) == 8
-    steps = np.asarray(draw_steps(sample_keys(4000), 20, 8))
+    steps = np.asarray(select_steps(sample_keys(4000), 20, 8))
     edges = np.arange(9) * 2.5
     assert (steps >= np.floor(edges[:-1])).all()
     assert (steps <= np.floor(edges[1:])).all()
@@ -35,40 +34,36 @@ def test_bins_that_divide_a_step():
     np.testing.assert_allclose(counts[17:19], [0.5 / 2.5 + 0.5 / 1.5, 1 / 1.5], atol=0.03)
 
 
-def test_several_draws_share_one_adjoint_and_differ_in_their_steps():
+def test_several_updates_share_one_adjoint_and_differ_in_their_steps():
     algorithm = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"})
-    condition = jnp.asarray(CONDITION)
-    choose = jax.jit(
-        lambda t, n: algorithm.transitions(PARAMS, MODEL, sample_keys(), t, SCHEDULE, condition, n), static_argnums=1
-    )
-    three, one = choose(sampled_trajectory(), 3), choose(sampled_trajectory(), 1)
+    choose = jax.jit(lambda r, n: algorithm.batch(PARAMS, MODEL, r, n).data, static_argnums=1)
+    three, one = choose(rollout(), 3), choose(rollout(), 1)
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[0]), three, one)
-    times = np.asarray(three.ordinary.step.timestep)
-    assert len(np.unique(times.reshape(3, -1), axis=0)) == 3
-    credit = adjoint_credit(MODEL, sampled_trajectory(), SCHEDULE, condition, DEFAULTS["beta"]).gradient
-    steps = np.searchsorted(-np.asarray(SCHEDULE.timestep), -times)
+    steps = np.asarray(three.ordinary.index)
+    assert len(np.unique(steps.reshape(3, -1), axis=0)) == 3
+    credit = adjoint_credit(MODEL, rollout(), DEFAULTS["beta"]).gradient
     expected = np.asarray(credit)[steps, np.arange(BATCH)[None, :, None]]
     assert np.linalg.norm(three.ordinary.adjoint.gradient - expected) < 1e-4 * np.linalg.norm(expected)
 
 
-def test_the_draw_belongs_to_the_sample():
-    np.testing.assert_array_equal(draw_steps(sample_keys(8), 50, 5)[3:5], draw_steps(sample_keys(8)[3:5], 50, 5))
+def test_the_selection_belongs_to_the_sample():
+    np.testing.assert_array_equal(select_steps(sample_keys(8), 50, 5)[3:5], select_steps(sample_keys(8)[3:5], 50, 5))
 
 
 def test_selected_transitions_are_the_trajectorys():
-    trajectory, condition = sampled_trajectory(), {"prompt": jnp.asarray(CONDITION)}
-    chosen = select(sample_keys(), trajectory, SCHEDULE, condition, 5)
-    steps = draw_steps(sample_keys(), 50, 5)
+    trajectory = sampled_trajectory()
+    chosen = select(rollout(), 5)
+    steps = select_steps(sample_keys(), 50, 5)
     for b in range(BATCH):
         for i in range(5):
             k = int(steps[b, i])
             np.testing.assert_array_equal(chosen.ordinary.x[b, i], trajectory.latents[k, b])
             np.testing.assert_array_equal(chosen.ordinary.y[b, i], trajectory.latents[k + 1, b])
-            np.testing.assert_array_equal(chosen.ordinary.noise_prediction[b, i], trajectory.noise_predictions[k, b])
-            assert chosen.ordinary.step.timestep[b, i] == SCHEDULE.timestep[k]
-            np.testing.assert_array_equal(chosen.ordinary.condition["prompt"][b, i], CONDITION[b])
+            np.testing.assert_array_equal(chosen.ordinary.output[b, i], trajectory.outputs[k, b])
+            assert chosen.ordinary.index[b, i] == k
+            assert chosen.ordinary.prompt_id[b, i] == b
         np.testing.assert_array_equal(chosen.last.y[b], trajectory.samples[b])
-        assert chosen.last.step.next_timestep[b] == 0
+        assert chosen.last.index[b] == 49
 
 
 @pytest.mark.parametrize(("num_steps", "fraction"), [(49, 0.1), (50, 0.01), (50, 1.0), (52, 0.1)])

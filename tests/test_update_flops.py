@@ -1,14 +1,12 @@
 """What an update costs beside the naive program, by XLA's count."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from naive_program import naive_value_and_grad
-from test_nabla_db import SCHEDULE, first_draw, sample_keys
+from test_nabla_db import CHAIN, first_update, sample_keys
 
-from nabla_gfn_jax.algorithms.base import Model
+from nabla_gfn_jax.algorithms.base import Model, Rollout
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.transitions import flatten
 from nabla_gfn_jax.diffusion.sampler import sample
@@ -21,7 +19,7 @@ def _conv_model(width=48):
     def convolve(x, kernel):
         return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 
-    def predict(lora, x, t, condition):
+    def predict(lora, x, level, condition):
         for i, kernel in enumerate(kernels):
             hidden = convolve(x, kernel)
             if lora is not None:
@@ -33,8 +31,9 @@ def _conv_model(width=48):
         {"down": jnp.asarray(rng.normal(size=(a, 2)), jnp.float32), "up": jnp.zeros((2, b), jnp.float32)}
         for a, b in _conv_sizes(width)
     ]
-    model = Model(predict, lambda phi, x, t, c: phi * x, lambda z, c: (z**3).reshape(len(z), -1).sum(1))
-    return model, {"lora": lora, "flow": jnp.float32(0.5)}
+    heads = {"correction": lambda phi, x, level, prompt_id: phi * x}
+    model = Model(CHAIN, predict, lambda z, c: (z**3).reshape(len(z), -1).sum(1), heads)
+    return model, {"lora": lora, "correction": jnp.float32(0.5)}
 
 
 def _conv_sizes(width):
@@ -49,14 +48,15 @@ def test_flops_of_an_update():
     """By XLA's own count. Naive: 8 network passes a transition; ours: 7, and 3 at the last, so 38/48."""
     model, params = _conv_model()
     shape = (8, 8, 2)
-    trajectory = sample(functools.partial(model.predict, None), SCHEDULE, sample_keys(2), shape, ())
+    ids, weight = jnp.arange(2), jnp.ones(2)
+    trajectory = sample(model.predict, None, CHAIN, sample_keys(2), shape, ids)
     algorithm = ResidualNablaDB(beta=1.0)
-    chosen = first_draw(algorithm.transitions(params, model, sample_keys(2), trajectory, SCHEDULE, (), 1))
+    chosen = first_update(algorithm.batch(params, model, Rollout(trajectory, weight, ids, sample_keys(2)), 1))
     whole = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), flatten(chosen.ordinary), chosen.last)
-    ours = _flops(lambda p, c: algorithm.value_and_grad(p, model, c), params, chosen)
+    ours = _flops(lambda p, c: algorithm.value_and_grad(p, model, c, weight), params, chosen)
     naive = _flops(lambda p, c: naive_value_and_grad(algorithm, p, model, c), params, whole)
     guess = ResidualNablaDB(beta=1.0, credit="guess")
-    forward_only = _flops(lambda p, c: guess.value_and_grad(p, model, c), params, chosen)
+    forward_only = _flops(lambda p, c: guess.value_and_grad(p, model, c, weight), params, chosen)
     forward = _flops(lambda p, x: model.predict(p["lora"], x, None, ()), params, whole.x)
     print(
         f"passes a transition: naive {naive / forward:.2f}, lookahead {ours / forward:.2f}, "

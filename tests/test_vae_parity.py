@@ -8,7 +8,7 @@ import torch
 import torch_oracle as oracle
 from torch_oracle import nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 
 
 @pytest.fixture(scope="module")

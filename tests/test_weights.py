@@ -13,8 +13,8 @@ import torch
 import torch_oracle as oracle
 from safetensors.numpy import save_file
 
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints import weights
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
 from nabla_gfn_jax.errors import UserError
 
 

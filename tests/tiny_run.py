@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nabla_gfn_jax import train
-from nabla_gfn_jax.checkpoints.diffusers_folder import abstract_params, save_folder
+from nabla_gfn_jax.base_models.diffusers_folder import abstract_params, save_folder
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel

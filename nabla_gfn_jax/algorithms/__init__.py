@@ -2,7 +2,14 @@
 
 from typing import Any
 
+from nabla_gfn_jax.algorithms.ddpo import Ddpo
+from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
-from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
+from nabla_gfn_jax.algorithms.refl import Refl
 
-ALGORITHMS: dict[str, type[Any]] = {"residual_nabla_db": ResidualNablaDB, "reward_maximiser": RewardMaximiser}
+ALGORITHMS: dict[str, type[Any]] = {
+    "residual_nabla_db": ResidualNablaDB,
+    "ddpo": Ddpo,
+    "refl": Refl,
+    "draft": Draft,
+}

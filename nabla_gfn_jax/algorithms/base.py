@@ -1,81 +1,120 @@
 """What an algorithm sees. It knows nothing of images, guidance or VAEs: it runs in the plane too.
 
-A new algorithm is one file with one class that keeps the `Algorithm` protocol.
+A new algorithm is one file with one class that keeps the `Algorithm` protocol, and a line in `ALGORITHMS`.
 """
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
 
+import flax.struct
 import jax
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
 
-from nabla_gfn_jax.diffusion.sampler import Trajectory
-from nabla_gfn_jax.diffusion.schedule import Schedule
-from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, Scores, Timesteps
+from nabla_gfn_jax.diffusion.chain import Chain, Level
+from nabla_gfn_jax.diffusion.sampler import Predict, Trajectory
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 Metrics = dict[str, Float[Array, ""]]
+Scalars = dict[str, PerSample]
+HeadKind = Literal["vector", "scalar"]  # shaped like x, such as g_φ; one number a sample, such as log F
 
 
 @runtime_checkable
-class Predict(Protocol):
-    """ε_θ(x, t): the policy's noise prediction with `lora`, the base model's (ε_#) with None."""
+class Head(Protocol):
+    """A learned function h_φ(x, level) beside the policy, zero when training starts."""
 
-    def __call__(self, lora: Params | None, x: Latents, t: Timesteps, condition: PyTree[Any]) -> Latents: ...
-
-
-@runtime_checkable
-class Flow(Protocol):
-    """g_φ(x, t): the learned correction of the one-step guess, shaped like x, zero when training starts."""
-
-    def __call__(self, phi: Params, x: Latents, t: Timesteps, condition: PyTree[Any]) -> Latents: ...
+    def __call__(self, phi: Params, x: Latents, level: Level, prompt_id: PromptIds) -> Latents | PerSample: ...
 
 
 @runtime_checkable
 class LogReward(Protocol):
     """log R(z) of a clean latent z, sample by sample, differentiable in z."""
 
-    def __call__(self, z: Latents, condition: PyTree[Any]) -> Scores: ...
+    def __call__(self, z: Latents, prompt_id: PromptIds) -> PerSample: ...
 
 
-class Model(NamedTuple):
-    """The pure functions an algorithm works with. `condition` is any tree of arrays with leading axis B."""
+@dataclass(frozen=True)
+class Model:
+    """The chain, and the pure functions an algorithm works with; what they need of a prompt, its id tells them."""
 
+    chain: Chain
     predict: Predict
-    flow: Flow
     log_reward: LogReward
+    heads: Mapping[str, Head]
+
+
+@flax.struct.dataclass
+class Rollout:
+    """What sampling leaves, of a device's B samples."""
+
+    trajectory: Trajectory
+    log_reward: PerSample
+    prompt_id: PromptIds
+    keys: PRNGKeys  # the samples' own
+
+
+@flax.struct.dataclass
+class Batch:
+    """What is trained on of a rollout.
+
+    Attributes:
+        data: one batch for each update of the epoch, leaves (updates, B, …).
+        scalars: numbers of each sample, by name, that `weigh` sees beside its log reward.
+    """
+
+    data: PyTree[Any]
+    scalars: Scalars = flax.struct.field(default_factory=dict)
 
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """An epoch samples trajectories, takes `transitions` of each batch, and updates by `value_and_grad`."""
+    """Samples are taken by `batch`, weighed on the host by `weigh`, and trained on by `value_and_grad`.
+
+    `batch` and `value_and_grad` are compiled and run on each device's own samples, without communication; `weigh` runs
+    between them, in NumPy, on the samples of all devices.
+    """
 
     @property
-    def uses_flow(self) -> bool:
-        """Whether there is a φ to train; if not, params["flow"] is {}."""
+    def on_policy(self) -> bool:
+        """Whether an epoch trains on its own rollout, or, if not, on that of the epoch before."""
+
+    def heads(self) -> Mapping[str, HeadKind]:
+        """The functions to be learned beside the policy, which `params` and the gradient then have by name."""
 
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if the options do not fit a trajectory of so many steps."""
 
-    def transitions(
-        self,
-        params: Params,
-        model: Model,
-        keys: PRNGKeys,
-        trajectory: Trajectory,
-        schedule: Schedule,
-        condition: PyTree[Any],
-        draws: int,
-    ) -> PyTree[Any]:
-        """What the loss needs of each trajectory, `draws` times, for as many updates: leaves (draws, B, …).
+    def first_stats(self, num_prompts: int) -> PyTree[np.ndarray]:
+        """What `weigh` remembers from epoch to epoch, as a run starts; saved with the run."""
 
-        `params` are those that sampled; `keys` are the samples' own.
-        """
+    def weigh(
+        self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
+    ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
+        """A weight for each sample, from its "log_reward" and the batch's own scalars, and the new stats."""
+
+    def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
+        """What the updates need of a rollout. `params` are those that sampled."""
 
     def value_and_grad(
-        self, params: Params, model: Model, transitions: PyTree[Any]
+        self, params: Params, model: Model, data: PyTree[Any], weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """((loss, its terms), gradient) with params = {"lora": …, "flow": …}; a mean over the batch."""
+        """((loss, its terms), gradient): means over the samples of `data`, leaves (B, …), some of an update's."""
 
 
-def reward_gradient(model: Model, z: Latents, condition: PyTree[Any]) -> Latents:
+class Unweighted:
+    """The parts of the protocol of an algorithm that weighs all samples alike."""
+
+    def first_stats(self, num_prompts: int) -> PyTree[np.ndarray]:
+        return {}
+
+    def weigh(
+        self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
+    ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
+        return np.ones(len(prompt_id), np.float32), stats
+
+
+def reward_gradient(model: Model, z: Latents, prompt_id: PromptIds) -> Latents:
     """∇_z log R(z), a constant to every parameter."""
-    return jax.grad(lambda z: model.log_reward(z, condition).sum())(jax.lax.stop_gradient(z))
+    return jax.grad(lambda z: model.log_reward(z, prompt_id).sum())(jax.lax.stop_gradient(z))

@@ -11,25 +11,25 @@ every ‖·‖² a mean over latent elements. The reverse term trains φ only: r
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
-from nabla_gfn_jax.algorithms.base import Metrics, Model, reward_gradient
+from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout, Unweighted, reward_gradient
 from nabla_gfn_jax.algorithms.credit import GAMMAS, Prediction, adjoint_credit, guess_cotangent, score_change
 from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
-from nabla_gfn_jax.diffusion.sampler import Trajectory
-from nabla_gfn_jax.diffusion.schedule import Schedule, clean_prediction, expand, step_mean
+from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.options import Checked, option
-from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, Scores
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualNablaDB(Checked):
+class ResidualNablaDB(Checked, Unweighted):
     """Residual ∇-DB with a choice of credit.
 
     The credits are "lookahead": G + g_φ, the paper's; "guess": G alone, with no φ and no reverse term; "adjoint": the
@@ -43,7 +43,7 @@ class ResidualNablaDB(Checked):
     credit: Literal["lookahead", "guess", "adjoint"] = option("lookahead", "what each step is told of the reward")
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
     variance_weighted: bool = option(False, "weight the forward term by σ², as the adjoint always does")
-    flow_gradient_from_forward: bool = option(True, "train φ by the forward term too, as in the paper")
+    correction_from_forward: bool = option(True, "train φ by the forward term too, as in the paper")
     credit_clip: float = option(
         math.inf,
         "for the adjoint, the largest σ·(root mean square) of a transition's credit; it biases towards zero",
@@ -53,8 +53,13 @@ class ResidualNablaDB(Checked):
     transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
     uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
 
+    on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
+
+    def heads(self) -> Mapping[str, HeadKind]:
+        return {"correction": "vector"} if self._corrects else {}
+
     @property
-    def uses_flow(self) -> bool:
+    def _corrects(self) -> bool:
         return self.credit == "lookahead"
 
     def bins(self, num_steps: int) -> int:
@@ -65,30 +70,18 @@ class ResidualNablaDB(Checked):
         """Raises `UserError` if the options do not fit a trajectory of so many steps."""
         self.bins(num_steps)
 
-    def transitions(
-        self,
-        params: Params,
-        model: Model,
-        keys: PRNGKeys,
-        trajectory: Trajectory,
-        schedule: Schedule,
-        condition: PyTree[Any],
-        draws: int,
-    ) -> Transitions:
-        """1 + ⌊T·fraction⌋ transitions of each trajectory, drawn anew `draws` times, with their credit if it is the
+    def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
+        """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update, with their credit if it is the
         adjoint, which is computed once."""
-        bins = self.bins(schedule.num_steps)
-        credit = None
-        if self.credit == "adjoint":
-            credit = adjoint_credit(model, trajectory, schedule, condition, self.beta)
-        pick = partial(select, keys, trajectory, schedule, condition, bins, credit)
-        return jax.vmap(pick)(jnp.arange(draws))
+        bins = self.bins(model.chain.num_steps)
+        credit = adjoint_credit(model, rollout, self.beta) if self.credit == "adjoint" else None
+        return Batch(data=jax.vmap(lambda update: select(rollout, bins, credit, update))(jnp.arange(updates)))
 
     def value_and_grad(
-        self, params: Params, model: Model, transitions: Transitions
+        self, params: Params, model: Model, data: Transitions, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         """Loss, its four terms (they add up to it) and its gradient; a mean over all transitions."""
-        ordinary, last = flatten(transitions.ordinary), transitions.last
+        ordinary, last = flatten(data.ordinary), data.last
         total = len(ordinary.x) + len(last.x)
         if self.credit == "adjoint":
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ordinary, last)
@@ -100,114 +93,120 @@ class ResidualNablaDB(Checked):
 
     def ordinary(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over transitions with t' > 0, under "lookahead" or "guess"."""
-        x, y, step, condition = transition.x, transition.y, transition.step, transition.condition
-        mean = lambda eps, x: step_mean(eps, x, step)  # noqa: E731
-        # One network's activations at a time: each is done with, at y and in the base model, before the next begins.
-        at_y = Prediction(model, params["lora"], y, step.next_timestep, condition)
-        guess_y = at_y.to_x(*self._guess(model, at_y, step.alpha_bar_next, condition))
+        x, y, prompt_id = transition.x, transition.y, transition.prompt_id
+        step = model.chain[transition.index]
+        # One network's activations at a time: policy at y, then base at x, then policy at x.
+        at_y = Prediction(model, params["lora"], y, step.to, prompt_id)
+        guess_y = at_y.to_x(step.to.clean, self._guess(model, at_y, step.to, prompt_id))
         x, guess_y = jax.lax.optimization_barrier((x, guess_y))
-        base = Prediction(model, None, x, step.timestep, condition)
-        base_eps = base.eps
-        if self.uses_flow:
-            base_reverse = base.to_x(mean, -score(base.eps, transition))
-            x, base_eps, base_reverse = jax.lax.optimization_barrier((x, base_eps, base_reverse))
-        at_x = Prediction(model, params["lora"], x, step.timestep, condition)
-        if self.uses_flow:
-            # r_θ + G(x, t) is linear in the cotangents at ε_θ(x, t): one pull-back
-            clean, guess = self._guess(model, at_x, step.alpha_bar, condition)
+        base = Prediction(model, None, x, step.at, prompt_id)
+        base_output = base.output
+        if self._corrects:
+            base_reverse = base.to_x(step.mean, -score(base.output, transition, step))
+            x, base_output, base_reverse = jax.lax.optimization_barrier((x, base_output, base_reverse))
+        at_x = Prediction(model, params["lora"], x, step.at, prompt_id)
+        if self._corrects:
+            # r_θ + G(x, t) is linear in the cotangents at o_θ(x, t): one pull-back
             score_and_guess = at_x.to_x(
-                lambda eps, x: (mean(eps, x), clean(eps, x)), (-score(at_x.eps, transition), guess)
+                lambda o, x: (step.mean(o, x), step.at.clean(o, x)),
+                (-score(at_x.output, transition, step), self._guess(model, at_x, step.at, prompt_id)),
             )
 
-        def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
+        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
             credit = guess_y
             out = {}
-            if self.uses_flow:
-                flow_y = model.flow(phi, y, step.next_timestep, condition)
-                credit = credit + (flow_y if self.flow_gradient_from_forward else jax.lax.stop_gradient(flow_y))
-                flow_x = model.flow(phi, x, step.timestep, condition)
-                out["loss_reverse"] = mean_square(score_and_guess - self.prior_strength * base_reverse + flow_x)
-            residual = self._policy_minus_prior(eps, base_eps, transition) - credit
+            if self._corrects:
+                correct = partial(model.heads["correction"], heads["correction"], prompt_id=prompt_id)
+                correction = correct(y, step.to)
+                credit = credit + (correction if self.correction_from_forward else jax.lax.stop_gradient(correction))
+                residual = score_and_guess - self.prior_strength * base_reverse + correct(x, step.at)
+                out["loss_reverse"] = mean_square(residual)
+            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
             return out | {
                 "loss_forward": self._forward(residual, step),
-                "loss_reg": self._regularisation(eps, transition),
+                "loss_reg": self._regularisation(output, transition, step),
             }
 
         return _pull_back(terms, at_x, params)
 
     def last(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over last transitions, under "lookahead" or "guess": y is the sample, its own x̂."""
-        x, y, step, condition = transition.x, transition.y, transition.step, transition.condition
-        at_x = Prediction(model, params["lora"], x, step.timestep, condition)
-        base_eps = model.predict(None, x, step.timestep, condition)
-        scale = self.beta * GAMMAS[self.gamma](step.alpha_bar_next)
-        credit = expand(scale, y) * reward_gradient(model, y, condition)
+        y, prompt_id, step = transition.y, transition.prompt_id, model.chain[transition.index]
+        at_x = Prediction(model, params["lora"], transition.x, step.at, prompt_id)
+        base_output = model.predict(None, transition.x, step.at, prompt_id)
+        credit = expand(self._scale(step.to), y) * reward_gradient(model, y, prompt_id)
 
-        def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
-            residual = self._policy_minus_prior(eps, base_eps, transition) - credit
-            out = {"loss_forward": self._forward(residual, step), "loss_reg": self._regularisation(eps, transition)}
-            if self.uses_flow:
-                out["loss_terminal"] = mean_square(model.flow(phi, y, step.next_timestep, condition))
+        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
+            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
+            out = {
+                "loss_forward": self._forward(residual, step),
+                "loss_reg": self._regularisation(output, transition, step),
+            }
+            if self._corrects:
+                correction = model.heads["correction"](heads["correction"], y, step.to, prompt_id)
+                out["loss_terminal"] = mean_square(correction)
             return out
 
         return _pull_back(terms, at_x, params)
 
     def with_adjoint(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over any transitions, under "adjoint"; for κ = 1, σ² ‖(μ_θ − μ_#)/σ² − a_{t+1}‖²."""
-        step, adjoint = transition.step, transition.adjoint
+        step, adjoint = model.chain[transition.index], transition.adjoint
         assert adjoint is not None
         size = step.sigma * jnp.sqrt(mean_square(adjoint.gradient))
         scale = jnp.where(size > self.credit_clip, self.credit_clip / size, 1.0)
         credit = expand(scale, adjoint.gradient) * adjoint.gradient
-        at_x = Prediction(model, params["lora"], transition.x, step.timestep, transition.condition)
+        at_x = Prediction(model, params["lora"], transition.x, step.at, transition.prompt_id)
 
-        def terms(eps: Latents, phi: Params) -> dict[str, Scores]:
-            residual = self._policy_minus_prior(eps, adjoint.base_prediction, transition) - credit
+        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
+            residual = self._policy_minus_prior(output, adjoint.base_output, transition, step) - credit
             return {
                 "loss_forward": self._forward(residual, step),
-                "loss_reg": self._regularisation(eps, transition),
+                "loss_reg": self._regularisation(output, transition, step),
             }
 
         return _pull_back(terms, at_x, params)
 
-    def _guess(self, model: Model, at: Prediction, alpha_bar: Float[Array, " batch"], condition: PyTree[Any]) -> Any:
-        """x̂ as a function of (ε, x), and the cotangent there whose pull-back to x is G."""
-        scale = self.beta * GAMMAS[self.gamma](alpha_bar)
-        cotangent = guess_cotangent(model, at.eps, at.x, alpha_bar, scale, condition)
-        return (lambda eps, x: clean_prediction(eps, x, alpha_bar)), cotangent
+    def _scale(self, level: Level) -> PerSample:
+        """β γ_t."""
+        return self.beta * GAMMAS[self.gamma](level.signal)
 
-    def _forward(self, residual: Latents, step: Schedule) -> Scores:
+    def _guess(self, model: Model, at: Prediction, level: Level, prompt_id: PromptIds) -> Latents:
+        """The cotangent at x̂ whose pull-back to x is G."""
+        return guess_cotangent(model, at.output, at.x, level, self._scale(level), prompt_id)
+
+    def _forward(self, residual: Latents, step: Chain) -> PerSample:
         weighted = self.variance_weighted or self.credit == "adjoint"
         return (step.sigma**2 if weighted else 1.0) * mean_square(residual)
 
-    def _policy_minus_prior(self, eps: Latents, base_eps: Latents, transition: Transition) -> Latents:
+    def _policy_minus_prior(self, output: Latents, base: Latents, transition: Transition, step: Chain) -> Latents:
         """s_θ − κ s_#, as (s_θ − s_#) + (1 − κ) s_#."""
-        change = score_change(eps, base_eps, transition.step)
-        return change + (1 - self.prior_strength) * score(base_eps, transition)
+        return score_change(output, base, step) + (1 - self.prior_strength) * score(base, transition, step)
 
-    def _regularisation(self, eps: Latents, transition: Transition) -> Scores:
-        return self.output_regularisation * mean_square(eps - transition.noise_prediction)
+    def _regularisation(self, output: Latents, transition: Transition, step: Chain) -> PerSample:
+        change = expand(step.at.noise_o, output) * (output - transition.output)  # ε_θ − ε_θ†
+        return self.output_regularisation * mean_square(change)
 
 
-def score(eps: Latents, transition: Transition) -> Latents:
+def score(output: Latents, transition: Transition, step: Chain) -> Latents:
     """s = −(y − μ)/σ², the gradient of log p(y|x) in y."""
-    mean = step_mean(eps, transition.x, transition.step)
-    return (mean - transition.y) / expand(transition.step.sigma, mean) ** 2
+    return (step.mean(output, transition.x) - transition.y) / expand(step.sigma, output) ** 2
 
 
-def mean_square(residual: Latents) -> Scores:
+def mean_square(residual: Latents) -> PerSample:
     """‖·‖², a mean over latent elements."""
     return (residual**2).reshape(len(residual), -1).mean(axis=1)
 
 
 def _pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, Params]:
-    """Sums of `terms(ε_θ(x, t), φ)` over transitions and the gradient of their total in LoRA and φ."""
+    """Sums of `terms(o_θ(x, t), φ)` over transitions and the gradient of their total in LoRA and φ."""
+    heads = {name: phi for name, phi in params.items() if name != "lora"}
 
-    def total(eps: Latents, phi: Params) -> tuple[Float[Array, ""], Metrics]:
-        sums = {name: value.sum() for name, value in terms(eps, phi).items()}
+    def total(output: Latents, heads: Params) -> tuple[Float[Array, ""], Metrics]:
+        sums = {name: value.sum() for name, value in terms(output, heads).items()}
         return jnp.asarray(sum(sums.values())), sums
 
     names = ("loss_forward", "loss_reverse", "loss_terminal", "loss_reg")
-    (_, sums), (eps_cotangent, phi) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.eps, params["flow"])
+    (_, sums), (cotangent, heads) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.output, heads)
     zeros = dict.fromkeys(names, jnp.zeros((), jnp.float32))
-    return zeros | sums, {"lora": at_x.to_lora(eps_cotangent), "flow": phi}
+    return zeros | sums, {"lora": at_x.to_lora(cotangent), **heads}

@@ -5,14 +5,12 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, Int
 
-from nabla_gfn_jax.diffusion.sampler import Trajectory
-from nabla_gfn_jax.diffusion.schedule import Schedule
+from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.typing import Latents, PRNGKeys
-
-_SELECTION = 1_000_000  # folded into the sample's key: a stream apart from the sampler's, which counts steps
 
 
 @flax.struct.dataclass
@@ -20,7 +18,7 @@ class AdjointCredit:
     """What the adjoint pass leaves of every step of a trajectory, leaves (T, B, …)."""
 
     gradient: Latents  # a_{t+1}: the credit at y
-    base_prediction: Latents  # ε_#(x, t), which the loss then need not evaluate again
+    base_output: Latents  # o_# at x, which the loss then need not evaluate again
 
 
 @flax.struct.dataclass
@@ -29,15 +27,15 @@ class Transition:
 
     x: Latents
     y: Latents
-    noise_prediction: Latents  # ε_θ†(x, t), by the parameters θ† that sampled
-    step: Schedule
-    condition: PyTree[Any]
+    output: Latents  # o_θ† at x, by the parameters θ† that sampled
+    index: Int[Array, "*steps"]  # of the step in the chain
+    prompt_id: Int[Array, "*steps"]
     adjoint: AdjointCredit | None  # None under the lookahead credits
 
 
 @flax.struct.dataclass
 class Transitions:
-    """The last step apart, because it needs less: no UNet at y = x_T, no reverse term."""
+    """The last step apart, because it needs less: no UNet at the sample y, no reverse term."""
 
     ordinary: Transition  # leading axes (B, bins)
     last: Transition  # leading axis (B,)
@@ -58,17 +56,17 @@ def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> 
     return bins
 
 
-def draw_steps(keys: PRNGKeys, num_steps: int, bins: int, draw: int | Array = 0) -> Int[Array, "batch {bins}"]:
-    """One step drawn uniformly from each bin; the last step, always taken, is not drawn again.
+def select_steps(keys: PRNGKeys, num_steps: int, bins: int, update: int | Array = 0) -> Int[Array, "batch {bins}"]:
+    """One step chosen uniformly from each bin; the last step, always taken, is not chosen again.
 
-    `draw` counts the draws from one trajectory; each is independent. Where the bins do not divide the steps, a bin's
-    end lies within a step, which both its bins may then draw.
+    `update` counts the selections from one trajectory; each is independent. Where the bins do not divide the steps, a
+    bin's end lies within a step, which both its bins may then choose.
     """
     width = num_steps // bins if num_steps % bins == 0 else num_steps / bins
     widths = jnp.full(bins, width).at[-1].add(-1)
 
     def of_sample(key: Array) -> Array:
-        key = jax.random.fold_in(key, _SELECTION + draw)
+        key = jax.random.fold_in(stream(key, "steps"), update)
         if num_steps % bins == 0:
             return jnp.arange(bins) * width + jax.random.randint(key, (bins,), 0, widths)
         points = jnp.arange(bins, dtype=jnp.float32) * width + widths * jax.random.uniform(key, (bins,))
@@ -77,50 +75,30 @@ def draw_steps(keys: PRNGKeys, num_steps: int, bins: int, draw: int | Array = 0)
     return jax.vmap(of_sample)(keys)
 
 
-def gather(
-    steps: Int[Array, " batch *bins"],
-    trajectory: Trajectory,
-    schedule: Schedule,
-    condition: PyTree[Any],
-    adjoint: AdjointCredit | None,
-) -> Transition:
+def take(steps: Int[Array, " batch *bins"], rollout: Rollout, adjoint: AdjointCredit | None = None) -> Transition:
     """The transitions at `steps` of each trajectory, leaves (B, *bins, …)."""
-    rows = jnp.arange(steps.shape[0]).reshape((-1,) + (1,) * (steps.ndim - 1))
-
-    def at(leaf: Array, k: Array = steps) -> Array:
-        return leaf[k, jnp.broadcast_to(rows, k.shape)]
-
-    def repeat(leaf: Array) -> Array:
-        return leaf[jnp.broadcast_to(rows, steps.shape)]
-
+    rows = jnp.broadcast_to(jnp.arange(steps.shape[0]).reshape((-1,) + (1,) * (steps.ndim - 1)), steps.shape)
+    trajectory = rollout.trajectory
     return Transition(
-        x=at(trajectory.latents),
-        y=at(trajectory.latents, steps + 1),
-        noise_prediction=at(trajectory.noise_predictions),
-        step=schedule[steps],
-        condition=jax.tree.map(repeat, condition),
-        adjoint=jax.tree.map(at, adjoint),
+        x=trajectory.latents[steps, rows],
+        y=trajectory.latents[steps + 1, rows],
+        output=trajectory.outputs[steps, rows],
+        index=steps,
+        prompt_id=rollout.prompt_id[rows],
+        adjoint=jax.tree.map(lambda leaf: leaf[steps, rows], adjoint),
     )
 
 
-def select(
-    keys: PRNGKeys,
-    trajectory: Trajectory,
-    schedule: Schedule,
-    condition: PyTree[Any],
-    bins: int,
-    adjoint: AdjointCredit | None = None,
-    draw: int | Array = 0,
-) -> Transitions:
-    """1 + bins transitions of each trajectory: the last, and one drawn from each bin of steps."""
-    steps = draw_steps(keys, schedule.num_steps, bins, draw)
-    last = jnp.full(len(keys), schedule.num_steps - 1)
+def select(rollout: Rollout, bins: int, adjoint: AdjointCredit | None = None, update: int | Array = 0) -> Transitions:
+    """1 + bins transitions of each trajectory: the last, and one chosen from each bin of steps."""
+    num_steps = len(rollout.trajectory.outputs)
+    last = jnp.full(len(rollout.keys), num_steps - 1)
     return Transitions(
-        ordinary=gather(steps, trajectory, schedule, condition, adjoint),
-        last=gather(last, trajectory, schedule, condition, adjoint),
+        ordinary=take(select_steps(rollout.keys, num_steps, bins, update), rollout, adjoint),
+        last=take(last, rollout, adjoint),
     )
 
 
-def flatten(transition: Transition) -> Transition:
+def flatten(tree: Any) -> Any:
     """Leading axes (B, bins) → (B·bins,)."""
-    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), transition)
+    return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), tree)

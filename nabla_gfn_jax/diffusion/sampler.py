@@ -1,25 +1,32 @@
-"""The sampler: one scan from noise to a sample, which records the trajectory the losses are written on."""
+"""The sampler: one scan from noise to a sample, which records the trajectory that losses are written on."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nabla_gfn_jax.diffusion.schedule import Schedule, step_mean
-from nabla_gfn_jax.typing import Latents, PRNGKeys, Timesteps
+from nabla_gfn_jax.diffusion.chain import Chain, Level
+from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
-Predict = Callable[[Latents, Timesteps, PyTree[Any]], Latents]  # (x, t, condition) → ε(x, t), guided
+
+@runtime_checkable
+class Predict(Protocol):
+    """o(x, level): the network's guided output, whatever it predicts; the base model's where `lora` is None.
+
+    `level` has leaves (B,), `condition` any tree of arrays with leading axis B. The output is float32.
+    """
+
+    def __call__(self, lora: Params | None, x: Latents, level: Level, condition: PyTree[Any]) -> Latents: ...
 
 
 @flax.struct.dataclass
 class Trajectory:
-    """States and noise predictions of T steps, in sampling order."""
+    """States and network outputs of T steps, in sampling order."""
 
-    latents: Float[Array, "states batch *shape"]  # T+1 of them: x_T noise first, the sample last
-    noise_predictions: Float[Array, "steps batch *shape"]  # ε at latents[k], by the parameters that sampled
+    latents: Float[Array, "states batch *shape"]  # T+1 of them: noise first, the sample last
+    outputs: Float[Array, "steps batch *shape"]  # o at latents[k], by the parameters that sampled
 
     @property
     def samples(self) -> Latents:
@@ -35,28 +42,29 @@ def draw_noise(keys: PRNGKeys, draw: int | Array, shape: tuple[int, ...]) -> Lat
 
 
 def sample(
-    predict: Predict, schedule: Schedule, keys: PRNGKeys, shape: tuple[int, ...], condition: PyTree[Any]
+    predict: Predict,
+    lora: Params | None,
+    chain: Chain,
+    keys: PRNGKeys,
+    shape: tuple[int, ...],
+    condition: PyTree[Any],
 ) -> Trajectory:
-    """Draws x_T ~ N(0, 1), then y ~ N(μ(x), σ²) step after step.
+    """Draws x ~ N(0, 1), then y ~ N(μ(x), σ²) step after step.
 
     Args:
-        predict: noise prediction of the policy, (x, t (B,), condition) → ε.
-        schedule: T steps.
-        keys: (B,), one per sample; every random draw comes from the sample's own.
+        predict: the network; `lora` is handed to it, None for the base model.
+        chain: T steps.
+        keys: (B,), one per sample; every random number of a sample comes from its own.
         shape: of one latent.
-        condition: what `predict` takes beside x and t; leaves with leading axis B.
+        condition: leaves with leading axis B.
     """
 
-    def step(x: Latents, inputs: tuple[Array, Schedule]) -> tuple[Latents, tuple[Latents, Latents]]:
-        index, coefficients = inputs
-        eps = predict(x, jnp.broadcast_to(coefficients.timestep, keys.shape), condition)
-        noise = draw_noise(keys, index + 1, shape)
-        y = step_mean(eps, x, coefficients) + coefficients.sigma * noise
-        return y, (y, eps)
+    def step(x: Latents, inputs: tuple[Array, Chain]) -> tuple[Latents, tuple[Latents, Latents]]:
+        index, now = inputs
+        output = predict(lora, x, now.at.each(len(keys)), condition)
+        y = now.mean(output, x) + now.sigma * draw_noise(keys, index + 1, shape)
+        return y, (y, output)
 
     start = draw_noise(keys, 0, shape)
-    _, (latents, noise_predictions) = jax.lax.scan(step, start, (jnp.arange(schedule.num_steps), schedule))
-    return Trajectory(
-        latents=jnp.concatenate([start[None], latents]),
-        noise_predictions=noise_predictions,
-    )
+    _, (latents, outputs) = jax.lax.scan(step, start, (jnp.arange(chain.num_steps), chain))
+    return Trajectory(latents=jnp.concatenate([start[None], latents]), outputs=outputs)

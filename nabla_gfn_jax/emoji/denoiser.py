@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.diffusion.schedule import expand
+from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.models.clip import CLIPTextModel
 from nabla_gfn_jax.models.unet import UNet2DConditionModel
 from nabla_gfn_jax.models.vae import AutoencoderKL

@@ -77,7 +77,8 @@ def train_denoiser(config: Pretraining, json_files: dict, data: denoiser.LatentD
         "text_encoder": text_encoder.init(key, data.empty_ids[None])["params"],
     }
     transform = optimizer(c.learning_rate, c.steps)
-    loss = denoiser.make_loss(unet, text_encoder, data, alphas_cumprod(json_files["scheduler"]), c.batch)
+    signal = jnp.asarray(alphas_cumprod(json_files["scheduler"]), jnp.float32)
+    loss = denoiser.make_loss(unet, text_encoder, data, signal, c.batch)
     state: State = init_state(params, transform)
     state = fit("denoiser", state, loss, transform, steps=c.steps, seed=config.seed, decay=c.decay, workdir=workdir)
     return state.average

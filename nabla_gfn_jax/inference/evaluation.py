@@ -97,7 +97,7 @@ def choose_metrics(
     if reward is None:
         reasons |= {"reward": "no reward was named", "nats": "no reward was named"}
     elif sampler.has_nats:
-        candidates.insert(0, Nats(reward, sampler.schedule.num_steps, beta))
+        candidates.insert(0, Nats(reward, sampler.chain.num_steps, beta))
     else:
         reasons["nats"] = "steps without noise (eta 0) have no density"
         candidates.insert(0, LogReward(reward))

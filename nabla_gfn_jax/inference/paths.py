@@ -6,9 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from nabla_gfn_jax.algorithms.base import Predict
-from nabla_gfn_jax.diffusion.sampler import draw_noise
-from nabla_gfn_jax.diffusion.schedule import Schedule, step_mean
+from nabla_gfn_jax.diffusion.chain import Chain
+from nabla_gfn_jax.diffusion.sampler import Predict, draw_noise
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 
@@ -23,7 +22,7 @@ class Paths(NamedTuple):
 def sample_paths(
     predict: Predict,
     lora: Params | None,
-    schedule: Schedule,
+    chain: Chain,
     keys: PRNGKeys,
     shape: tuple[int, ...],
     condition: PyTree[Any],
@@ -40,18 +39,17 @@ def sample_paths(
     compare = nats and lora is not None
     across = tuple(range(1, 1 + len(shape)))
 
-    def step(x: Latents, inputs: tuple[Array, Schedule]) -> tuple[Latents, tuple[Array, Array]]:
+    def step(x: Latents, inputs: tuple[Array, Chain]) -> tuple[Latents, tuple[Array, Array]]:
         index, now = inputs
-        time = jnp.broadcast_to(now.timestep, keys.shape)
-        eps, noise = predict(lora, x, time, condition), draw_noise(keys, index + 1, shape)
+        level = now.at.each(len(keys))
+        output, noise = predict(lora, x, level, condition), draw_noise(keys, index + 1, shape)
         spent = log_ratio = jnp.zeros(keys.shape)
         if compare:
-            change = eps - predict(None, x, time, condition)
-            delta = step_mean(change, jnp.zeros_like(x), now) / now.sigma
+            delta = now.mean_o / now.sigma * (output - predict(None, x, level, condition))
             spent = jnp.square(delta).sum(across) / 2
             log_ratio = -spent - (delta * noise).sum(across)
-        return step_mean(eps, x, now) + now.sigma * noise, (spent, log_ratio)
+        return now.mean(output, x) + now.sigma * noise, (spent, log_ratio)
 
-    steps = (jnp.arange(schedule.num_steps), schedule)
+    steps = (jnp.arange(chain.num_steps), chain)
     latents, (spent, log_ratio) = jax.lax.scan(step, draw_noise(keys, 0, shape), steps)
     return Paths(latents, spent.T, log_ratio.sum(axis=0))

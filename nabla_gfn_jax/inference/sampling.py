@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion
-from nabla_gfn_jax.diffusion.schedule import Sampler, make_schedule
-from nabla_gfn_jax.diffusion.text_to_image import Condition, decode, encode_prompts, guided_predictor
+from nabla_gfn_jax.base_models.base import BaseModel, Table, predictor
+from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics.base import Batch, PathStatistics
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, place, split
@@ -41,21 +41,19 @@ class ImageSampler:
     Each prompt is encoded once. Raises `UserError` for a way of sampling that the model does not have.
     """
 
-    def __init__(self, model: StableDiffusion, prompts: Sequence[str], how: Sampling, batch: int = 0):
+    def __init__(self, model: BaseModel, prompts: Sequence[str], how: Sampling, batch: int = 0):
         """`batch`: images sampled together on all devices; 0: as many as are likely to fit."""
-        self.prompts, self.schedule = tuple(prompts), make_schedule(model.scheduler, how.steps, how.eta, how.sampler)
+        self.prompts, self.chain = tuple(prompts), model.chain(how.steps, sampler=how.sampler, eta=how.eta)
         self._model, self._how, self._mesh = model, how, all_devices()
         self._batch = -(-(batch or self._likely_batch()) // self._mesh.size) * self._mesh.size
-        table = encode_prompts(model, self.prompts)
-        table["negative"] = table["negative"][:1]
-        self._params, self._table = place((model.params, table), self._mesh)
+        self._params, self._table = place((model.frozen_params, model.encode_prompts(self.prompts)), self._mesh)
         inputs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
         self._programs = {nats: split(self._program(nats), self._mesh, inputs, SPLIT) for nats in (False, True)}
 
     @property
     def has_nats(self) -> bool:
         """Whether every step is Gaussian, σ > 0."""
-        return bool(np.all(np.asarray(self.schedule.sigma) > 0))
+        return bool(np.all(np.asarray(self.chain.sigma) > 0))
 
     def images(
         self, lora: Params | None, num: int, *, first: int = 0, nats: bool = False, progress: str | None = None
@@ -89,30 +87,28 @@ class ImageSampler:
         return min(on_each, CPU_BATCH) if self._mesh.devices.flat[0].platform == "cpu" else on_each * self._mesh.size
 
     def _pixels(self) -> int:
-        height, width, _ = self._model.latent_shape
-        return height * width * self._model.vae.config.downscale**2
+        height, width, _ = self._model.image_shape
+        return height * width
 
     def _program(self, nats: bool):  # type: ignore[no-untyped-def]
-        model, schedule = self._model, self.schedule
+        model, chain = self._model, self.chain
 
         def run(
-            params: Params, lora: Params | None, table: Condition, keys: PRNGKeys, prompt: Int[Array, " batch"]
+            params: Params, lora: Params | None, table: Table, keys: PRNGKeys, prompt: Int[Array, " batch"]
         ) -> tuple[Images, ...]:
-            context = table["context"][prompt]
-            condition = {"context": context, "negative": jnp.broadcast_to(table["negative"], context.shape)}
-            predict = guided_predictor(model, params["unet"], self._how.guidance)
-            paths = sample_paths(predict, lora, schedule, keys, model.latent_shape, condition, nats=nats)
-            images = self._decode(params["vae"], paths.latents)
+            predict = predictor(model, params, table, self._how.guidance)
+            paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, nats=nats)
+            images = self._decode(params, paths.latents)
             return (images, paths.spent, paths.log_ratio) if nats else (images,)
 
         return run
 
-    def _decode(self, vae: Params, latents: Latents) -> Images:
+    def _decode(self, params: Params, latents: Latents) -> Images:
         """A few at a time."""
         count, most = len(latents), max(1, _DECODED // self._pixels())
         size = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
         parts = latents.reshape(count // size, size, *latents.shape[1:])
-        images = jax.lax.map(lambda part: decode(self._model, vae, part), parts)
+        images = jax.lax.map(partial(self._model.decode, params), parts)
         return images.reshape(count, *images.shape[2:])
 
 

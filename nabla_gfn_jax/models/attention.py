@@ -71,7 +71,7 @@ def _by_head(q: Heads, k: Heads, v: Heads) -> Heads:
 
         @jax.checkpoint
         def part(q: Array) -> Array:
-            scores = (q @ k.T).astype(jnp.float32) * width**-0.5
+            scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * width**-0.5
             return jax.nn.softmax(scores).astype(v.dtype) @ v
 
         return jax.lax.map(part, q.reshape(-1, size, width)).reshape(queries, width)

@@ -65,19 +65,32 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
     return jax.lax.platform_dependent(x, kernel, cpu=by_product, default=native)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: _X, kernel: _K, stride: int, padding: Padding) -> Float[Array, "batch out_height out_width outputs"]:
-    """Cross-correlation as in torch. `padding`: ((top, bottom), (left, right)) zeros, each at most kernel size - 1."""
+    """Cross-correlation as in torch. `padding`: ((top, bottom), (left, right)) zeros, each at most kernel size - 1.
+
+    Its gradients are computed at the matmul precision that is set here, wherever they are traced.
+    """
+    return _convolve(x, kernel, stride, padding, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _convolve(x: Array, kernel: Array, stride: int, padding: Padding, precision: str | None) -> Array:
     return _forward(x, kernel, stride, padding)
 
 
-def _save(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array, tuple[Array, Array]]:
+def _save(
+    x: Array, kernel: Array, stride: int, padding: Padding, precision: str | None
+) -> tuple[Array, tuple[Array, Array]]:
     return _forward(x, kernel, stride, padding), (x, kernel)
 
 
-def _pull_back(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
+def _pull_back(
+    stride: int, padding: Padding, precision: str | None, saved: tuple[Array, Array], dy: Array
+) -> tuple[Array, Array]:
     x, kernel = saved
-    return _input_gradient(x.shape, kernel, stride, padding, dy), _kernel_gradient(x, kernel.shape, stride, padding, dy)
+    with jax.default_matmul_precision(precision):
+        dx = _input_gradient(x.shape, kernel, stride, padding, dy)
+        return dx, _kernel_gradient(x, kernel.shape, stride, padding, dy)
 
 
 def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding: Padding, dy: Array) -> Array:
@@ -122,4 +135,4 @@ def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, padding: Pad
     return jax.lax.platform_dependent(x, dy, cpu=by_position, default=native)
 
 
-convolve.defvjp(_save, _pull_back)
+_convolve.defvjp(_save, _pull_back)

@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import PyTree
 
-from nabla_gfn_jax.configuration import abstract_model, assemble, prompts_of
+from nabla_gfn_jax.base_models.names import DTYPES, abstract_model
 from nabla_gfn_jax.flops import FULL, count_flops
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, placed
 from nabla_gfn_jax.planning.chips import Chip
 from nabla_gfn_jax.planning.hlo import Traffic, traffic
-from nabla_gfn_jax.rewards import ABSTRACT, Reward, load_reward
+from nabla_gfn_jax.rewards import ABSTRACT, load_reward
 from nabla_gfn_jax.settings import Settings
-from nabla_gfn_jax.training.finetuner import ROLLOUT_SPLIT, Finetuner
+from nabla_gfn_jax.training.build import assemble, prompts_of
+from nabla_gfn_jax.training.prompts import abstract_table
+from nabla_gfn_jax.training.trainer import BY_UPDATE, Trainer
 
+_PROMPTS = 1500  # as many as the largest of the paper's sets has, HPDv2's photos and paintings
 PHASES = ("rollout", "update")
 
 
@@ -43,15 +46,14 @@ class Plan:
 
     def __init__(self, config: Settings, chip: Chip, mesh: Mesh, full_effort: bool):
         self.config, self.chip, self.mesh, self.full_effort = config, chip, mesh, full_effort
-        base, reward = abstract_model(config), load_reward(config.reward, weights=False)
-        self.pieces: Finetuner = assemble(config, mesh, base, reward)
+        self.trainer: Trainer = abstract_trainer(config, mesh)
 
-    def compile(self, name: str, pieces: Finetuner | None = None) -> Phase | str:
+    def compile(self, name: str, trainer: Trainer | None = None) -> Phase | str:
         """The phase, or, of one that wants more memory than there is, what the compiler said."""
-        pieces = pieces or self.pieces
-        function, arguments = self.phase(name, pieces)
+        trainer = trainer or self.trainer
+        function, arguments = self.phase(name, trainer)
         mine = self.config.training.trajectories // self.mesh.size
-        print(f"compiling {name}, micro-batches of {mine // pieces.micro_batches} a device", file=sys.stderr)
+        print(f"compiling {name}, micro-batches of {mine // trainer.micro_batches} a device", file=sys.stderr)
         start = time.time()
         try:
             compiled = function.lower(*arguments).compile(compiler_options=self._compiler_options())
@@ -92,8 +94,8 @@ class Plan:
         fitting, beyond = -1, len(sizes)
         while beyond - fitting > 1:
             middle = (fitting + beyond) // 2
-            pieces = replace(self.pieces, micro_batches=mine // sizes[middle])
-            if self.fits(self.compile("update", pieces)):
+            trainer = replace(self.trainer, micro_batches=mine // sizes[middle])
+            if self.fits(self.compile("update", trainer)):
                 fitting = middle
             else:
                 beyond = middle
@@ -104,28 +106,26 @@ class Plan:
             return {"xla_gpu_enable_triton_gemm": False}  # without a GPU to tune its kernels on the UNet fails
         return {} if self.full_effort else {"exec_time_optimization_effort": -1.0}
 
-    def phase(self, name: str, pieces: Finetuner) -> tuple[Any, tuple[Any, ...]]:
+    def phase(self, name: str, trainer: Trainer) -> tuple[Any, tuple[Any, ...]]:
         """The function and the shapes it is called with."""
-        compiled, c = pieces.compile(), self.config
-        frozen = placed(pieces.frozen_params, self.mesh, EVERYWHERE)
-        state = placed(jax.eval_shape(lambda: pieces.first_state(0, c.lora.rank)), self.mesh, EVERYWHERE)
+        c, everywhere = self.config, lambda tree: placed(tree, self.mesh, EVERYWHERE)
+        frozen = everywhere(trainer.frozen_params)
+        state = everywhere(jax.eval_shape(lambda: trainer.first_state(0, c.lora.rank)))
         count = c.training.trajectories
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
-        text = pieces.base.text_encoder
-        features = jax.ShapeDtypeStruct(
-            (count, text.config.max_position_embeddings, text.config.hidden_size), text.dtype
-        )
-        condition = {"context": features, "negative": features}
-        condition["reward"] = _prompt_features(c, pieces.reward, count)
-        drawing = (frozen, state.params, placed(keys, self.mesh, SPLIT), placed(condition, self.mesh, SPLIT))
+        ids = jax.ShapeDtypeStruct((count,), jnp.int32)
+        given = (frozen, state.params, placed(keys, self.mesh, SPLIT), placed(ids, self.mesh, SPLIT))
         if name == "rollout":
-            return compiled.rollout, drawing
-        transitions = jax.eval_shape(compiled.rollout, *drawing).transitions
-        return compiled.update, (frozen, state, placed(transitions, self.mesh, ROLLOUT_SPLIT.transitions))
+            return trainer.rollout, given
+        data = jax.eval_shape(trainer.rollout, *given).data
+        weight = placed(jax.ShapeDtypeStruct((count,), jnp.float32), self.mesh, SPLIT)
+        return trainer.update, (frozen, state, placed(data, self.mesh, BY_UPDATE), weight)
 
 
-def _prompt_features(config: Settings, reward: Reward, count: int) -> PyTree[Any]:
-    """Shapes of what the reward keeps of `count` prompts."""
-    prompt = "" if config.reward in ABSTRACT else prompts_of(config)[0]
-    one = reward.encode_prompts([prompt])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), one)
+def abstract_trainer(config: Settings, mesh: Mesh) -> Trainer:
+    """A run's trainer without weights: shapes in the place of arrays."""
+    base, reward = abstract_model(config.model, DTYPES[config.model_dtype]), load_reward(config.reward, weights=False)
+    # A set that is on the hub need not be here to plan a run whose reward needs none of it.
+    prompts = ("",) * _PROMPTS if config.reward in ABSTRACT else prompts_of(config)
+    table = abstract_table(base, reward, len(prompts), prompts[0])
+    return assemble(config, mesh, base, reward, table, len(prompts))

@@ -43,14 +43,12 @@ def _parameters(plan: Plan) -> str:
     def millions(tree: object) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:.1f} M"
 
-    pieces = plan.pieces
-    state = jax.eval_shape(lambda: pieces.first_state(0, plan.config.lora.rank))
-    frozen = pieces.frozen_params
-    return (
-        f"UNet {millions(frozen['base']['unet'])}, VAE {millions(frozen['base']['vae'])}, reward "
-        f"{millions(frozen['reward'])}; trained: LoRA {millions(state.params['lora'])}, flow "
-        f"{millions(state.params['flow'])}"
-    )
+    trainer = plan.trainer
+    state = jax.eval_shape(lambda: trainer.first_state(0, plan.config.lora.rank))
+    frozen = trainer.frozen_params
+    base = ", ".join(f"{part} {millions(tree)}" for part, tree in frozen["base"].items())
+    trained = ", ".join(f"{name} {millions(tree)}" for name, tree in state.params.items())
+    return f"{base}, reward {millions(frozen['reward'])}; trained: {trained}"
 
 
 def _work(plan: Plan, phase: Phase) -> str:

@@ -21,7 +21,7 @@ from nabla_gfn_jax.models.preprocess import clip_normalise
 from nabla_gfn_jax.models.resize import resize
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
-from nabla_gfn_jax.typing import Images, Params, Resized, Scores
+from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
 CLIP = "openai/clip-vit-large-patch14"
 # The head's layers by their place in the checkpoint; between them is dropout, and no nonlinearity.
@@ -37,7 +37,7 @@ class AestheticModel(nn.Module):
     embed_dim: int
 
     @nn.compact
-    def __call__(self, images: Images) -> Scores:
+    def __call__(self, images: Images) -> PerSample:
         x = CLIPVisionModelWithProjection(self.vision, self.embed_dim, name="clip")(images)
         x = x / jnp.linalg.norm(x, axis=-1, keepdims=True)
         for i, width in _HEAD.items():
@@ -82,8 +82,8 @@ def _shapes(model: AestheticModel) -> Params:
     return shapes
 
 
-def _scorer(model: AestheticModel) -> Callable[[Params, Images, dict[str, Array]], Scores]:
-    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
+def _scorer(model: AestheticModel) -> Callable[[Params, Images, dict[str, Array]], PerSample]:
+    def score(params: Params, images: Images, prompts: dict[str, Array]) -> PerSample:
         with jax.default_matmul_precision("highest"):
             return jnp.asarray(model.apply({"params": params}, preprocess(images, model.vision.image_size)))
 

@@ -18,7 +18,7 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models import efficientnet
 from nabla_gfn_jax.models.efficientnet import EfficientNetLite
 from nabla_gfn_jax.rewards.reward import Reward
-from nabla_gfn_jax.typing import Images, Params, PRNGKey, Scores
+from nabla_gfn_jax.typing import Images, Params, PerSample, PRNGKey
 
 DATA = Path(__file__).parent / "data"
 NETWORK = EfficientNetLite("lite0")
@@ -61,7 +61,7 @@ def valence() -> Reward:
     The bound keeps log R within the scale people's judgements have, however far an image leaves the drawings.
     """
 
-    def score(params: Params, images: Images, prompts: dict) -> Scores:
+    def score(params: Params, images: Images, prompts: dict) -> PerSample:
         return jnp.tanh(_linear(params, images)[:, 0])
 
     return Reward(_load_head("valence"), lambda prompts: {}, score)
@@ -73,7 +73,7 @@ def recognisability() -> Reward:
     def encode(prompts: list[str]) -> Int[Array, " batch"]:
         return jnp.array([_animal(prompt) for prompt in prompts], jnp.int32)
 
-    def score(params: Params, images: Images, animal: Int[Array, " batch"]) -> Scores:
+    def score(params: Params, images: Images, animal: Int[Array, " batch"]) -> PerSample:
         log_p = jax.nn.log_softmax(_linear(params, images), axis=-1)
         return jnp.take_along_axis(log_p, animal[:, None], axis=-1)[:, 0]
 

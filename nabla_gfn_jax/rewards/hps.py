@@ -14,7 +14,7 @@ from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig,
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.models.preprocess import clip_normalise, fit_longer_side
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
-from nabla_gfn_jax.typing import Images, Params, Resized, Scores
+from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
 _ENCODED_TOGETHER = 32  # prompts
 _UNUSED = "logit_scale"
@@ -64,10 +64,10 @@ def _shapes(config: OpenCLIPConfig) -> Params:
     return shapes
 
 
-def _scorer(config: OpenCLIPConfig) -> Callable[[Params, Images, Embeddings], Scores]:
+def _scorer(config: OpenCLIPConfig) -> Callable[[Params, Images, Embeddings], PerSample]:
     vision = OpenCLIPVision(config.vision, config.embed_dim)
 
-    def score(params: Params, images: Images, prompts: Embeddings) -> Scores:
+    def score(params: Params, images: Images, prompts: Embeddings) -> PerSample:
         with jax.default_matmul_precision("highest"):
             features = vision.apply({"params": params}, preprocess(images, config.vision.image_size))
         return jnp.sum(_unit(jnp.asarray(features)) * prompts, axis=-1)

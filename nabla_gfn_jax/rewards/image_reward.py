@@ -21,7 +21,7 @@ from nabla_gfn_jax.models.layers import Dense
 from nabla_gfn_jax.models.preprocess import clip_normalise, crop_longer_side
 from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
-from nabla_gfn_jax.typing import Images, Params, Resized, Scores, TokenIds
+from nabla_gfn_jax.typing import Images, Params, PerSample, Resized, TokenIds
 
 TOKENS = 35  # of a prompt, [CLS] and [SEP] among them: as the paper's model was trained
 # Of the raw scores on the training set: log R is standardised.
@@ -40,7 +40,7 @@ class ImageRewardModel(nn.Module):
     text: BertConfig
 
     @nn.compact
-    def __call__(self, images: Images, ids: TokenIds, mask: Mask) -> Scores:
+    def __call__(self, images: Images, ids: TokenIds, mask: Mask) -> PerSample:
         tokens = BLIPVision(self.vision, name="blip.visual_encoder")(images)
         x = BLIPText(self.text, name="blip.text_encoder")(ids, mask, tokens)[:, 0]
         for place, features in _HEAD.items():
@@ -99,8 +99,8 @@ def _shapes(model: ImageRewardModel) -> Params:
     return shapes
 
 
-def _scorer(model: ImageRewardModel) -> Callable[[Params, Images, dict[str, Array]], Scores]:
-    def score(params: Params, images: Images, prompts: dict[str, Array]) -> Scores:
+def _scorer(model: ImageRewardModel) -> Callable[[Params, Images, dict[str, Array]], PerSample]:
+    def score(params: Params, images: Images, prompts: dict[str, Array]) -> PerSample:
         images = preprocess(images, model.vision.image_size)
         with jax.default_matmul_precision("highest"):
             return jnp.asarray(model.apply({"params": params}, images, prompts["ids"], prompts["mask"]))

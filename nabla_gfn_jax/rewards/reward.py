@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jaxtyping import PyTree
 
-from nabla_gfn_jax.typing import Images, Params, Scores
+from nabla_gfn_jax.typing import Images, Params, PerSample
 
 
 @dataclass(frozen=True)
@@ -21,10 +21,10 @@ class Reward:
 
     params: Params
     encode_prompts: Callable[[list[str]], PyTree[Any]]
-    score: Callable[[Params, Images, PyTree[Any]], Scores]
+    score: Callable[[Params, Images, PyTree[Any]], PerSample]
 
 
-def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., Scores]) -> Reward:
+def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., PerSample]) -> Reward:
     """A reward to compile and not to run: `shapes` of its parameters and of one prompt's features, for arrays."""
 
     def encode(prompts: list[str]) -> PyTree[Any]:

@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from nabla_gfn_jax.diffusion.schedule import expand
-from nabla_gfn_jax.typing import Latents, Params, Scores
+from nabla_gfn_jax.diffusion.chain import expand
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
-Score = Callable[[Params, Latents, PyTree[Any]], Scores]  # (frozen parameters, z, prompt features) → log R
+Score = Callable[[Params, Latents, PromptIds], PerSample]  # (frozen parameters, z, prompt_id) → log R
 
 
 def in_parts(function: Callable[..., Any], size: int, *rows: PyTree[Any]) -> Any:
@@ -36,15 +36,15 @@ def latent_reward(score: Score, size: int) -> Score:
     """
 
     @jax.custom_vjp
-    def log_reward(frozen: Params, z: Latents, features: PyTree[Any]) -> Scores:
-        return in_parts(partial(score, frozen), size, z, features)
+    def log_reward(frozen: Params, z: Latents, prompt_id: PromptIds) -> PerSample:
+        return in_parts(partial(score, frozen), size, z, prompt_id)
 
-    def forward(frozen: Params, z: Latents, features: PyTree[Any]) -> tuple[Scores, Latents]:
-        def value_and_gradient(z: Latents, features: PyTree[Any]) -> tuple[Scores, Latents]:
-            value, pull = jax.vjp(lambda z: score(frozen, z, features), z)
+    def forward(frozen: Params, z: Latents, prompt_id: PromptIds) -> tuple[PerSample, Latents]:
+        def value_and_gradient(z: Latents, prompt_id: PromptIds) -> tuple[PerSample, Latents]:
+            value, pull = jax.vjp(lambda z: score(frozen, z, prompt_id), z)
             return value, pull(jnp.ones_like(value))[0]
 
-        return in_parts(value_and_gradient, size, z, features)
+        return in_parts(value_and_gradient, size, z, prompt_id)
 
     def backward(gradient: Latents, cotangent: Array) -> tuple[None, Latents, None]:
         return None, expand(cotangent, gradient) * gradient, None

@@ -21,13 +21,13 @@ class Sink(NamedTuple):
 class MetricsLog:
     """Appends one row an update to `metrics.jsonl`; rows of a step that is repeated after a resume are replaced."""
 
-    def __init__(self, workdir: Path, first_step: int, config: Any, *, write: bool = True):
+    def __init__(self, workdir: Path, first_epoch: int, config: Any, *, write: bool = True):
         self._file = workdir / "metrics.jsonl"
         self._sinks: list[Sink] = []
         self._writes = write
         if not write:  # another process does
             return
-        self._keep_rows_before(first_step)
+        self._keep_rows_before(first_epoch)
         if config.logging.tensorboard:
             self._sinks.append(_tensorboard(workdir))
         if config.logging.wandb:
@@ -48,10 +48,10 @@ class MetricsLog:
         for sink in self._sinks:
             sink.close()
 
-    def _keep_rows_before(self, step: int) -> None:
+    def _keep_rows_before(self, epoch: int) -> None:
         if self._file.exists():
             whole = [line for line in self._file.read_text().splitlines(keepends=True) if line.endswith("\n")]
-            rows = [line for line in whole if json.loads(line)["step"] < step]  # without one that a crash cut short
+            rows = [line for line in whole if json.loads(line)["epoch"] < epoch]  # without one that a crash cut short
             write_whole(self._file, "".join(rows).encode())
 
 
@@ -64,7 +64,7 @@ def _tensorboard(workdir: Path) -> Sink:
 
     def write(row: dict[str, float]) -> None:
         for name, value in row.items():
-            writer.add_scalar(name, value, int(row["step"]))
+            writer.add_scalar(name, value, int(row["epoch"]))
 
     return Sink(write, writer.close)
 
@@ -75,4 +75,4 @@ def _wandb(workdir: Path, config: dict[str, Any]) -> Sink:
     except ImportError:
         raise UserError("logging.wandb needs wandb; pip install 'nabla_gfn_jax[logging]'") from None
     run = wandb.init(project="nabla_gfn_jax", dir=str(workdir), config=config, resume="allow", id=workdir.name)
-    return Sink(lambda row: run.log(row, step=int(row["step"])), run.finish)
+    return Sink(lambda row: run.log(row, step=int(row["epoch"])), run.finish)

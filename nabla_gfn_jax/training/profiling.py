@@ -30,7 +30,8 @@ class Trace:
     def after(self, epoch: int) -> None:
         if self._epochs and epoch == self._epochs[-1]:
             jax.profiler.stop_trace()
-            print(f"trace of epochs {self._epochs[0]} to {epoch}: {self._folder}")
+            if jax.process_index() == 0:
+                print(f"trace of epochs {self._epochs[0]} to {epoch}: {self._folder}")
 
 
 def peak_memory() -> int:
@@ -54,15 +55,12 @@ class Meter:
         """An epoch begins."""
         self._start, self._done = time.time(), 0.0
 
-    def call(self, name: str, function: Any, *arguments: Any) -> Any:
-        """`function(*arguments)`, a jitted one, its work counted."""
-        self.count(name, function.trace(*arguments))
-        return function(*arguments)
+    def know(self, name: str, traced: Any) -> None:
+        """What one call of a traced function does, under its name."""
+        self._flops[name] = sum(flops_of(traced.jaxpr).values())
 
-    def count(self, name: str, traced: Any) -> None:
-        """Counts a call of a traced function that is made elsewhere; `name` tells functions apart."""
-        if name not in self._flops:
-            self._flops[name] = sum(flops_of(traced.jaxpr).values())
+    def call(self, name: str) -> None:
+        """Counts a call of a function that is known."""
         self._done += self._flops[name]
 
     def numbers(self, images: int) -> dict[str, float]:

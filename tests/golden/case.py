@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import StableDiffusion, abstract_params
+from nabla_gfn_jax.base_models.diffusers_folder import abstract_params
+from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion, TextFeatures
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
 from nabla_gfn_jax.models.lora import init_lora
@@ -48,7 +49,7 @@ def _random(shapes, seed, dtype, scale=0.2):
 
 
 def case(prediction, dtype):
-    """Model, two LoRAs (of which `earlier` samples), φ, condition, and log R = Σ shade · image² of each sample."""
+    """Model, two LoRAs (`earlier` samples), φ, table of B prompts, and log R = mean of shade · image²."""
     unet = UNet2DConditionModel(UNetConfig(**_UNET), dtype)
     vae = AutoencoderKL(VAEConfig(**_BLOCKS | {"block_out_channels": (8, 8), "scaling_factor": 1.0}), dtype)
     text = CLIPTextModel(CLIPTextConfig(**_TEXT), dtype)
@@ -60,11 +61,10 @@ def case(prediction, dtype):
     context, negative, shade = (
         jnp.asarray(rng.normal(size=s), dtype) for s in ((BATCH, 5, 8), (1, 5, 8), (BATCH, 8, 8, 3))
     )
-    condition = {"context": context, "negative": jnp.broadcast_to(negative, context.shape), "shade": shade}
 
-    def log_reward(z, condition):
+    def log_reward(z, prompt_id):
         images = vae.apply({"params": params["vae"]}, z, method="decode")
-        return (condition["shade"] * images**2).mean((1, 2, 3))
+        return (shade[prompt_id] * images**2).mean((1, 2, 3))
 
     phi = jax.eval_shape(unet.init, jax.random.key(0), jnp.zeros((1, 4, 4, 4)), jnp.zeros(1, jnp.int32), context[:1])
     return SimpleNamespace(
@@ -72,7 +72,7 @@ def case(prediction, dtype):
         lora=_random(shapes, 1, dtype, 0.5),
         earlier=_random(shapes, 2, dtype, 0.5),
         phi=_random(phi["params"], 3, dtype),
-        condition=condition,
+        table=TextFeatures(context=context, empty=negative[0]),
         log_reward=log_reward,
-        correction=lambda phi, x, t, c: unet.apply({"params": phi}, x, t, c["context"]),
+        correction=lambda phi, x, level, prompt_id: unet.apply({"params": phi}, x, level.time, context[prompt_id]),
     )

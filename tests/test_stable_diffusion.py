@@ -6,19 +6,18 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 import torch_oracle as oracle
 from diffusers import StableDiffusionPipeline
 from diffusers.schedulers import scheduling_ddim
 from torch_oracle import nchw, nhwc, relative
 
-from nabla_gfn_jax.checkpoints.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.base import BaseModel, predictor
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
+from nabla_gfn_jax.base_models.names import SHIPPED_MODELS
+from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion, TextFeatures
 from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
-from nabla_gfn_jax.configuration import SHIPPED_MODELS
 from nabla_gfn_jax.diffusion.sampler import draw_noise, sample
-from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION, alphas_cumprod, make_schedule
-from nabla_gfn_jax.diffusion.text_to_image import decode, encode_prompts, guided_predictor
-from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.models.lora import init_lora
 
 STEPS, GUIDANCE = 50, 5.0
@@ -43,14 +42,15 @@ def draw_in_both(folder, pipe, lora, prompts, monkeypatch):
     their_images = pipe(prompts, latents=start, callback_on_step_end=record, **options).images
     assert next(noise, None) is None
 
-    schedule = make_schedule(model.scheduler, STEPS)
+    assert isinstance(model, BaseModel)
+    chain = model.chain(STEPS)
 
-    def run(params, lora, keys, condition):
-        predictor = guided_predictor(model, params["unet"], GUIDANCE)
-        trajectory = sample(lambda x, t, c: predictor(lora, x, t, c), schedule, keys, shape, condition)
-        return trajectory.latents[1:], decode(model, params["vae"], trajectory.samples)
+    def run(params, lora, keys, table):
+        predict = predictor(model, params, table, GUIDANCE)
+        trajectory = sample(predict, lora, chain, keys, shape, jnp.arange(len(prompts)))
+        return trajectory.latents[1:], model.decode(params, trajectory.samples)
 
-    arguments = (model.params, lora, keys, encode_prompts(model, prompts))
+    arguments = (model.params, lora, keys, model.encode_prompts(prompts))
     ours, images = oracle.compile_quickly(run, *arguments)(*arguments)
     return zip(ours, theirs, strict=True), images, their_images
 
@@ -87,7 +87,7 @@ def test_the_shipped_velocity_prediction_with_a_lora_in_kohyas_layout(tmp_path, 
 
 
 class FakeUNet:
-    """Noise (or velocity) that says who was asked what: scale · (mean of the context + t), scale 2 with a LoRA."""
+    """An output that says who was asked what: scale · (mean of the context + t), scale 2 with a LoRA."""
 
     def __init__(self):
         self.batches = []
@@ -99,40 +99,20 @@ class FakeUNet:
         return scale * jnp.broadcast_to(per_sample[:, None, None, None], x.shape)
 
 
-def fake_case(prediction_type):
-    model = SimpleNamespace(unet=FakeUNet(), scheduler=STABLE_DIFFUSION | {"prediction_type": prediction_type})
-    rng = np.random.default_rng(0)
-    x, negative, context = (
-        jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((3, 2, 2, 4), (3, 5, 6), (3, 5, 6))
-    )
-    t = jnp.asarray([981, 500, 1], jnp.int32)
-    predict = guided_predictor(model, {"scale": 0.5}, GUIDANCE)
-    means = [np.asarray(c).mean(axis=(1, 2)) + np.asarray(t) for c in (negative, context)]
-    guided = 0.5 * (means[0] + GUIDANCE * (means[1] - means[0]))[:, None, None, None]
-    return model, predict, (x, t, {"negative": negative, "context": context}), guided
-
-
 def test_guidance_asks_once_with_a_doubled_batch():
-    model, predict, arguments, guided = fake_case("epsilon")
-    np.testing.assert_allclose(predict(None, *arguments), np.broadcast_to(guided, (3, 2, 2, 4)), rtol=1e-5)
-    np.testing.assert_allclose(predict({}, *arguments), 2 * np.broadcast_to(guided, (3, 2, 2, 4)), rtol=1e-5)
-    assert model.unet.batches == [6, 6]
-
-
-def test_a_velocity_becomes_noise():
-    """v = √ᾱ ε − √(1−ᾱ) x₀ and x = √ᾱ x₀ + √(1−ᾱ) ε, solved for ε sample by sample."""
-    _, predict, (x, t, condition), velocity = fake_case("v_prediction")
-    eps = predict(None, x, t, condition)
-    alpha_bar = np.asarray(alphas_cumprod(STABLE_DIFFUSION), np.float64)[np.asarray(t)][:, None, None, None]
-    clean = np.sqrt(alpha_bar) * x - np.sqrt(1 - alpha_bar) * velocity
-    expected = (x - np.sqrt(alpha_bar) * clean) / np.sqrt(1 - alpha_bar)
-    assert max(relative(a, b) for a, b in zip(eps, expected, strict=True)) < 1e-5
-
-
-def test_other_predictions_are_refused():
-    model = SimpleNamespace(scheduler=STABLE_DIFFUSION | {"prediction_type": "sample"})
-    with pytest.raises(UserError, match="prediction_type 'sample' is not supported"):
-        guided_predictor(model, {}, GUIDANCE)
+    unet = FakeUNet()
+    model = StableDiffusion(unet, None, None, None, STABLE_DIFFUSION, {})
+    rng = np.random.default_rng(0)
+    x, empty, context = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 2, 2, 4), (5, 6), (7, 5, 6)))
+    ids = jnp.asarray([6, 0, 2])
+    level = model.chain(50)[jnp.asarray([0, 24, 49])].at
+    predict = predictor(model, {"unet": {"scale": 0.5}}, TextFeatures(context=context, empty=empty), GUIDANCE)
+    times = np.asarray([981, 501, 1])
+    without, asked = (np.asarray(c).mean(axis=(-2, -1)) + times for c in (empty, context[ids]))
+    guided = np.broadcast_to(0.5 * (without + GUIDANCE * (asked - without))[:, None, None, None], x.shape)
+    np.testing.assert_allclose(predict(None, x, level, ids), guided, rtol=1e-5)
+    np.testing.assert_allclose(predict({}, x, level, ids), 2 * guided, rtol=1e-5)
+    assert unet.batches == [6, 6]
 
 
 def test_each_prompt_is_encoded_once_and_the_order_kept(tmp_path):
@@ -146,17 +126,19 @@ def test_each_prompt_is_encoded_once_and_the_order_kept(tmp_path):
         return model.tokenizer(prompts)
 
     prompts = ["a cat", "", "two dogs", "a cat"]
-    condition = encode_prompts(dataclasses.replace(model, tokenizer=tokenize), prompts)
+    table = dataclasses.replace(model, tokenizer=tokenize).encode_prompts(prompts)
     assert asked == [["", "a cat", "two dogs"]]
     expected, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
-    assert relative(condition["context"], expected) < 1e-5
-    assert relative(condition["negative"], negative) < 1e-5
-    np.testing.assert_array_equal(condition["context"][1], condition["negative"][0])
+    assert relative(table.context, expected) < 1e-5
+    assert relative(table.empty, negative[0]) < 1e-5
+    np.testing.assert_array_equal(table.context[1], table.empty)
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), table)
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), model.abstract_table(4)) == shapes
 
 
 def test_decoded_images_are_clamped():
     vae = SimpleNamespace(apply=lambda variables, z, method: z.astype(jnp.bfloat16))
     latents = jnp.asarray([-0.5, 0.25, 1.5]).reshape(1, 1, 1, 3)
-    images = decode(SimpleNamespace(vae=vae), {}, latents)
+    images = StableDiffusion(None, vae, None, None, {}, {}).decode({"vae": {}}, latents)
     np.testing.assert_array_equal(images.ravel(), [0.0, 0.25, 1.0])
     assert images.dtype == jnp.float32

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy.special import ndtr
 
-from nabla_gfn_jax.diffusion.schedule import Schedule
+from nabla_gfn_jax.diffusion.chain import Chain
 
 Points = Float[Array, "batch 2"]
 
@@ -26,15 +26,30 @@ class Mixture(NamedTuple):
         weights = np.exp(log_weights - log_weights.max())
         return Mixture(weights / weights.sum(), self.means + self.std**2 * k, self.std)
 
-    def noise_prediction(self, x: Points, alpha_bar: Float[Array, " batch"]) -> Points:
-        """E[ε | x] = −√(1−ᾱ) ∇ log p_t(x), exactly what a perfectly trained network would say."""
-        alpha_bar = alpha_bar[:, None]
-        variance = alpha_bar * self.std**2 + 1 - alpha_bar
-        means = jnp.asarray(self.means, jnp.float32)
-        offsets = x[:, None, :] - jnp.sqrt(alpha_bar)[..., None] * means[None]  # (B, modes, 2)
+    def noise_prediction(self, x: Points, signal: Float[Array, " batch"]) -> Points:
+        """E[ε | x = √ᾱ x₀ + √(1−ᾱ) ε] = −√(1−ᾱ) ∇ log p(x), exactly what a perfectly trained network would say."""
+        root, noise = jnp.sqrt(signal)[:, None], jnp.sqrt(1 - signal)[:, None]
+        responsibility, offsets = self._responsibilities(x, root, noise)
+        variance = root**2 * self.std**2 + noise**2
+        return noise * (responsibility[..., None] * offsets).sum(1) / variance
+
+    def velocity(self, x: Points, s: Float[Array, " batch"]) -> Points:
+        """E[ε − x₀ | x = (1−s) x₀ + s ε], a rectified flow's velocity field."""
+        scale, noise = 1 - s[:, None], s[:, None]
+        responsibility, offsets = self._responsibilities(x, scale, noise)
+        variance = scale**2 * self.std**2 + noise**2
+        slope = (noise - scale * self.std**2) / variance
+        of_mode = slope[..., None] * offsets - jnp.asarray(self.means, jnp.float32)[None]
+        return (responsibility[..., None] * of_mode).sum(1)
+
+    def _responsibilities(
+        self, x: Points, scale: Float[Array, "batch 1"], noise: Float[Array, "batch 1"]
+    ) -> tuple[Float[Array, "batch modes"], Float[Array, "batch modes 2"]]:
+        """Each mode's share of x = scale · x₀ + noise · ε, and x less the mode's mean."""
+        offsets = x[:, None, :] - scale[..., None] * jnp.asarray(self.means, jnp.float32)[None]
+        variance = scale**2 * self.std**2 + noise**2
         logits = jnp.log(jnp.asarray(self.weights, jnp.float32))[None] - (offsets**2).sum(-1) / (2 * variance)
-        responsibility = jax.nn.softmax(logits)
-        return jnp.sqrt(1 - alpha_bar) * (responsibility[..., None] * offsets).sum(1) / variance
+        return jax.nn.softmax(logits), offsets
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
         modes = rng.choice(len(self.weights), size, p=self.weights)
@@ -47,22 +62,22 @@ class Mixture(NamedTuple):
         return ((points[:, None] - self.means) ** 2).sum(-1).argmin(1)
 
 
-def sampled(data: Mixture, schedule: Schedule) -> Mixture:
-    """What the schedule's steps draw when the noise prediction is exact for `data`.
+def sampled(data: Mixture, chain: Chain) -> Mixture:
+    """What the chain's steps draw when the network's output is exact for `data`.
 
-    Within a mode ε is linear in x, so the steps are a linear Gaussian recursion for its mean and variance;
+    Within a mode x̂ is linear in x, so the steps are a linear Gaussian recursion for its mean and variance;
     modes far apart keep their weights. 50 steps leave modes narrower than the data's.
     """
     mean, variance = 0.0, 1.0  # the mean as a multiple of the mode's
-    for k in range(schedule.num_steps):
-        step = schedule[k]
-        alpha_bar, after, sigma = float(step.alpha_bar), float(step.alpha_bar_next), float(step.sigma)
-        slope = (1 - alpha_bar) ** 0.5 / (alpha_bar * data.std**2 + 1 - alpha_bar)  # ε = slope (x − √ᾱ m)
-        on_eps = (1 - after - sigma**2) ** 0.5 - (after * (1 - alpha_bar) / alpha_bar) ** 0.5
-        on_x = (after / alpha_bar) ** 0.5 + on_eps * slope
-        mean = on_x * mean - on_eps * slope * alpha_bar**0.5
-        variance = on_x**2 * variance + sigma**2
-    return Mixture(data.weights, mean * data.means, variance**0.5)
+    at, steps = jax.tree.map(lambda a: np.asarray(a, np.float64), (chain.at, chain))
+    on_clean = steps.mean_o / at.clean_o  # μ = on_x x + on_clean x̂
+    on_x = steps.mean_x - on_clean * at.clean_x
+    gain = at.signal**0.5 * data.std**2 / (at.signal * data.std**2 + 1 - at.signal)  # x̂ = m + gain (x − √ᾱ m)
+    for k in range(chain.num_steps):
+        slope = on_x[k] + on_clean[k] * gain[k]
+        mean = slope * mean + on_clean[k] * (1 - gain[k] * at.signal[k] ** 0.5)
+        variance = slope**2 * variance + steps.sigma[k] ** 2
+    return Mixture(data.weights, mean * data.means, float(variance) ** 0.5)
 
 
 class Distance(NamedTuple):

@@ -1,10 +1,11 @@
 """Does it sample the right distribution? Algorithms against an exact target in the plane.
 
-    python -m nabla_gfn_jax.experiments.mixture2d --out=runs/mixture2d
+    python -m nabla_gfn_jax.studies.mixture2d --out=runs/mixture2d
 
-The base "model" is the closed-form noise prediction of a Gaussian mixture, sampled in Stable Diffusion's
-own 50 DDPM steps; the reward is log R(x) = k·x, so that the distribution to be reached, P_base(x) R(x), is a
-mixture too. The policy adds an MLP to the base, and the algorithms are those that finetune images.
+The base "model" is the closed-form noise prediction of a Gaussian mixture, sampled in Stable Diffusion's own 50 DDPM
+steps, or, with --base=flow, its velocity field as a rectified flow, sampled by the memoryless process. The reward is
+log R(x) = k·x, so that the distribution to be reached, P_base(x) R(x), is a mixture too. The policy adds an MLP to the
+base, and the algorithms are those that finetune images.
 """
 
 import functools
@@ -15,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,27 +24,23 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from nabla_gfn_jax.algorithms.base import Algorithm, Model
+from nabla_gfn_jax.algorithms.base import Algorithm, Model, Rollout
+from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
-from nabla_gfn_jax.algorithms.reward_maximiser import RewardMaximiser
 from nabla_gfn_jax.command_line import parse
+from nabla_gfn_jax.diffusion.chain import Level, expand, rectified_flow_chain, stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
-from nabla_gfn_jax.diffusion.schedule import (
-    STABLE_DIFFUSION,
-    alphas_cumprod,
-    clean_prediction,
-    make_schedule,
-)
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
-from nabla_gfn_jax.experiments.mixture import Distance, Mixture, Points, cell_kl, distance, sampled
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.typing import Params, PRNGKey, Timesteps
+from nabla_gfn_jax.studies.mixture import Distance, Mixture, Points, cell_kl, distance, sampled
+from nabla_gfn_jax.typing import Params, PRNGKey, PromptIds, Timesteps
 
 DATA = Mixture(np.array([0.4, 0.4, 0.2]), np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), 0.3)
 REWARDS = {"mild": np.array([0.5, 0.25]), "doubled": np.array([1.0, 0.5])}
-SCHEDULE = make_schedule(STABLE_DIFFUSION, 50)
-ALPHAS = alphas_cumprod(STABLE_DIFFUSION)
-BASE = sampled(DATA, SCHEDULE)  # what 50 steps with the exact noise prediction draw
+CHAINS = {"diffusion": stable_diffusion_chain(STABLE_DIFFUSION, 50), "flow": rectified_flow_chain(50)}
+BASES = {name: sampled(DATA, chain) for name, chain in CHAINS.items()}  # what 50 steps with the exact output draw
+BASE = BASES["diffusion"]
 WIDTH, FREQUENCIES = 128, 8
 SYMBOLS: dict[Any, str] = {"alpha_bar": "ᾱ", "sqrt_alpha_bar": "√ᾱ", "one": "1"}
 AVERAGE = 0.99  # decay of the running mean of policy parameters, which is what is judged
@@ -75,19 +72,26 @@ class Result(NamedTuple):
     mean_reward: float
 
 
-def make_model(k: Float[np.ndarray, "2"]) -> Model:
+def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion") -> Model:
     """Exact base + MLP of (x, x̂_#, t), scaled so that its output is of order 1 at every time; log R = k·x."""
     direction = jnp.asarray(k, jnp.float32)
 
-    def predict(lora: Params | None, x: Points, t: Timesteps, condition: Any) -> Points:
-        alpha_bar = ALPHAS[t]
-        eps = DATA.noise_prediction(x, alpha_bar)
-        if lora is None:
-            return eps
-        inputs = jnp.concatenate([x, clean_prediction(eps, x, alpha_bar)], axis=1)
-        return eps - jnp.sqrt(alpha_bar)[:, None] * mlp(lora, inputs, t)
+    def exact(x: Points, level: Level) -> Points:
+        if base == "flow":
+            return DATA.velocity(expand(level.input_scale, x) * x, level.time / 1000)
+        return DATA.noise_prediction(x, level.signal)
 
-    return Model(predict, lambda phi, x, t, c: mlp(phi, x, t), lambda z, c: z @ direction)
+    def predict(lora: Params | None, x: Points, level: Level, condition: PromptIds) -> Points:
+        output = exact(x, level)
+        if lora is None:
+            return output
+        inputs = jnp.concatenate([x, level.clean(output, x)], axis=1)
+        return output + expand(jnp.sqrt(1 - level.signal) / level.clean_o, x) * mlp(lora, inputs, level.time)
+
+    def correction(phi: Params, x: Points, level: Level, prompt_id: PromptIds) -> Points:
+        return mlp(phi, x, level.time)
+
+    return Model(CHAINS[base], predict, lambda z, prompt_id: z @ direction, {"correction": correction})
 
 
 def init_mlp(key: PRNGKey, inputs: int) -> Params:
@@ -114,32 +118,34 @@ def keys_of(key: PRNGKey, number: int) -> Array:
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(number))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
 def draw(lora: Params | None, model: Model, number: int, key: PRNGKey) -> Points:
-    predict = functools.partial(model.predict, lora)
-    return sample(predict, SCHEDULE, keys_of(key, number), (2,), ()).samples
+    """Samples of the policy."""
+    ids = jnp.zeros(number, jnp.int32)
+    run = jax.jit(lambda lora, keys: sample(model.predict, lora, model.chain, keys, (2,), ids).samples)
+    return run(lora, keys_of(key, number))
 
 
 def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[Params, int]:
     """On-policy updates, each on a fresh batch; returns the averaged policy and the number of updates."""
-    lora_key, flow_key, sample_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
-    flow = init_mlp(flow_key, 2) if run.algorithm.uses_flow else {}
-    params = {"lora": init_mlp(lora_key, 4), "flow": flow}
+    lora_key, head_key, sample_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
+    params = {"lora": init_mlp(lora_key, 4)} | {name: init_mlp(head_key, 2) for name in run.algorithm.heads()}
     rate = optax.cosine_decay_schedule(run.learning_rate, run.updates)
     one = optax.chain(optax.clip_by_global_norm(run.gradient_clip), optax.adam(rate))
-    optimizer = optax.partition({"lora": one, "flow": one}, {"lora": "lora", "flow": "flow"})
+    optimizer = optax.partition(dict.fromkeys(params, one), {name: name for name in params})
+    ids, weight = jnp.zeros(run.batch, jnp.int32), jnp.ones(run.batch)
 
     def update(state: Any, index: Array) -> tuple[Any, Array]:
         params, average, optimizer_state = state
         keys = keys_of(jax.random.fold_in(sample_key, index), run.batch)
-        trajectory = sample(functools.partial(model.predict, params["lora"]), SCHEDULE, keys, (2,), ())
-        transitions = run.algorithm.transitions(params, model, keys, trajectory, SCHEDULE, (), draws=1)
-        _, gradient = run.algorithm.value_and_grad(params, model, jax.tree.map(lambda a: a[0], transitions))
+        trajectory = sample(model.predict, params["lora"], model.chain, keys, (2,), ids)
+        log_reward = model.log_reward(trajectory.samples, ids)
+        batch = run.algorithm.batch(params, model, Rollout(trajectory, log_reward, ids, keys), 1)
+        _, gradient = run.algorithm.value_and_grad(params, model, jax.tree.map(lambda a: a[0], batch.data), weight)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int counts and floats
             updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)
         average = optax.incremental_update(params["lora"], average, 1 - AVERAGE)
-        return (params, average, optimizer_state), model.log_reward(trajectory.samples, ()).mean()
+        return (params, average, optimizer_state), log_reward.mean()
 
     chunk = jax.jit(lambda state, indices: jax.lax.scan(update, state, indices), donate_argnums=0)
     state = (params, jax.tree.map(jnp.copy, params["lora"]), optimizer.init(params))
@@ -161,30 +167,37 @@ def judge(points: np.ndarray, target: Mixture) -> tuple[Distance, float]:
     return distance(points, target), cell_kl(points, target)
 
 
-def study(run: Run, reward: str, samples: int = 20_000, seed: int = 0) -> tuple[Result, np.ndarray]:
+def study(
+    run: Run, reward: str, samples: int = 20_000, seed: int = 0, base: str = "diffusion"
+) -> tuple[Result, np.ndarray]:
     """Trains one variant towards one reward and measures what it samples."""
-    model, target = make_model(REWARDS[reward]), BASE.tilted(REWARDS[reward])
+    model, target = make_model(REWARDS[reward], base), BASES[base].tilted(REWARDS[reward])
     start = time.time()
     lora, updates = train(run, model, float(target.mean() @ REWARDS[reward]), seed)
     seconds = time.time() - start
     points = np.asarray(draw(lora, model, samples, jax.random.key(1234)), np.float64)
-    return summary(run.name, reward, points, updates, seconds), points
+    return summary(run.name, reward, target, points, updates, seconds), points
 
 
-def summary(name: str, reward: str, points: np.ndarray, updates: int = 0, seconds: float = 0.0) -> Result:
-    near, cells = judge(points, BASE.tilted(REWARDS[reward]))
+def summary(
+    name: str, reward: str, target: Mixture, points: np.ndarray, updates: int = 0, seconds: float = 0.0
+) -> Result:
+    near, cells = judge(points, target)
     mean_reward = float((points @ REWARDS[reward]).mean())
     return Result(
         name, reward, updates, round(seconds, 1), near.forward, near.reverse, cells, near.weights, mean_reward
     )
 
 
-def references(reward: str, samples: int = 20_000) -> list[tuple[Result, np.ndarray]]:
+def references(reward: str, samples: int = 20_000, base: str = "diffusion") -> list[tuple[Result, np.ndarray]]:
     """What the figures are read against: exact draws of the target (the estimates' bias) and the base."""
-    target, model = BASE.tilted(REWARDS[reward]), make_model(REWARDS[reward])
+    target, model = BASES[base].tilted(REWARDS[reward]), make_model(REWARDS[reward], base)
     exact = target.sample(np.random.default_rng(0), samples)
-    base = np.asarray(draw(None, model, samples, jax.random.key(1234)), np.float64)
-    return [(summary("exact draws", reward, exact), exact), (summary("base model", reward, base), base)]
+    points = np.asarray(draw(None, model, samples, jax.random.key(1234)), np.float64)
+    return [
+        (summary("exact draws", reward, target, exact), exact),
+        (summary("base model", reward, target, points), points),
+    ]
 
 
 def runs(updates: int) -> list[Run]:
@@ -192,7 +205,7 @@ def runs(updates: int) -> list[Run]:
     lookahead = [
         Run(
             name=f"lookahead, γ = {SYMBOLS[gamma]}" + (", φ from the forward loss too" if forward else ""),
-            algorithm=ResidualNablaDB(beta=1.0, gamma=gamma, flow_gradient_from_forward=forward),
+            algorithm=ResidualNablaDB(beta=1.0, gamma=gamma, correction_from_forward=forward),
             gradient_clip=1.0,
             updates=updates,
         )
@@ -221,8 +234,8 @@ def runs(updates: int) -> list[Run]:
         ),
         Run(name="adjoint, batch 512", algorithm=adjoint, batch=512, updates=updates),
         Run(
-            name="reward maximiser, stopped at the target reward",
-            algorithm=RewardMaximiser(tail=10),
+            name="DRaFT-10, stopped at the target reward",
+            algorithm=Draft(last_steps=10),
             batch=512,
             learning_rate=3e-5,
             updates=updates,
@@ -251,6 +264,7 @@ class Options(Checked):
 
     out: Path = option(meaning="folder for results.json, table.md and samples.npz")
     updates: int = option(3000, "updates of each line", minimum=1)
+    base: Literal["diffusion", "flow"] = option("diffusion", "what the exact network predicts, and its chain")
     only: str = option("", "only the lines whose name contains this", empty=True)
     seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
@@ -266,9 +280,9 @@ def main(argv: list[str]) -> None:
     results: list[Result] = []
     samples: dict[str, np.ndarray] = {}
     for reward in REWARDS:
-        done = references(reward)
+        done = references(reward, base=arguments.base)
         for run in chosen:
-            done.append(study(run, reward, seed=arguments.seed))
+            done.append(study(run, reward, seed=arguments.seed, base=arguments.base))
             print(table([done[-1][0]]).splitlines()[-1], flush=True)
         results += [result for result, _ in done]
         samples |= {f"{reward}: {result.name}": points.astype(np.float32) for result, points in done}

@@ -1,7 +1,6 @@
 """Stable Diffusion in a folder, in diffusers' layout: read it, write it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints.files import TensorFiles, read_json, write_json, write_safetensors
 from nabla_gfn_jax.checkpoints.hub import WEIGHTS, shards, weights_files
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict, to_state_dict
@@ -31,24 +31,6 @@ _TEXT_ENCODER_JSON: dict[str, Any] = {
     "pad_token_id": 1,
     "dtype": "float32",
 }
-
-
-@dataclass(frozen=True)
-class StableDiffusion:
-    """The parts of a text-to-image model; `params` has "unet", "vae" and "text_encoder"."""
-
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    text_encoder: CLIPTextModel
-    tokenizer: CLIPTokenizer
-    scheduler: dict[str, Any]  # contents of scheduler_config.json
-    params: Params
-
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of one latent."""
-        c = self.unet.config
-        return (c.sample_size, c.sample_size, c.in_channels)
 
 
 def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:

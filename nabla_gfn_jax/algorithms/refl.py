@@ -1,0 +1,84 @@
+"""ReFL, reward feedback learning (Xu et al., NeurIPS 2023, arXiv 2304.05977, algorithm 1).
+
+    loss = max(0, margin − log R(x̂_θ(x_k, t_k))),  k uniform among the last steps, x_k sampled without a gradient
+
+One network evaluation has a gradient: that of the clean prediction at a random late step. The released program samples
+40 steps, chooses among the last 10 and has a margin of 2 on ImageReward's scale; the paper writes the map from reward
+to loss as φ. It also adds a pre-training loss on images, which there are none of here, so the reward's factor (10⁻³)
+has nothing to be weighed against and is left out.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout, Unweighted
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
+
+
+@flax.struct.dataclass
+class LateState:
+    """A state of each trajectory, leaves with leading axis B."""
+
+    x: Latents
+    index: Int[Array, " batch"]  # of its step
+    prompt_id: PromptIds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refl(Checked, Unweighted):
+    """ReFL; its update has one evaluation of the network and one of the reward."""
+
+    late_steps: int = option(10, "how many last steps the state is chosen from", minimum=1)
+    margin: float = option(2.0, "log reward above which a sample has no gradient", infinite=True)
+
+    on_policy: ClassVar[bool] = True
+
+    def heads(self) -> Mapping[str, HeadKind]:
+        return {}
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if a trajectory has fewer steps than the state is chosen from."""
+        if self.late_steps > num_steps:
+            raise UserError(
+                f"algorithm.late_steps = {self.late_steps} is more than sampling.num_steps = {num_steps}; lower it"
+            )
+
+    def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
+        """One state of each trajectory for each update."""
+        num_steps, rows = model.chain.num_steps, jnp.arange(len(rollout.keys))
+
+        def choose(update: Array) -> LateState:
+            index = num_steps - 1 - late_offsets(rollout.keys, self.late_steps, update)
+            return LateState(x=rollout.trajectory.latents[index, rows], index=index, prompt_id=rollout.prompt_id)
+
+        return Batch(data=jax.vmap(choose)(jnp.arange(updates)))
+
+    def value_and_grad(
+        self, params: Params, model: Model, data: LateState, weight: PerSample
+    ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+        level = model.chain[data.index].at
+
+        def loss(lora: Params) -> Float[Array, ""]:
+            clean = level.clean(model.predict(lora, data.x, level, data.prompt_id), data.x)
+            return jnp.maximum(self.margin - model.log_reward(clean, data.prompt_id), 0.0).mean()
+
+        value, lora = jax.value_and_grad(loss)(params["lora"])
+        return (value, {"loss_reward": value}), {"lora": lora}
+
+
+def late_offsets(keys: PRNGKeys, late_steps: int, update: Array) -> Int[Array, " batch"]:
+    """For each sample a number of steps before the last, uniform in 0 … late_steps − 1."""
+
+    def of_sample(key: Array) -> Array:
+        return jax.random.randint(jax.random.fold_in(stream(key, "ReFL"), update), (), 0, late_steps)
+
+    return jax.vmap(of_sample)(keys)

@@ -1,0 +1,52 @@
+"""Base models by name: a shipped one's, a folder, or OWNER/NAME on the hub."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from nabla_gfn_jax.base_models.diffusers_folder import abstract_params, load_folder, read_architecture
+from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
+from nabla_gfn_jax.checkpoints.hub import PINNED, model_folder
+from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
+from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
+from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
+
+SHIPPED_MODELS = {"emoji": Path(__file__).parents[1] / "assets" / "emoji"}
+# Of the frozen UNet, VAE and text encoder; rewards, LoRA, heads and the optimizer are in float32 always.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def resolve_model(name: str) -> Path:
+    """The folder of a model. Raises `UserError` if there is none of that name."""
+    folder = SHIPPED_MODELS.get(name, Path(name))
+    if folder.is_dir():
+        return folder
+    found = model_folder(name)
+    if found is None:
+        shipped = ", ".join(SHIPPED_MODELS)
+        raise UserError(f"model {name!r} is no folder, no model of the hub (OWNER/NAME) and no shipped one ({shipped})")
+    return found
+
+
+def load_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
+    """The model called `name`, its parameters and computation in `dtype`. Raises `UserError` as `load_folder` does."""
+    return load_folder(resolve_model(name), dtype)
+
+
+def abstract_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
+    """The model without its weights, to compile and not to run: shapes in the place of arrays.
+
+    The pinned Stable Diffusion 1.5 need not be here: the models' own defaults are its architecture.
+    """
+    if name in PINNED and not Path(name).is_dir():
+        unet, vae = UNet2DConditionModel(UNetConfig(), dtype), AutoencoderKL(VAEConfig(), dtype)
+        text_encoder, scheduler = CLIPTextModel(CLIPTextConfig(), dtype), STABLE_DIFFUSION
+    else:
+        unet, vae, text_encoder, scheduler = read_architecture(resolve_model(name), dtype)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract_params(unet, vae, text_encoder))
+    no_tokenizer: Any = None  # nothing is encoded
+    return StableDiffusion(unet, vae, text_encoder, no_tokenizer, scheduler, shapes)

@@ -1,0 +1,151 @@
+"""Stable Diffusion as a base model: prompt → text features → guided prediction; latent → image."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from nabla_gfn_jax.diffusion.chain import Chain, Level, expand, stable_diffusion_chain
+from nabla_gfn_jax.diffusion.schedule import Sampler
+from nabla_gfn_jax.models.clip import CLIPTextModel
+from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.models.tokenizer import CLIPTokenizer
+from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
+from nabla_gfn_jax.models.vae import AutoencoderKL
+from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKey, PromptIds
+
+_ENCODED_TOGETHER = 64  # prompts
+
+
+@flax.struct.dataclass
+class TextFeatures:
+    """What the UNet attends to: each prompt's, and for guidance those of ""."""
+
+    context: Float[Array | np.ndarray, "prompts tokens width"]
+    empty: Float[Array | np.ndarray, "tokens width"]
+
+
+@dataclass(frozen=True)
+class StableDiffusion:
+    """The parts of Stable Diffusion; `params` has "unet", "vae" and "text_encoder"."""
+
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: CLIPTokenizer
+    scheduler: dict[str, Any]  # contents of scheduler_config.json
+    params: Params
+
+    @property
+    def frozen_params(self) -> Params:
+        return {part: self.params[part] for part in ("unet", "vae")}
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of one latent."""
+        c = self.unet.config
+        return (c.sample_size, c.sample_size, c.in_channels)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        side = self.unet.config.sample_size * self.vae.config.downscale
+        return (side, side, 3)
+
+    def chain(self, num_steps: int, *, sampler: Sampler = "ddpm", eta: float = 1.0) -> Chain:
+        return stable_diffusion_chain(self.scheduler, num_steps, eta, sampler)
+
+    def encode_prompts(self, prompts: Sequence[str]) -> TextFeatures:
+        """Each prompt is encoded once, a few at a time. Repeated ones have equal rows."""
+        unique = list(dict.fromkeys(["", *prompts]))
+        rows = {prompt: row for row, prompt in enumerate(unique)}
+        apply = jax.jit(self.text_encoder.apply)
+        together = min(_ENCODED_TOGETHER, len(unique))
+        ids = np.asarray(self.tokenizer(unique + [""] * (-len(unique) % together)))
+        variables = {"params": self.params["text_encoder"]}
+        parts = [apply(variables, ids[start : start + together]) for start in range(0, len(ids), together)]
+        features = np.concatenate([np.asarray(part) for part in parts])
+        return TextFeatures(context=features[[rows[prompt] for prompt in prompts]], empty=features[0])
+
+    def abstract_table(self, num_prompts: int) -> TextFeatures:
+        text = self.text_encoder
+        one = (text.config.max_position_embeddings, text.config.hidden_size)
+        shapes: Any = [jax.ShapeDtypeStruct(shape, text.dtype) for shape in ((num_prompts, *one), one)]
+        return TextFeatures(*shapes)
+
+    def predict(
+        self,
+        params: Params,
+        lora: Params | None,
+        x: Latents,
+        level: Level,
+        table: TextFeatures,
+        prompt_id: PromptIds,
+        guidance: float,
+    ) -> Latents:
+        """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) as one doubled batch.
+
+        The last layer and the guidance are in float32 whatever the model's dtype: the losses multiply the difference
+        of two outputs.
+        """
+
+        def double(a: Array) -> Array:
+            return jnp.concatenate([a, a])
+
+        context = table.context[prompt_id]
+        context = jnp.concatenate([jnp.broadcast_to(table.empty[None], context.shape), context])
+        variables = {"params": params["unet"]} if lora is None else {"params": params["unet"], "lora": lora}
+        seen = expand(level.input_scale, x) * x
+        output: Latents = self.unet.apply(variables, double(seen), double(level.time), context)  # type: ignore[assignment]
+        without, with_prompt = jnp.split(output.astype(jnp.float32), 2)
+        return without + guidance * (with_prompt - without)
+
+    def decode(self, params: Params, latents: Latents) -> Images:
+        images: Images = self.vae.apply({"params": params["vae"]}, latents, method="decode")  # type: ignore[assignment]
+        return jnp.clip(images.astype(jnp.float32), 0.0, 1.0)
+
+    def init_lora(self, key: PRNGKey, rank: int) -> Params:
+        return init_lora(key, self.params["unet"], rank)
+
+    def head(self, kind: str, options: Mapping[str, Any]) -> "UNetHead":
+        """A small UNet that attends to the prompt; `options` are fields of its `UNetConfig`."""
+        unet, levels = self.unet.config, len(options["block_out_channels"])
+        config = UNetConfig(
+            sample_size=unet.sample_size,
+            in_channels=unet.in_channels,
+            out_channels=unet.in_channels,
+            cross_attention_dim=unet.cross_attention_dim,
+            down_block_types=("CrossAttnDownBlock2D",) * levels,
+            up_block_types=("CrossAttnUpBlock2D",) * levels,
+            **options,
+        )
+        return UNetHead(UNet2DConditionModel(config, remat=self.unet.remat), self.latent_shape, scalar=kind == "scalar")
+
+    def on(self, platform: str, *, remat: bool) -> "StableDiffusion":
+        options: dict[str, Any] = {"remat": remat, "platform": platform}
+        return replace(self, unet=self.unet.clone(**options), vae=self.vae.clone(**options))
+
+
+@dataclass(frozen=True)
+class UNetHead:
+    """A UNet in float32 with zeros in its last layer; a scalar one's output is averaged over the latent."""
+
+    unet: UNet2DConditionModel
+    latent_shape: tuple[int, ...]
+    scalar: bool = False
+
+    def init(self, key: PRNGKey) -> Params:
+        latent, context = jnp.zeros((1, *self.latent_shape)), jnp.zeros((1, 1, self.unet.config.cross_attention_dim))
+        params = self.unet.init(key, latent, jnp.zeros(1, jnp.int32), context)["params"]
+        return params | {"conv_out": jax.tree.map(jnp.zeros_like, params["conv_out"])}
+
+    def apply(
+        self, phi: Params, x: Latents, level: Level, table: TextFeatures, prompt_id: PromptIds
+    ) -> Latents | PerSample:
+        seen = expand(level.input_scale, x) * x
+        output: Latents = self.unet.apply({"params": phi}, seen, level.time, table.context[prompt_id])  # type: ignore[assignment]
+        return output.reshape(len(output), -1).mean(axis=1) if self.scalar else output

@@ -1,0 +1,96 @@
+"""From settings to a trainer: what the settings name is found, checked and loaded."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from flax.traverse_util import flatten_dict
+from jax.sharding import Mesh
+
+from nabla_gfn_jax.base_models.base import BaseModel, Table
+from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.parallel import data_mesh, host_memory
+from nabla_gfn_jax.rewards import Reward, load_reward
+from nabla_gfn_jax.settings import Settings
+from nabla_gfn_jax.training.loop import Plan
+from nabla_gfn_jax.training.prompts import make_table
+from nabla_gfn_jax.training.state import make_optimizer
+from nabla_gfn_jax.training.trainer import Trainer
+from nabla_gfn_jax.typing import Params
+
+
+def check(settings: Settings) -> None:
+    """Raises `UserError` for a model or prompts that are not to be found; loads no weights."""
+    resolve_model(settings.model)
+    prompts_of(settings)
+
+
+def build(settings: Settings) -> Trainer:
+    """Loads what the settings name. Raises `UserError` for whatever is wrong, before any long work."""
+    mesh = data_mesh(settings.training.trajectories, settings.training.micro_batches)
+    prompts = prompts_of(settings)
+    with host_memory():
+        base = load_model(settings.model, DTYPES[settings.model_dtype])
+        reward = load_reward(settings.reward)
+        table = make_table(base, reward, prompts)
+    return assemble(settings, mesh, base, reward, table, len(prompts))
+
+
+def length(settings: Settings) -> Plan:
+    """How long the run is and what it leaves on the way."""
+    return Plan(
+        seed=settings.seed,
+        samples=settings.training.trajectories,
+        epochs=settings.training.num_epochs,
+        images_every=settings.logging.samples_every,
+        save_every=settings.logging.checkpoint_every,
+    )
+
+
+def assemble(
+    settings: Settings, mesh: Mesh, base: BaseModel, reward: Reward, table: dict[str, Table], num_prompts: int
+) -> Trainer:
+    """A run's trainer from its model, reward and table, whose arrays may be shapes alone, for these devices."""
+    c, algorithm = settings.training, settings.algorithm
+    base = base.on(mesh.devices.flat[0].platform, remat=c.remat)
+    return Trainer(
+        base=base,
+        reward=reward,
+        algorithm=algorithm,
+        chain=base.chain(settings.sampling.num_steps, sampler=settings.sampling.sampler),
+        table=table,
+        num_prompts=num_prompts,
+        guidance=settings.sampling.guidance,
+        optimizer=make_optimizer(
+            algorithm.heads(),
+            c.learning_rate,
+            decay_lora=c.weight_decay_lora,
+            decay_heads=c.weight_decay_correction,
+            clip=c.clip,
+        ),
+        head_options=asdict(settings.correction),
+        mesh=mesh,
+        micro_batches=c.micro_batches,
+        updates_per_epoch=c.updates_per_epoch,
+        images_at_once=c.images_at_once,
+        start_from=starting_lora(settings.lora.start_from, base, settings.lora.rank),
+    )
+
+
+def starting_lora(file: Path | None, base: BaseModel, rank: int) -> Params | None:
+    """The LoRA in `file`, whose layers are then those that are trained; None for no file. Its rank must be `rank`."""
+    if file is None:
+        return None
+    lora = load_lora(file, base.params["unet"])
+    ranks = sorted({leaf.shape[1] for name, leaf in flatten_dict(lora, sep=".").items() if name.endswith(".down")})
+    if ranks != [rank]:
+        found = " and ".join(str(n) for n in ranks)
+        raise UserError(f"lora.start_from = {file} has rank {found} and lora.rank is {rank}; make them the same")
+    return lora
+
+
+def prompts_of(settings: Settings) -> tuple[str, ...]:
+    """The prompts that training samples images of."""
+    return prompt_set(settings.prompts).train

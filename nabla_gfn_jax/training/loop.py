@@ -1,0 +1,184 @@
+"""The epochs of a run.
+
+Epoch e ≥ 1 samples with the policy of the epochs before it and makes `updates_per_epoch` updates: of an algorithm that
+is on-policy on the samples of the same epoch, of another on those of the epoch before. For the latter epoch 0 only
+samples. A last epoch after the others only samples: its row has the reward of the policy that the run leaves.
+"""
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.parallel import SPLIT, gather, place, placed
+from nabla_gfn_jax.processes import meet
+from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.training.profiling import Meter
+from nabla_gfn_jax.training.prompts import PromptIds
+from nabla_gfn_jax.training.state import TrainState
+from nabla_gfn_jax.training.trainer import BY_UPDATE, Sampled, Trainer
+from nabla_gfn_jax.typing import Params, PRNGKey, PRNGKeys
+
+Row = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands between two epochs: what a resume needs."""
+
+    state: TrainState
+    stats: PyTree[np.ndarray]  # the algorithm's
+    data: PyTree[Any] = None  # that waits to be trained on, if the algorithm is not on-policy; None: nothing yet
+    weight: Any = None  # of its samples
+
+    def tree(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {"state": self.state, "stats": self.stats, "data": self.data, "weight": self.weight}
+
+
+class Outputs(Protocol):
+    """Where a run's results go."""
+
+    def row(self, row: Row) -> None:
+        """An epoch's numbers."""
+
+    def images(self, updates: int, images: np.ndarray) -> None:
+        """Samples of the policy after so many updates."""
+
+    def save(self, epoch: int, updates: int, progress: Progress) -> None:
+        """What a resume needs after the epoch, and the policy."""
+
+    def begins(self, epoch: int) -> None:
+        """An epoch is about to run."""
+
+    def ends(self, epoch: int) -> None:
+        """It has run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How long a run is and what it leaves on the way, in epochs."""
+
+    seed: int
+    samples: int  # an epoch
+    epochs: int
+    images_every: int
+    save_every: int
+
+
+def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
+    """One key a sample from (seed, epoch, sample index) alone: the same on any number of devices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), jnp.arange(count))
+
+
+class Programs:
+    """A run's two programs, traced once and compiled at once, and what they are given on the devices."""
+
+    def __init__(self, trainer: Trainer, plan: Plan, state: TrainState):
+        self.trainer, self.meter = trainer, Meter()
+        self._key, self._count = jax.random.key(plan.seed), plan.samples
+        self._prompts = PromptIds(trainer.num_prompts)
+        traced = trainer.rollout.trace(trainer.frozen, state.params, *self.given(0)[:2])
+        self.data = placed(traced.out_info.data, trainer.mesh, BY_UPDATE)
+        self.weight = placed(jax.ShapeDtypeStruct((plan.samples,), jnp.float32), trainer.mesh, SPLIT)
+        update = trainer.update.trace(trainer.frozen, state, self.data, self.weight)
+        self.meter.know("rollout", traced)
+        self.meter.know("update", update)
+        with ThreadPoolExecutor(1) as pool:
+            rollout = pool.submit(lambda lowered: lowered.compile(), traced.lower())
+            self.compiled = {"update": update.lower().compile(), "rollout": rollout.result()}
+        meet("compiled")
+
+    def given(self, epoch: int) -> tuple[Any, Any, np.ndarray]:
+        """Keys and prompts of an epoch's samples, placed, and the prompts on the host."""
+        keys = sample_keys(self._key, epoch, self._count)
+        ids = self._prompts.chosen(keys)
+        return (*place((keys, ids), self.trainer.mesh, SPLIT), ids)
+
+    def rollout(self, params: Params, keys: Any, ids: Any) -> Any:
+        self.meter.call("rollout")
+        return self.compiled["rollout"](self.trainer.frozen, params, keys, ids)
+
+    def update(self, state: TrainState, data: Any, weight: Any) -> Any:
+        self.meter.call("update")
+        return self.compiled["update"](self.trainer.frozen, state, data, weight)
+
+    def images(self, params: Params) -> np.ndarray:
+        """The same prompts and noise each time, none that training has."""
+        keys = sample_keys(stream(self._key, "grid"), 0, self._count)
+        placed = place((keys, self._prompts.cycle(self._count)), self.trainer.mesh, SPLIT)
+        return gather(self.trainer.images(self.trainer.frozen, params, *placed), self.trainer.mesh)
+
+
+def first_progress(trainer: Trainer, state: TrainState) -> Progress:
+    """Where a run begins."""
+    return Progress(state, trainer.algorithm.first_stats(trainer.num_prompts))
+
+
+def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[Progress, int]:
+    """Where the last save of `checkpoints` left the run, and the epoch after it; else the run's first of both."""
+    trainer = programs.trainer
+    if checkpoints.latest is None:
+        return progress, 1 if trainer.algorithm.on_policy else 0
+    if not trainer.algorithm.on_policy:
+        zeros = lambda shapes, spec: place(  # noqa: E731
+            jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), trainer.mesh, spec
+        )
+        progress = replace(progress, data=zeros(programs.data, BY_UPDATE), weight=zeros(programs.weight, SPLIT))
+    return Progress(**checkpoints.restore(progress.tree())), checkpoints.latest + 1
+
+
+def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs: Outputs) -> None:
+    """The epochs from `first` on."""
+    per_epoch = programs.trainer.updates_per_epoch
+    for epoch in range(first, plan.epochs + 2):
+        outputs.begins(epoch)
+        last, before = epoch == plan.epochs + 1, per_epoch * max(epoch - 1, 0)
+        programs.meter.start()
+        params = jax.tree.map(jnp.copy, progress.state.params)  # the epoch's own: the update overwrites them
+        progress, numbers = one(programs, epoch, params, progress, update=not last)
+        if last or (epoch > 0 and (epoch - 1) % plan.images_every == 0):
+            outputs.images(before, programs.images(params))
+        row: Row = {"epoch": epoch, "step": before, "updates": per_epoch * min(epoch, plan.epochs)}
+        row |= numbers | programs.meter.numbers(plan.samples)
+        outputs.row(row)
+        stop_if_not_finite(row)
+        if not last and epoch > 0 and (epoch == plan.epochs or epoch % plan.save_every == 0):
+            outputs.save(epoch, per_epoch * epoch, progress)
+        outputs.ends(epoch)
+
+
+def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, update: bool) -> tuple[Progress, Row]:
+    """An epoch's sampling, with `params`, and, if there is one, its update; what both gave."""
+    trainer, state = programs.trainer, progress.state
+    metrics: dict[str, Any] = {}
+    keys, ids, prompt_id = programs.given(epoch)
+    sampled: Sampled = programs.rollout(params, keys, ids)
+    if not trainer.algorithm.on_policy and update and progress.data is not None:
+        state, metrics = programs.update(state, progress.data, progress.weight)  # begins while that is sampled
+    meet(f"epoch {epoch}")
+    scalars = {name: gather(value, trainer.mesh) for name, value in sampled.scalars.items()}
+    numbers = {"reward_mean": scalars["log_reward"].mean(), "reward_std": scalars["log_reward"].std()}
+    host_weight, stats = trainer.algorithm.weigh(progress.stats, scalars, prompt_id)
+    weight = place(host_weight, trainer.mesh, SPLIT)
+    if not trainer.algorithm.on_policy:
+        progress = Progress(state, stats, sampled.data, weight)
+    elif update:
+        state, metrics = programs.update(state, sampled.data, weight)
+        progress = Progress(state, stats)
+    return progress, {name: float(value) for name, value in (metrics | numbers).items()}  # waits for all of it
+
+
+def stop_if_not_finite(row: Row) -> None:
+    """A reward, loss or gradient that is no number ends the run before anything of it is saved as a checkpoint."""
+    bad = [name for name, value in row.items() if not np.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"{', '.join(bad)} in epoch {row['epoch']} is not finite; the last checkpoint and LoRA are from before it: "
+            "lower training.learning_rate or algorithm.beta in a new workdir"
+        )

@@ -1,0 +1,54 @@
+"""Where a run's results go: its workdir, and a progress bar."""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
+from nabla_gfn_jax.checkpoints.training_state import Checkpoints
+from nabla_gfn_jax.images import save_grid
+from nabla_gfn_jax.processes import is_first
+from nabla_gfn_jax.training.loop import Plan, Progress, Row
+from nabla_gfn_jax.training.metrics_log import MetricsLog
+from nabla_gfn_jax.training.profiling import Trace
+
+_SHOWN_PIXELS = 128  # smaller images are shown larger
+
+
+class WorkdirOutputs:
+    """Metrics, images, LoRA files, checkpoints and the trace of one run; the first process alone writes files."""
+
+    def __init__(self, workdir: Path, plan: Plan, first: int, log: MetricsLog, checkpoints: Checkpoints, profile: bool):
+        self._workdir, self._log, self._checkpoints = workdir, log, checkpoints
+        self._trace = Trace(workdir, first, plan.epochs, wanted=profile)
+        total = plan.epochs + 2
+        self._bar = tqdm(initial=first, total=total, unit="epoch", dynamic_ncols=True, disable=not is_first())
+
+    def begins(self, epoch: int) -> None:
+        self._trace.before(epoch)
+
+    def ends(self, epoch: int) -> None:
+        self._trace.after(epoch)
+        self._bar.update()
+
+    def row(self, row: Row) -> None:
+        self._log.write(row)
+        shown = {"reward": row["reward_mean"]} | {name: row[name] for name in ("loss",) if name in row}
+        self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+
+    def images(self, updates: int, images: np.ndarray) -> None:
+        if is_first():
+            zoom = max(1, _SHOWN_PIXELS // images.shape[1])
+            save_grid(self._workdir / f"samples/update_{updates:05d}.png", images, columns=8, zoom=zoom)
+
+    def save(self, epoch: int, updates: int, progress: Progress) -> None:
+        """LoRA first: a checkpoint that is there has its LoRA. By all processes: a checkpoint is written together."""
+        if is_first():
+            save_lora(self._workdir / "lora/diffusers.safetensors", progress.state.params["lora"])
+            save_kohya(self._workdir / "lora/kohya.safetensors", progress.state.params["lora"])
+        self._checkpoints.save(epoch, progress.tree())
+
+    def close(self) -> None:
+        self._bar.close()
+        self._log.close()

@@ -1,0 +1,43 @@
+"""The prompts of a run: their table, made once, and which of them a sample has."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int
+
+from nabla_gfn_jax.base_models.base import BaseModel
+from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.typing import PRNGKeys
+
+
+def make_table(base: BaseModel, reward: Reward, prompts: Sequence[str]) -> dict[str, Any]:
+    """What base model and reward need of each prompt, on the host; a prompt's id is its row."""
+    features = jax.tree.map(np.asarray, reward.encode_prompts(list(prompts)))
+    return {"base": base.encode_prompts(prompts), "reward": features}
+
+
+def abstract_table(base: BaseModel, reward: Reward, num_prompts: int, example: str = "") -> dict[str, Any]:
+    """Its shapes. `example` is a prompt that the reward knows."""
+    one = reward.encode_prompts([example])
+    features = jax.tree.map(lambda a: jax.ShapeDtypeStruct((num_prompts, *a.shape[1:]), a.dtype), one)
+    return {"base": base.abstract_table(num_prompts), "reward": features}
+
+
+@dataclass(frozen=True)
+class PromptIds:
+    """Which of `number` prompts each sample has."""
+
+    number: int
+
+    def chosen(self, keys: PRNGKeys) -> Int[np.ndarray, " batch"]:
+        """One for each key, uniformly."""
+        choose = lambda key: jax.random.randint(stream(key, "prompt"), (), 0, self.number)  # noqa: E731
+        return np.asarray(jax.vmap(choose)(keys))
+
+    def cycle(self, count: int) -> Int[np.ndarray, " batch"]:
+        """In order, over and over."""
+        return (np.arange(count) % self.number).astype(np.int32)

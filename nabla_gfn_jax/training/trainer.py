@@ -1,0 +1,167 @@
+"""The functions of a finetuning run that are compiled: sampling, the update, images.
+
+None of them names an algorithm, a reward or a base model: they are written on the three protocols.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout
+from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, predictor
+from nabla_gfn_jax.diffusion.chain import Chain
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
+from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.training.latent_reward import in_parts, latent_reward
+from nabla_gfn_jax.training.state import TrainState
+from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKeys, PromptIds
+
+
+@flax.struct.dataclass
+class Sampled:
+    """What an epoch's sampling leaves: what is trained on, and each sample's "log_reward" and other scalars."""
+
+    data: PyTree[Any]
+    scalars: dict[str, PerSample]
+
+
+BY_UPDATE = PartitionSpec(None, AXIS)  # leaves (updates, B, …), split by samples
+# How it lies on the devices.
+SAMPLED_SPLIT = Sampled(data=BY_UPDATE, scalars=SPLIT)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """A base model, a reward, an algorithm and an optimizer, for the devices of a mesh."""
+
+    base: BaseModel
+    reward: Reward
+    algorithm: Algorithm
+    chain: Chain
+    table: Mapping[str, Table]  # of the run's prompts: "base", "reward"
+    num_prompts: int
+    guidance: float
+    optimizer: optax.GradientTransformation
+    head_options: Mapping[str, Any]  # of the heads' networks
+    mesh: Mesh
+    micro_batches: int
+    updates_per_epoch: int = 1
+    images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
+    start_from: Params | None = None  # a LoRA
+
+    @cached_property
+    def heads(self) -> dict[str, HeadNetwork]:
+        """The networks of the algorithm's heads."""
+        return {name: self.base.head(kind, self.head_options) for name, kind in self.algorithm.heads().items()}
+
+    def first_state(self, seed: int, rank: int) -> TrainState:
+        """LoRA and heads as they start: they leave the base model's distribution as it is, or LoRA as `start_from`."""
+        key = jax.random.key(seed)
+        lora = self.start_from or self.base.init_lora(stream(key, "lora"), rank)
+        params: Params = {"lora": lora} | {name: h.init(stream(key, name)) for name, h in self.heads.items()}
+        return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
+
+    @property
+    def frozen_params(self) -> Params:
+        """What training reads and never changes; arguments, not constants, of what is compiled."""
+        return {"base": self.base.frozen_params, "reward": self.reward.params, "table": dict(self.table)}
+
+    @cached_property
+    def frozen(self) -> Params:
+        """The same on the devices."""
+        return place(self.frozen_params, self.mesh)
+
+    def model(self, frozen: Params) -> Model:
+        """The algorithm's view of the pieces."""
+        table = frozen["table"]["base"]
+        score = latent_reward(self._score, self.images_at_once)
+
+        def log_reward(z: Latents, prompt_id: PromptIds) -> PerSample:
+            return score(frozen, z, prompt_id)
+
+        return Model(
+            chain=self.chain,
+            predict=predictor(self.base, frozen["base"], table, self.guidance),
+            log_reward=log_reward,
+            heads={name: partial(_head, network, table) for name, network in self.heads.items()},
+        )
+
+    def _score(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> PerSample:
+        features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
+        return self.reward.score(frozen["reward"], self.base.decode(frozen["base"], z), features)
+
+    @cached_property
+    def rollout(self) -> Any:
+        """(frozen, params, keys, prompt_id) → Sampled, compiled when called; a device works on its own samples."""
+        inputs = (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
+        return split(self._rollout, self.mesh, inputs, SAMPLED_SPLIT)
+
+    @cached_property
+    def update(self) -> Any:
+        """(frozen, state, data, weight) → (TrainState, Metrics), compiled when called; the state is donated."""
+        inputs = (EVERYWHERE, EVERYWHERE, BY_UPDATE, SPLIT)
+        return split(self._update, self.mesh, inputs, EVERYWHERE, donate_argnums=1)
+
+    @cached_property
+    def images(self) -> Any:
+        """(frozen, params, keys, prompt_id) → Images of a rollout, and nothing that is trained on."""
+        return split(self._images, self.mesh, (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT), SPLIT)
+
+    def _rollout(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Sampled:
+        model = self.model(frozen)
+        trajectory = sample(model.predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id)
+        log_reward = in_parts(partial(self._score, frozen), self.images_at_once, trajectory.samples, prompt_id)
+        rollout = Rollout(trajectory=trajectory, log_reward=log_reward, prompt_id=prompt_id, keys=keys)
+        batch = self.algorithm.batch(params, model, rollout, self.updates_per_epoch)
+        return Sampled(data=batch.data, scalars={"log_reward": log_reward, **batch.scalars})
+
+    def _images(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Images:
+        predict = self.model(frozen).predict
+        trajectory = sample(predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id)
+        return in_parts(partial(self.base.decode, frozen["base"]), self.images_at_once, trajectory.samples)
+
+    def _update(
+        self, frozen: Params, state: TrainState, data: PyTree[Any], weight: PerSample
+    ) -> tuple[TrainState, Metrics]:
+        """An optimizer step on each of the epoch's batches; metrics are means over them."""
+        state, metrics = jax.lax.scan(partial(self._step, self.model(frozen), weight), state, data)
+        return state, jax.tree.map(lambda a: a.mean(), metrics)
+
+    def _step(
+        self, model: Model, weight: PerSample, state: TrainState, data: PyTree[Any]
+    ) -> tuple[TrainState, Metrics]:
+        """One optimizer step on the mean gradient over all samples: added up over the micro-batches of a device,
+        then, once, over the devices.
+        """
+        parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), (data, weight))
+
+        def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, Metrics]:
+            (loss, terms), gradient = self.algorithm.value_and_grad(state.params, model, *part)
+            return jax.tree.map(jnp.add, total, gradient), {"loss": loss, **terms}
+
+        total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
+        total = (jax.tree.map(lambda a: a.sum(), terms), total)
+        flat, unravel = ravel_pytree(total)
+        metrics, gradient = unravel(jax.lax.psum(flat, AXIS) / (self.micro_batches * self.mesh.size))
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
+            updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics |= {f"grad_norm_{name}": optax.tree.norm(part) for name, part in gradient.items()}
+        return TrainState(params=params, optimizer=moments, step=state.step + 1), metrics
+
+
+def _head(
+    network: HeadNetwork, table: Table, phi: Params, x: Latents, level: Any, prompt_id: PromptIds
+) -> Latents | PerSample:
+    return network.apply(phi, x, level, table, prompt_id)
