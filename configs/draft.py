@@ -6,7 +6,7 @@
 
 The paper finetunes Stable Diffusion 1.4 with LoRA of rank 8 and AdamW (learning rate 4e-4) on batches of 16; the rest
 is `paper.py`'s. Time and memory on an accelerator: not measured. Expect of `:emoji`: log R .45 after 8 updates with
-the faces still apart, .60 after 18 and a fifth no face any more (README: the table).
+the faces still apart, .60 after 18 and a fifth no face any more (docs/results.md).
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,7 @@
 
 Hardware: 2 CPU cores with AVX-512, 7.7 minutes (462 s; the first updates are made after 58 s compiling everything,
 after 28 s with a warm cache), peak 3.6 GB. Without AVX-512 (EPYC, 2.4 GHz) an epoch takes 27 s in place of 10.
-Expect: mean log R from .22 ± .01 to .41-.45 in seeds 0 to 3, faces that still differ (README: the table), the loss
+Expect: mean log R from .22 ± .01 to .41-.45 in seeds 0 to 3, faces that still differ (docs/results.md), the loss
 about .01 all the while: it is dominated by the spread of the credit.
 
 How it differs from the paper's settings (`paper.py`), and why:

@@ -4,7 +4,7 @@
 
 `emoji.py` with a reward that depends on the prompt, log p(the animal | image) by a network of its own, over 45 prompts.
 Hardware: 2 CPU cores, 8.4 minutes, peak 3.6 GB. Expect: mean log R from -.57 ± .03 to -.43 ± .02 in seeds 0 to 2
-(README: the table). β: 4 did not climb, 25 ended at -.49, 100 at -.43; vendors and drawings stay as they were with
+(docs/results.md). β: 4 did not climb, 25 ended at -.49, 100 at -.43; vendors and drawings stay as they were with
 each, so 100.
 """
 
