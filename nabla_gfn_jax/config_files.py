@@ -52,7 +52,9 @@ def _find(config: str) -> Path:
     file = Path(config).expanduser()
     names = ", ".join(shipped)
     if not file.is_file():
-        raise UserError(f"config {config} does not exist{did_you_mean(file.stem, shipped)}; shipped are {names}")
+        raise UserError(
+            f"config {config} does not exist{did_you_mean(file.stem, shipped)}; give a file, or one of {names}"
+        )
     if file.suffix != ".py":
         raise UserError(f"config {config} is no Python file; give a file.py, or one of {names}")
     return file

@@ -38,7 +38,9 @@ class Options(Checked):
     num_prompts: int = option(0, "how many prompts of the set; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
     reward: str = option("valence", "the reward; nothing: none", choices=("", *REWARDS), empty=True)
-    beta: float | None = option(None, "the exponent of the reward that the LoRAs were trained for")
+    beta: float | None = option(
+        None, "the exponent of the reward that the LoRAs were trained for", minimum=-1e9, maximum=1e9
+    )
     sampler: Sampler = option("ddpm", "how an image is sampled")
     steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
     guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)

@@ -37,7 +37,7 @@ class Option:
         unit: what a number counts or measures.
         choices: the values that are allowed, if not a Literal names them; read anew at each check.
         above, minimum, maximum: bounds; `above` is not allowed itself.
-        infinite: whether inf is allowed, within the bounds.
+        infinite: whether inf is allowed.
         empty: whether "" or an empty tuple is allowed.
         repeated: whether the flag is given once for each element of a tuple, which otherwise has commas.
         positional: whether the elements of a tuple are given without a flag.
@@ -102,7 +102,7 @@ class Leaf(NamedTuple):
         if o.maximum is not None and o.minimum is None:
             words += f"{' and' if o.above is not None else ''} up to {show(o.maximum)}"
         words += ", or inf" * o.infinite
-        return f"{words}, for each, with commas between" if self.many and not (o.repeated or o.positional) else words
+        return f"{words}; several with commas between" if self.many and not (o.repeated or o.positional) else words
 
     def check(self, value: Any) -> Any:
         """The value in the field's own type. Raises `UserError` that names the field, the value and what is allowed."""
@@ -150,7 +150,7 @@ class Leaf(NamedTuple):
 
     def _within_bounds(self, value: float) -> bool:
         o = self.option
-        if math.isnan(value) or (math.isinf(value) and not o.infinite):
+        if math.isnan(value) or value == -math.inf or (value == math.inf and not o.infinite):
             return False
         low = (o.minimum is None or value >= o.minimum) and (o.above is None or value > o.above)
         return low and (o.maximum is None or value <= o.maximum)
@@ -179,7 +179,7 @@ def leaves(cls: type, tree: Mapping[str, Any] | None = None, prefix: str = "") -
 def build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
     """The dataclass whose fields are the tree's values, defaults where it has none.
 
-    Numbers that JSON lacks may be "inf" or "-inf". Raises `UserError` for a name that is no field, a field that is
+    Infinity, which JSON lacks, may be "inf". Raises `UserError` for a name that is no field, a field that is
     missing, or a value that is not allowed.
     """
     if not isinstance(tree, Mapping):
@@ -259,12 +259,22 @@ def plain(instance: Any) -> dict[str, Any]:
     return tree
 
 
+def check_divisors(group: str, of: Any, widths: str, *divisors: str) -> None:
+    """Raises `UserError` unless each field in `divisors` divides the field `widths`, or every element of it."""
+    value = getattr(of, widths)
+    for name in divisors:
+        divisor = getattr(of, name)
+        if any(width % divisor for width in (value if isinstance(value, tuple) else (value,))):
+            both = f"{group}.{name} = {divisor} does not divide {group}.{widths} = {value}"
+            raise UserError(f"{both}; change one of them")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean NEAREST?", or nothing if none is near. The same last part of a dotted name is nearest."""
+    """What to add to an error: " (did you mean NEAREST?)", or nothing. A field of the same last name is nearest."""
     names = list(known)
     same_end = [n for n in names if n.rpartition(".")[2].lstrip("-") == name.rpartition(".")[2].lstrip("-")]
     near = same_end or difflib.get_close_matches(name, names, 1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def _plain(value: Any) -> Any:

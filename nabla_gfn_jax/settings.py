@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, one_of, option
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, one_of, option
 from nabla_gfn_jax.rewards import REWARDS
 
 
@@ -39,14 +39,7 @@ class Correction(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("norm_num_groups", "attention_head_dim"):
-            number = getattr(self, name)
-            for width in self.block_out_channels:
-                if width % number:
-                    raise UserError(
-                        f"correction.{name} = {number} does not divide {width}, one of "
-                        f"correction.block_out_channels = {self.block_out_channels}; choose a divisor of all"
-                    )
+        check_divisors("correction", self, "block_out_channels", "norm_num_groups", "attention_head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +87,7 @@ class Settings(Checked):
     RENAMED: ClassVar[dict[str, str]] = {
         "flow": "correction",
         "training.weight_decay_flow": "training.weight_decay_correction",
+        "algorithm.flow_gradient_from_forward": "algorithm.correction_from_forward",
     }
 
     seed: int = option(0, "seed of every random number of the run", minimum=0, maximum=LARGEST_SEED)

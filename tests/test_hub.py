@@ -267,5 +267,28 @@ def test_a_model_without_a_network(monkeypatch):
 def test_a_shipped_model_and_a_folder(tmp_path):
     assert resolve_model("emoji") == SHIPPED_MODELS["emoji"]
     assert resolve_model(str(tmp_path)) == tmp_path
-    with pytest.raises(UserError, match=r"'emojo' is no folder, no model of the hub .* \(emoji\)"):
+    with pytest.raises(UserError, match=r"'emojo' does not exist; give a folder .*, or a shipped model \(emoji\)"):
         resolve_model("emojo")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("./model.ckpt", "is a file of weights"),
+        ("models/v1-5.safetensors", "is a file of weights"),
+        ("~/none.bin", "is a file of weights"),
+        ("./model", "does not exist"),
+        ("/nowhere/at/all", "does not exist"),
+        ("owner/na--me", "does not exist"),
+    ],
+)
+def test_a_path_is_not_asked_for_on_the_hub(name, said, monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", None)
+    with pytest.raises(UserError, match=said):
+        resolve_model(name)
+
+
+def test_a_model_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").mkdir()
+    assert resolve_model("~/mine") == tmp_path / "mine"

@@ -23,6 +23,12 @@ CONFIG = Path(__file__).parents[1] / "configs/emoji.py"
 def tiny_model(tmp_path_factory):
     """A diffusers folder with random weights: 8x8 images, 4x4x4 latents."""
     folder = tmp_path_factory.mktemp("tiny")
+    make_model(folder)
+    return folder
+
+
+def make_model(folder: Path) -> None:
+    """Writes it."""
     blocks = {"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4}
     unet = blocks | {
         "sample_size": 4,
@@ -58,7 +64,6 @@ def tiny_model(tmp_path_factory):
     params = jax.tree.map(lambda a: rng.normal(0, 0.2, a.shape).astype(np.float32), abstract_params(*modules))
     configs = {"unet": unet, "vae": vae, "text_encoder": text, "scheduler": STABLE_DIFFUSION}
     save_folder(folder, configs, params, np.float32)
-    return folder
 
 
 def brightness(scale: float) -> Reward:

@@ -50,8 +50,8 @@ def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> 
     bins = int(num_steps * fraction + 1e-6)
     if bins < 1 or (num_steps % bins and not uneven) or num_steps // bins < 2:
         raise UserError(
-            f"{num_steps} sampling steps do not fall into {bins} equal bins of at least 2 "
-            f"(fraction {fraction:g}); choose another number of steps or fraction, or algorithm.uneven_bins"
+            f"algorithm.transition_fraction = {fraction:g} of sampling.num_steps = {num_steps} makes {bins} bins, "
+            f"which are not equal or have fewer than 2 steps; change one of both, or set algorithm.uneven_bins"
         )
     return bins
 

@@ -16,19 +16,22 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 
 SHIPPED_MODELS = {"emoji": Path(__file__).parents[1] / "assets" / "emoji"}
+_WEIGHTS = (".safetensors", ".ckpt", ".bin", ".pt", ".pth")  # endings of files, not of models on the hub
 # Of the frozen UNet, VAE and text encoder; rewards, LoRA, heads and the optimizer are in float32 always.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def resolve_model(name: str) -> Path:
     """The folder of a model. Raises `UserError` if there is none of that name."""
-    folder = SHIPPED_MODELS.get(name, Path(name))
+    folder = SHIPPED_MODELS.get(name, Path(name).expanduser())
     if folder.is_dir():
         return folder
+    kinds = f"a folder in diffusers' layout, OWNER/NAME on the hub, or a shipped model ({', '.join(SHIPPED_MODELS)})"
+    if folder.is_file() or folder.suffix in _WEIGHTS:
+        raise UserError(f"model {name!r} is a file of weights, which is not read by itself; give {kinds}")
     found = model_folder(name)
     if found is None:
-        shipped = ", ".join(SHIPPED_MODELS)
-        raise UserError(f"model {name!r} is no folder, no model of the hub (OWNER/NAME) and no shipped one ({shipped})")
+        raise UserError(f"model {name!r} does not exist; give {kinds}")
     return found
 
 

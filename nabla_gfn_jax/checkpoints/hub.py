@@ -25,7 +25,8 @@ PINNED = {
     "sayakpaul/drawbench": "ad794cba698c253ffdb6d18eff3fc87b004c1135",
     "huggingface/label-files": "998629752167c60819e6295813eda1c2db248fd4",
 }
-_MODEL_ID = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
+_NAME = r"(?![\w.-]*(?:--|\.\.))\w(?:[\w.-]*\w)?"  # of an owner or a model, as the hub allows it
+_MODEL_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./-]+))?")
 
 # What of a diffusers repository is read: the configs, the tokenizer, and one file of weights a part, or its shards.
 _CONFIGS = (

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class VAE(Fit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_widths(self.block_out_channels, norm_num_groups=self.norm_num_groups)
+        check_divisors("vae", self, "block_out_channels", "norm_num_groups")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +41,7 @@ class TextEncoder(Checked):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_widths((self.hidden_size,), num_attention_heads=self.num_attention_heads)
+        check_divisors("text_encoder", self, "hidden_size", "num_attention_heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +55,7 @@ class UNet(Fit):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        divisors = {"norm_num_groups": self.norm_num_groups, "attention_head_dim": self.attention_head_dim}
-        check_widths(self.block_out_channels, **divisors)
+        check_divisors("unet", self, "block_out_channels", "norm_num_groups", "attention_head_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,11 +75,3 @@ class FitOptions(Checked):
     """Where the drawings are."""
 
     emoji: Path | None = option(None, "folder of the emoji packages [the user's cache]", file="existing")
-
-
-def check_widths(widths: tuple[int, ...], **divisors: int) -> None:
-    """Raises `UserError` if a divisor does not divide each width."""
-    for name, divisor in divisors.items():
-        for width in widths:
-            if width % divisor:
-                raise UserError(f"{name} = {divisor} does not divide the width {width}; choose a divisor of all widths")

@@ -1,0 +1,366 @@
+"""Every value that a user can set, of every config and command, refuses what it must, in one line.
+
+`WRONG` is written by hand: a field or flag that it lacks fails the tests, as does one that accepts what stands here.
+"""
+
+import importlib
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from nabla_gfn_jax import options
+from nabla_gfn_jax.algorithms import ALGORITHMS
+from nabla_gfn_jax.command_line import load_config, load_settings
+from nabla_gfn_jax.emoji.settings import FitOptions, Pretraining
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import MISSING, Checked, build, leaves, option
+from nabla_gfn_jax.settings import Settings
+from nabla_gfn_jax.studies.mixture2d import Options as Mixture2d
+
+COMMANDS = ("train", "sample", "evaluate", "plan", "pretrain")
+NUMBERS = (math.nan, math.inf, "many")
+COUNT = (0, -1, 1.5, *NUMBERS)  # wrong for a whole number of 1 or more
+NATURAL = (-1, 0.5, *NUMBERS)  # of 0 or more
+SEED = (-1, 2**32, 2**40, 0.5, *NUMBERS)
+POSITIVE = (0.0, -1.0, *NUMBERS)
+POSITIVE_OR_INF = (0.0, -1.0, -math.inf, math.nan, "many")
+NOT_NEGATIVE = (-1.0, -1e-9, *NUMBERS)
+SWITCH = (1, "yes", "maybe")
+TEXT = ("", 3)
+PATH = (3, 1.5)
+WIDTHS = ((), (0,), (8, -8), 8, ("eight",), (8.0,))
+
+WRONG = {
+    "seed": SEED,
+    "model": TEXT,
+    "model_dtype": ("float16", "", 32),
+    "reward": ("", "beauty", "Valence", 1),
+    "prompts": TEXT,
+    "sampling.sampler": ("ddim", "DDPM", ""),
+    "sampling.num_steps": (*COUNT, 1001),
+    "sampling.guidance": (-1.0, 101.0, *NUMBERS),
+    "algorithm.name": ("ppo", "", 1),
+    "lora.rank": (*COUNT, 1025),
+    "lora.start_from": PATH,
+    "correction.block_out_channels": WIDTHS,
+    "correction.layers_per_block": COUNT,
+    "correction.attention_head_dim": (*COUNT, 7),
+    "correction.norm_num_groups": (*COUNT, 7),
+    "training.num_epochs": (*NATURAL, 2**31),
+    "training.trajectories": (*COUNT, 33),
+    "training.micro_batches": (*COUNT, 5),
+    "training.updates_per_epoch": COUNT,
+    "training.learning_rate": POSITIVE,
+    "training.weight_decay_lora": NOT_NEGATIVE,
+    "training.weight_decay_correction": NOT_NEGATIVE,
+    "training.remat": SWITCH,
+    "training.images_at_once": NATURAL,
+    "training.clip": POSITIVE_OR_INF,
+    "logging.samples_every": COUNT,
+    "logging.checkpoint_every": COUNT,
+    "logging.tensorboard": SWITCH,
+    "logging.wandb": SWITCH,
+}
+WRONG_OF_ALGORITHM = {
+    "residual_nabla_db": {
+        "beta": (1e30, -1e30, *NUMBERS),
+        "output_regularisation": NOT_NEGATIVE,
+        "prior_strength": NOT_NEGATIVE,
+        "credit": ("Lookahead", "", "adjoint "),
+        "gamma": ("foo", "", 1),
+        "variance_weighted": SWITCH,
+        "correction_from_forward": SWITCH,
+        "credit_clip": POSITIVE_OR_INF,
+        "transition_fraction": (0.0, -0.1, 1.1, 0.01, *NUMBERS),
+        "uneven_bins": SWITCH,
+    },
+    "ddpo": {
+        "ratio_clip": POSITIVE_OR_INF,
+        "advantage_clip": POSITIVE_OR_INF,
+        "buffer_size": COUNT,
+        "min_count": COUNT,
+    },
+    "refl": {"late_steps": (*COUNT, 51), "margin": (-math.inf, math.nan, "many")},
+    "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL},
+}
+FIT = {"steps": COUNT, "batch": COUNT, "learning_rate": POSITIVE, "decay": (-0.1, 1.1, *NUMBERS)}
+BLOCKS = {"block_out_channels": WIDTHS, "layers_per_block": COUNT, "norm_num_groups": (*COUNT, 7)}
+WRONG_OF_PRETRAINING = {
+    "seed": SEED,
+    "max_tokens": (2, *COUNT),
+    "vocab_size": (513, *COUNT),
+    **{f"vae.{name}": wrong for name, wrong in (FIT | BLOCKS | {"latent_channels": COUNT}).items()},
+    **{f"unet.{name}": wrong for name, wrong in (FIT | BLOCKS | {"attention_head_dim": (*COUNT, 7)}).items()},
+    "text_encoder.hidden_size": (*COUNT, 30),
+    "text_encoder.intermediate_size": COUNT,
+    "text_encoder.num_hidden_layers": COUNT,
+    "text_encoder.num_attention_heads": (*COUNT, 7),
+}
+SAMPLING = {
+    "model": TEXT,
+    "sampler": ("ddim", ""),
+    "steps": (*COUNT, 1001),
+    "guidance": (-1.0, 101.0, *NUMBERS),
+    "seed": SEED,
+    "num": COUNT,
+}
+WRONG_FLAGS = {
+    "train": {
+        "config": TEXT,
+        "workdir": PATH,
+        "profile": SWITCH,
+        "distributed": SWITCH,
+        "coordinator": (3,),
+        "num_processes": COUNT,
+        "process_id": NATURAL,
+    },
+    "sample": SAMPLING | {"lora": PATH, "prompt": ("a cat", (3,)), "eta": (-0.1, 1.1, *NUMBERS), "out": ("", *PATH)},
+    "evaluate": SAMPLING
+    | {
+        "lora": ("file", (3,), ("",)),
+        "prompts": TEXT,
+        "num_prompts": NATURAL,
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
+        "out": PATH,
+    },
+    "plan": {
+        "config": TEXT,
+        "topology": TEXT,
+        "phases": ((), ("sampling",), "rollout"),
+        "fit": SWITCH,
+        "full_effort": SWITCH,
+    },
+    "pretrain": {"config": TEXT, "workdir": PATH},
+}
+
+
+def cases(wrong):
+    return [pytest.param(name, value, id=f"{name}={value!r}") for name, values in wrong.items() for value in values]
+
+
+def with_value(tree, name, value):
+    *groups, last = name.split(".")
+    copy = dict(tree)
+    copy[groups[0] if groups else last] = (
+        with_value(tree[groups[0]], name.partition(".")[2], value) if groups else value
+    )
+    return copy
+
+
+def algorithm_tree(name):
+    config = ("emoji", "") if name == "residual_nabla_db" else (name, "emoji")
+    tree = load_config(*config).to_dict()
+    assert tree["algorithm"]["name"] == name
+    return tree
+
+
+def refused(cls, tree, name, value, prefix=""):
+    """The value is refused, in one line that names the field and the value."""
+    with pytest.raises(UserError) as caught:
+        build(cls, with_value(tree, name, value), prefix)
+    text = str(caught.value)
+    assert name.rpartition(".")[2] in text
+    assert "\n" not in text
+    shown = [str(v) for v in (value if isinstance(value, tuple) else (value,))]
+    assert all(part in text for part in shown), text
+
+
+EMOJI = load_config("emoji").to_dict()
+
+
+def test_the_tables_name_every_field_and_flag():
+    assert set(WRONG) == {n for n in leaves(Settings, EMOJI) if not n.startswith("algorithm.")} | {"algorithm.name"}
+    assert WRONG_OF_ALGORITHM.keys() == ALGORITHMS.keys()
+    for name, algorithm in ALGORITHMS.items():
+        assert WRONG_OF_ALGORITHM[name].keys() == leaves(algorithm).keys(), name
+    assert WRONG_OF_PRETRAINING.keys() == leaves(Pretraining, load_config("emoji_base").to_dict()).keys()
+    for command in COMMANDS:
+        assert WRONG_FLAGS[command].keys() == leaves(options_of(command)).keys(), command
+
+
+def options_of(command):
+    return importlib.import_module(f"nabla_gfn_jax.{command}").Options
+
+
+@pytest.mark.parametrize(("name", "value"), cases(WRONG))
+def test_a_run_refuses(name, value):
+    refused(Settings, EMOJI, name, value)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_an_algorithm_refuses(algorithm):
+    tree = algorithm_tree(algorithm)
+    for name, values in WRONG_OF_ALGORITHM[algorithm].items():
+        for value in values:
+            refused(Settings, tree, f"algorithm.{name}", value)
+
+
+def test_a_pretraining_refuses():
+    tree = load_config("emoji_base").to_dict()
+    for name, values in WRONG_OF_PRETRAINING.items():
+        for value in values:
+            refused(Pretraining, tree, name, value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_refuses(command):
+    for name, values in WRONG_FLAGS[command].items():
+        for value in values:
+            refused(options_of(command), {}, name, value, prefix="--")
+
+
+@pytest.mark.parametrize("cls", [Mixture2d, FitOptions])
+def test_the_other_commands_state_all_their_options(cls):
+    assert all(leaf.option.meaning for leaf in leaves(cls).values())
+
+
+@pytest.mark.parametrize("name", [*WRONG, *(f"algorithm.{n}" for n in WRONG_OF_ALGORITHM["residual_nabla_db"])])
+def test_a_field_says_what_it_means(name):
+    assert leaves(Settings, EMOJI)[name].option.meaning
+
+
+# What is allowed though it may look wrong.
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("algorithm.beta", -80.0),
+        ("algorithm.beta", 0.0),
+        ("algorithm.beta", 3),
+        ("algorithm.credit_clip", "inf"),
+        ("training.clip", math.inf),
+        ("training.num_epochs", 0),
+        ("sampling.guidance", 0.0),
+        ("seed", 2**32 - 1),
+        ("lora.start_from", ""),
+        ("correction.block_out_channels", [32, 64]),
+    ],
+)
+def test_a_run_takes(name, value):
+    found = options.flatten(build(Settings, with_value(EMOJI, name, value)))[name]
+    expected = {"": None, "inf": math.inf, 3: 3.0}.get(value, value) if not isinstance(value, list) else tuple(value)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_settings_are_checked_however_they_are_made():
+    run = load_settings(Settings, "emoji")
+    with pytest.raises(UserError, match="clip"):
+        replace(run.training, clip=0.0)
+    with pytest.raises(UserError, match="divide"):
+        replace(run.correction, norm_num_groups=7)
+    with pytest.raises(UserError, match="bins"):
+        replace(run, sampling=replace(run.sampling, num_steps=49))
+
+
+def test_a_field_without_a_statement_is_a_programming_error():
+    @dataclass(frozen=True, kw_only=True)
+    class Forgotten(Checked):
+        rank: int = 8
+
+    with pytest.raises(TypeError, match="rank has no option"):
+        leaves(Forgotten)
+    with pytest.raises(TypeError, match="rank has no option"):
+        Forgotten()
+
+
+def test_json_and_back():
+    """Infinities, tuples and paths are what JSON cannot hold."""
+    run = load_settings(Settings, "hps", {"lora.start_from": Path(__file__)})
+    tree = options.plain(run)
+    assert tree["algorithm"] == tree["algorithm"] | {"name": "residual_nabla_db", "credit_clip": "inf"}
+    assert tree["correction"]["block_out_channels"] == [64, 128, 256, 256]
+    assert tree["lora"]["start_from"] == str(Path(__file__))
+    assert build(Settings, tree) == run
+
+
+def test_what_changes_no_number():
+    free = options.free_names(load_settings(Settings, "emoji"))
+    assert free == {
+        *("training.num_epochs", "training.micro_batches", "training.remat", "training.images_at_once"),
+        *(f"logging.{name}" for name in EMOJI["logging"]),
+    }
+
+
+def test_what_is_missing_or_unknown_is_named():
+    with pytest.raises(UserError, match=r"reward is missing; it must be one of valence"):
+        build(Settings, {k: v for k, v in EMOJI.items() if k != "reward"})
+    with pytest.raises(UserError, match=r"training.cilp is unknown \(did you mean training\.clip\?"):
+        build(Settings, EMOJI | {"training": {"cilp": 1.0}})
+    with pytest.raises(UserError, match=r"training = 3 is not allowed; it must be a group"):
+        build(Settings, EMOJI | {"training": 3})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example(Checked):
+    """One of each kind."""
+
+    few: int = option(1, "few", minimum=1, maximum=9)
+    share: float = option(0.5, "share", above=0, maximum=1)
+    size: float = option(1.0, "size", above=0, infinite=True)
+    sure: bool = option(False, "sure")
+    side: Literal["left", "right"] = option("left", "side")
+    sides: tuple[Literal["left", "right"], ...] = option(("left",), "sides")
+    words: tuple[str, ...] = option(("a",), "words", repeated=True)
+    file: Path | None = option(None, "file")
+    out: Path = option(MISSING, "out", file="output", endings=(".png",))
+
+
+def test_what_is_allowed_is_said():
+    allowed = {name: leaf.allowed for name, leaf in leaves(Example).items()}
+    assert allowed == {
+        "few": "a whole number from 1 to 9",
+        "share": "a number above 0 and up to 1",
+        "size": "a number above 0, or inf",
+        "sure": "true or false",
+        "side": "one of left, right",
+        "sides": "one of left, right; several with commas between",
+        "words": "text that is not empty",
+        "file": "a path",
+        "out": "a file name that ends in .png",
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        *(
+            ("few", "3", 3),
+            ("few", "3.0", "3.0"),
+            ("share", "1e-3", 1e-3),
+            ("share", "1", 1.0),
+            ("size", "inf", math.inf),
+        ),
+        *(("sure", "True", True), ("sure", "false", False), ("sure", "1", "1"), ("side", "left", "left")),
+        *(("sides", "(left,)", ["left"]), ("sides", "[left, right]", ["left", "right"]), ("sides", "", [])),
+        ("file", "~/x", "~/x"),
+    ],
+)
+def test_what_was_typed_is_read(name, text, value):
+    assert leaves(Example)[name].read(text) == value
+
+
+def test_a_home_folder_is_found():
+    assert build(Example, {"out": "~/a.png"}).out == Path.home() / "a.png"
+
+
+def test_files_are_looked_at(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Files(Checked):
+        read: Path | None = option(None, "read", file="existing")
+        written: Path = option(MISSING, "written", file="output", endings=(".png", ".jpg"))
+
+    (tmp_path / "file").write_text("")
+    good = tmp_path / "made/when/written.png"
+    options.check_files(Files(read=tmp_path / "file", written=good))
+    assert not good.parent.exists()
+    for wrong, said in [
+        ({"read": tmp_path / "none"}, "read = .*none does not exist"),
+        ({"written": tmp_path / "picture"}, r"must be a file name that ends in \.png or \.jpg"),
+        ({"written": tmp_path / "file/x.png"}, "cannot be written"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            options.check_files(build(Files, {"written": good} | wrong))
