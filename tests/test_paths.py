@@ -11,11 +11,18 @@ from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.inference.paths import sample_paths
+from nabla_gfn_jax.metrics import tilt
 from nabla_gfn_jax.metrics.certificate import Paths, certify
 from nabla_gfn_jax.studies.mixture import Mixture
 from nabla_gfn_jax.studies.mixture2d import DATA, REWARDS
 
 CHAIN = stable_diffusion_chain(STABLE_DIFFUSION, 50)
+
+
+@pytest.fixture(autouse=True)
+def fewer_replicates(monkeypatch):
+    """Standard errors to a tenth."""
+    monkeypatch.setattr(tilt, "REPLICATES", 50)
 
 
 def keys_of(seed, number):
