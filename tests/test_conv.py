@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch_oracle import nchw, nhwc, relative
 
+from nabla_gfn_jax.flops import FULL, count_flops
 from nabla_gfn_jax.models.conv import convolve
 from nabla_gfn_jax.models.layers import Conv
 
@@ -145,3 +146,19 @@ def test_layer_pads_as_torch_does():
         ours = layer.apply({"params": {"kernel": kernel, "bias": bias}}, x)
         theirs = torch.nn.functional.conv2d(nchw(x), weight, torch.from_numpy(bias), stride, padding)
         assert relative(ours, nhwc(theirs)) < 2e-6
+
+
+def test_the_precision_that_is_set_reaches_the_gradients():
+    """Wherever they are traced: of a reward, set to float32 within, all products are."""
+
+    def score(x, kernel):
+        with jax.default_matmul_precision("highest"):
+            return convolve(x, kernel, 1, ((1, 1), (1, 1))).sum()
+
+    x, kernel = jnp.ones((2, 8, 8, 3)), jnp.ones((3, 3, 3, 4))
+    for gradient in (jax.grad(score, 0), jax.grad(score, 1)):
+        counted = count_flops(gradient, x, kernel)
+        assert set(counted) == {FULL}
+        assert counted[FULL] > 0
+    plainly = count_flops(jax.grad(lambda x: convolve(x, kernel, 1, ((1, 1), (1, 1))).sum()), x)
+    assert FULL not in plainly

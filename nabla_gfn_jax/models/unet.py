@@ -184,5 +184,6 @@ class UNet2DConditionModel(nn.Module):
             if i < levels - 1:
                 h = Upsample(width, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
 
-        h = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, self.dtype, name="conv_norm_out")(h))
-        return Conv(c.out_channels, dtype=self.dtype, name="conv_out")(h)
+        # In float32, whatever the dtype: the losses multiply the difference of two outputs.
+        h = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, jnp.float32, name="conv_norm_out")(h))
+        return Conv(c.out_channels, dtype=jnp.float32, name="conv_out")(h)

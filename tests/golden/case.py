@@ -16,7 +16,6 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 
 STEPS, GUIDANCE, BATCH = 10, 3.0, 3
-CREDITS = ("lookahead", "guess", "adjoint")
 SETTINGS = {"beta": 40.0, "output_regularisation": 3.0, "prior_strength": 1.5}
 KEYS = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(11), jnp.arange(BATCH))
 
