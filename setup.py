@@ -19,7 +19,6 @@ REQUIREMENTS = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12,<0.13",
     "ml_collections>=1.1,<2",
-    "absl-py>=2.1,<3",
     "jaxtyping>=0.3.3,<0.4",
     "numpy>=2,<3",
     "pillow>=10.3,<14",

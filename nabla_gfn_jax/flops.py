@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src.interpreters import partial_eval  # no public name reaches it
 from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.interpreters import partial_eval
 
 # cuDNN's attention on (batch, length, heads, width), two products forward; backward the scores again and four more.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}

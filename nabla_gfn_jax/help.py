@@ -69,7 +69,7 @@ def _entry(name: str, leaf: Leaf | None, value: Any, width: int, meaning: str = 
         meaning += "; give it again for another" * leaf.option.repeated
         if leaf.choices or leaf.kind in (int, float):
             meaning += f"; {leaf.allowed}"
-        if value is not MISSING and value is not None and value not in ("", ()) and value is not False:
+        if value not in (MISSING, None, "", ()) and not (value is False and name.startswith("--")):
             meaning += f" [{_shown(value)}]"
     indent = " " * (_NAMES + 4)
     body = textwrap.wrap(meaning, width, initial_indent=indent, subsequent_indent=indent)
@@ -80,7 +80,9 @@ def _entry(name: str, leaf: Leaf | None, value: Any, width: int, meaning: str = 
 
 
 def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else f"{value}"
+    if isinstance(value, tuple | list):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _value(tree: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -46,7 +46,9 @@ class Correction(Checked):
 class Training(Checked):
     """Batches, the optimizer, and what memory it may take."""
 
-    num_epochs: int = option(200, "epochs, after the first, which only samples", minimum=0, maximum=10**6, free=True)
+    num_epochs: int = option(
+        200, "length of the run", unit="epochs, after a first that only samples", minimum=0, maximum=10**6, free=True
+    )
     trajectories: int = option(64, "trajectories sampled in an epoch, on all devices together", minimum=1)
     micro_batches: int = option(
         4, "parts in which a device takes its trajectories; more parts need less memory", minimum=1, free=True
@@ -57,7 +59,7 @@ class Training(Checked):
     weight_decay_correction: float = option(1e-2, "AdamW's weight decay of g_φ", minimum=0)
     remat: bool = option(False, "recompute activations in place of keeping them: less memory", free=True)
     images_at_once: int = option(
-        0, "most images decoded and scored together on a device; 0: a whole micro-batch", minimum=0, free=True
+        0, "most images decoded and scored together on a device; 0: a micro-batch", unit="images", minimum=0, free=True
     )
     clip: float = option(1.0, "largest norm of a gradient, LoRA's and g_φ's apart", above=0, infinite=True)
 
@@ -74,8 +76,8 @@ class Training(Checked):
 class Logging(Checked):
     """What is written while a run goes on."""
 
-    samples_every: int = option(20, "distance of two grids of samples", unit="epochs", minimum=1, free=True)
-    checkpoint_every: int = option(10, "distance of two saves", unit="epochs", minimum=1, free=True)
+    samples_every: int = option(20, "how often a grid of samples is written", unit="epochs", minimum=1, free=True)
+    checkpoint_every: int = option(10, "how often the run is saved", unit="epochs", minimum=1, free=True)
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
 
@@ -94,7 +96,7 @@ class Settings(Checked):
     model: str = option(meaning='the base model: "emoji", a folder in diffusers\' layout, or OWNER/NAME on the hub')
     model_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the frozen UNet, VAE and text encoder")
     reward: str = option(meaning="the reward R", choices=REWARDS)
-    prompts: str = option(meaning="a prompt set's name, a text file, or hub:OWNER/NAME/FILE[:COLUMN]")
+    prompts: str = option(meaning="a prompt set's name, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")
     sampling: Sampling
     algorithm: Any = one_of(ALGORITHMS, "the algorithm, whose own options are the group's other fields")
     lora: Lora

@@ -15,7 +15,8 @@ import pytest
 from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.data.prompts import PROMPT_SETS, prompt_set
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.train import Prompts, sample_keys
+from nabla_gfn_jax.training.loop import sample_keys
+from nabla_gfn_jax.training.prompts import PromptIds
 
 RELEASED = os.environ.get("NABLA_GFN_JAX_PROMPTS", "")
 STYLES = ("photo", "paintings", "anime", "concept-art")
@@ -133,8 +134,26 @@ def test_bad_files_are_named_in_one_line(tmp_path, name):
 
 
 def test_an_unknown_name():
-    with pytest.raises(UserError, match=r"'simple_animal' is unknown; use a text file, hub:OWNER.* or a_face"):
+    said = r"'simple_animal' is unknown \(did you mean simple_animals\?\); use a file, .* or one of a_face"
+    with pytest.raises(UserError, match=said):
         prompt_set("simple_animal")
+    with pytest.raises(UserError, match="is unknown"):
+        prompt_set("nowhere.csv:prompt")
+
+
+def test_a_column_of_a_file_on_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.csv").write_text("text,n\na cat,1\n")
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "a \u2028dog"}\n', encoding="utf-8"
+    )  # a line end to Python, not to JSON
+    assert prompt_set(f"{tmp_path}/a.csv:text").train == ("a cat",)
+    assert prompt_set("~/a.jsonl:text").train == ("a \u2028dog",)
+    with pytest.raises(UserError, match=r"name the column of prompts, as in …/a\.csv:COLUMN"):
+        prompt_set("~/a.csv")
+    (tmp_path / "open.csv").write_text('text,n\n"a cat,1\n')
+    with pytest.raises(UserError, match=r"open\.csv is no CSV .*quote"):
+        prompt_set("~/open.csv:text")
 
 
 def test_without_a_network(monkeypatch, tmp_path):
@@ -148,15 +167,13 @@ def test_without_a_network(monkeypatch, tmp_path):
             prompt_set(name)
 
 
-def test_training_draws_by_key():
-    """The same prompts for the same keys, whatever the state of Python's and NumPy's generators."""
-    texts = tuple(f"a {i}" for i in range(7))
-    prompts = object.__new__(Prompts)
-    prompts.texts, prompts.features = texts, {"row": np.arange(7)}
+def test_training_chooses_by_key():
+    """The same prompts for the same keys, whatever the state of Python's and NumPy's generators; each as often."""
+    prompts = PromptIds(7)
     keys = sample_keys(jax.random.key(3), 5, 4000)
-    first = prompts.draw(keys)["row"]
+    first = prompts.chosen(keys)
     np.random.seed(1)  # noqa: NPY002
-    np.testing.assert_array_equal(prompts.draw(keys)["row"], first)
-    np.testing.assert_array_equal(prompts.draw(keys[50:60])["row"], first[50:60])
+    np.testing.assert_array_equal(prompts.chosen(keys), first)
+    np.testing.assert_array_equal(prompts.chosen(keys[50:60]), first[50:60])
     assert np.abs(np.bincount(first) / 4000 - 1 / 7).max() < 0.02
-    assert prompts.cycle(9)["row"].tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert prompts.cycle(9).tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]

@@ -8,8 +8,8 @@
 | `hpd_photo_paintings` | two of them, as the paper has it | the first 10 of each |
 | `drawbench` | DrawBench (arXiv 2205.11487) but Misspellings and Rare Words | the first 2 of each category |
 | `imagenet_animals` | the 398 animals among ImageNet's classes | none |
-| a path | a text file's lines | none |
-| `hub:OWNER/NAME/FILE` or `…:COLUMN` | a data set's .txt, .json, .jsonl or .csv file | none |
+| a path, or `…:COLUMN` | a .txt, .json, .jsonl or .csv file | none |
+| `hub:OWNER/NAME/FILE` or `…:COLUMN` | such a file of a data set | none |
 """
 
 import csv
@@ -23,6 +23,7 @@ from typing import Any
 
 from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import did_you_mean
 
 # fmt: off
 SIMPLE_ANIMALS = (
@@ -56,14 +57,25 @@ def prompt_set(name: str) -> PromptSet:
     elif match := _HUB_FILE.fullmatch(name):
         file = hub.find(_FOLDER, match["file"], repo=match["repo"], repo_type="dataset")
         found = _without_split(_read(file, match["column"]))
-    elif Path(name).is_file():
-        found = _without_split(_read(Path(name), None))
+    elif local := _local(name):
+        found = _without_split(_read(*local))
     else:
         names = ", ".join(sorted(PROMPT_SETS))
-        raise UserError(f"prompts = {name!r} is unknown; use a text file, hub:OWNER/NAME/FILE[:COLUMN] or {names}")
+        near = did_you_mean(name, PROMPT_SETS)
+        kinds = f"a file, FILE:COLUMN of a table, hub:OWNER/NAME/FILE[:COLUMN] or one of {names}"
+        raise UserError(f"prompts = {name!r} is unknown{near}; use {kinds}")
     if not found.train:
         raise UserError(f"prompts = {name!r} has no prompts")
     return found
+
+
+def _local(name: str) -> tuple[Path, str | None] | None:
+    """The file and column that `FILE` or `FILE:COLUMN` names, if there is such a file."""
+    whole, (path, _, column) = Path(name).expanduser(), name.rpartition(":")
+    if whole.is_file():
+        return whole, None
+    file = Path(path).expanduser()
+    return (file, column) if path and column and file.is_file() else None
 
 
 def _without_split(prompts: list[str]) -> PromptSet:
@@ -113,7 +125,7 @@ def _read(file: Path, column: str | None = None) -> list[str]:
         if column is not None and isinstance(prompts, list):
             prompts = [_cell(file, row, column) for row in prompts]
     elif file.suffix == ".txt":
-        prompts = [line.strip() for line in _text(file).splitlines() if line.strip()]
+        prompts = [line.strip() for line in _text(file).split("\n") if line.strip()]
     else:
         raise UserError(f"prompts of {file.name} cannot be read; use a .txt, .json, .jsonl or .csv file")
     if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
@@ -123,9 +135,12 @@ def _read(file: Path, column: str | None = None) -> list[str]:
 
 def _rows(file: Path) -> list[Any]:
     if file.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(_text(file), newline="")))
+        try:
+            return list(csv.DictReader(io.StringIO(_text(file), newline=""), strict=True))
+        except csv.Error as error:
+            raise UserError(f"{file} is no CSV ({error}); a quote may be left open") from error
     try:
-        return [json.loads(line) for line in _text(file).splitlines() if line.strip()]
+        return [json.loads(line) for line in _text(file).split("\n") if line.strip()]  # JSON may hold other line ends
     except ValueError as error:
         raise UserError(f"{file} is no JSON lines ({error}); download it again") from error
 
