@@ -51,7 +51,7 @@ def assert_gradient(gradient, oracle):
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_keeps_the_protocol(name):
-    needed = {"beta": 1.0} if name == "residual_nabla_db" else {}
+    needed = {"beta": 1.0} if name in ("residual_nabla_db", "path_regression") else {}
     assert isinstance(ALGORITHMS[name](**needed), Algorithm)
 
 

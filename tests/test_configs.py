@@ -19,6 +19,7 @@ RUNS = [
     *((name, "") for name in ("emoji", "emoji_animals")),
     *((name, variant) for name in ("ddpo", "draft", "refl") for variant in ("", "emoji")),
     ("draft", "lv"),
+    *(("path_regression", variant) for variant in ("", "innovation")),
     *((name, variant) for name in PAPER for variant in ("", "forward_only", "fast")),
 ]
 
@@ -31,7 +32,11 @@ def test_every_field_is_understood_and_stated(name, variant):
         assert run.algorithm.bins(run.sampling.num_steps) == round(steps)
     stable_diffusion_chain(STABLE_DIFFUSION, run.sampling.num_steps, sampler=run.sampling.sampler)
     assert run.prompts in PROMPT_SETS
-    assert run.training.trajectories % (8 * run.training.micro_batches) == 0 or "emoji" in (name[:5], variant)
+    assert run.training.trajectories % (8 * run.training.micro_batches) == 0 or "emoji" in (
+        name[:5],
+        variant,
+        run.model,
+    )
 
 
 def test_no_run_or_base_of_runs_is_left_out():

@@ -84,6 +84,14 @@ WRONG_OF_ALGORITHM = {
         "min_count": COUNT,
     },
     "refl": {"late_steps": (*COUNT, 51), "margin": (-math.inf, math.nan, "many")},
+    "path_regression": {
+        "beta": (1e30, -1e30, *NUMBERS),
+        "credit": ("guess", ""),
+        "steps": (*COUNT, 51),
+        "weight_clip": POSITIVE_OR_INF,
+        "credit_clip": POSITIVE_OR_INF,
+        "output_regularisation": NOT_NEGATIVE,
+    },
     "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL},
 }
 FIT = {"steps": COUNT, "batch": COUNT, "learning_rate": POSITIVE, "decay": (-0.1, 1.1, *NUMBERS)}
@@ -152,8 +160,8 @@ def with_value(tree, name, value):
 
 
 def algorithm_tree(name):
-    config = ("emoji", "") if name == "residual_nabla_db" else (name, "emoji")
-    tree = load_config(*config).to_dict()
+    config = {"residual_nabla_db": "emoji", "path_regression": "path_regression"}.get(name, f"{name}:emoji")
+    tree = load_config(*config.split(":")).to_dict()
     assert tree["algorithm"]["name"] == name
     return tree
 

@@ -21,10 +21,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout
-from nabla_gfn_jax.algorithms.transitions import Transition, take
+from nabla_gfn_jax.algorithms.transitions import Transition, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.options import Checked, option
-from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 _LEAST_STD = 1e-6
@@ -80,13 +79,7 @@ class Ddpo(Checked):
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """Every step of each trajectory in one update, ⌊T/updates⌋ in each of several."""
         num_steps = model.chain.num_steps
-        each = max(num_steps // updates, 1)
-
-        def order(key: Array) -> Array:
-            steps = jax.random.permutation(stream(key, "DDPO"), num_steps)
-            return jnp.resize(steps, (updates, each))
-
-        steps = jax.vmap(order, out_axes=1)(rollout.keys)  # (updates, B, each)
+        steps = share_out(rollout.keys, num_steps, updates, max(num_steps // updates, 1))
         return Batch(data=jax.vmap(lambda steps: take(steps, rollout))(steps))
 
     def value_and_grad(

@@ -75,6 +75,15 @@ def select_steps(keys: PRNGKeys, num_steps: int, bins: int, update: int | Array 
     return jax.vmap(of_sample)(keys)
 
 
+def share_out(keys: PRNGKeys, num_steps: int, updates: int, each: int) -> Int[Array, "{updates} batch {each}"]:
+    """`each` steps of a trajectory for every update, in random order: none twice before all have been taken."""
+
+    def order(key: Array) -> Array:
+        return jnp.resize(jax.random.permutation(stream(key, "shares"), num_steps), (updates, each))
+
+    return jax.vmap(order, out_axes=1)(keys)
+
+
 def take(steps: Int[Array, " batch *bins"], rollout: Rollout, adjoint: AdjointCredit | None = None) -> Transition:
     """The transitions at `steps` of each trajectory, leaves (B, *bins, …)."""
     rows = jnp.broadcast_to(jnp.arange(steps.shape[0]).reshape((-1,) + (1,) * (steps.ndim - 1)), steps.shape)

@@ -27,6 +27,7 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import Algorithm, Model, Rollout
 from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
+from nabla_gfn_jax.algorithms.path_regression import PathRegression
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Level, expand, rectified_flow_chain, stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
@@ -44,6 +45,7 @@ BASE = BASES["diffusion"]
 WIDTH, FREQUENCIES = 128, 8
 SYMBOLS: dict[Any, str] = {"alpha_bar": "ᾱ", "sqrt_alpha_bar": "√ᾱ", "one": "1"}
 AVERAGE = 0.99  # decay of the running mean of policy parameters, which is what is judged
+CREDITS: tuple[Any, ...] = ("adjoint", "innovation")  # of the path regression
 CHUNK = 5  # updates between looks at the mean reward
 
 
@@ -132,31 +134,37 @@ def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[
     rate = optax.cosine_decay_schedule(run.learning_rate, run.updates)
     one = optax.chain(optax.clip_by_global_norm(run.gradient_clip), optax.adam(rate))
     optimizer = optax.partition(dict.fromkeys(params, one), {name: name for name in params})
-    ids, weight = jnp.zeros(run.batch, jnp.int32), jnp.ones(run.batch)
+    ids, prompts = jnp.zeros(run.batch, jnp.int32), np.zeros(run.batch, int)
 
-    def update(state: Any, index: Array) -> tuple[Any, Array]:
-        params, average, optimizer_state = state
+    @jax.jit
+    def rollout(params: Params, index: Array) -> tuple[Any, dict[str, Array]]:
         keys = keys_of(jax.random.fold_in(sample_key, index), run.batch)
         trajectory = sample(model.predict, params["lora"], model.chain, keys, (2,), ids)
         log_reward = model.log_reward(trajectory.samples, ids)
         batch = run.algorithm.batch(params, model, Rollout(trajectory, log_reward, ids, keys), 1)
-        _, gradient = run.algorithm.value_and_grad(params, model, jax.tree.map(lambda a: a[0], batch.data), weight)
+        return jax.tree.map(lambda a: a[0], batch.data), {"log_reward": log_reward, **batch.scalars}
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: Any, data: Any, weight: Array) -> Any:
+        params, average, optimizer_state = state
+        _, gradient = run.algorithm.value_and_grad(params, model, data, weight)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int counts and floats
             updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         params = optax.apply_updates(params, updates)
-        average = optax.incremental_update(params["lora"], average, 1 - AVERAGE)
-        return (params, average, optimizer_state), log_reward.mean()
+        return params, optax.incremental_update(params["lora"], average, 1 - AVERAGE), optimizer_state
 
-    chunk = jax.jit(lambda state, indices: jax.lax.scan(update, state, indices), donate_argnums=0)
     state = (params, jax.tree.map(jnp.copy, params["lora"]), optimizer.init(params))
-    done = 0
-    while done < run.updates:
-        indices = jnp.arange(done, min(done + CHUNK, run.updates))
-        state, rewards = chunk(state, indices)
-        done += len(indices)
-        if run.stop_at_target_reward and float(rewards.mean()) >= target_reward:
-            return state[0]["lora"], done
-    return state[1], done
+    stats, rewards = run.algorithm.first_stats(1), list[float]()
+    for index in range(run.updates):
+        data, scalars = rollout(state[0], jnp.int32(index))
+        host = {name: np.asarray(value) for name, value in scalars.items()}
+        weight, stats = run.algorithm.weigh(stats, host, prompts)
+        state = update(state, data, weight)
+        rewards.append(float(host["log_reward"].mean()))
+        looks = run.stop_at_target_reward and len(rewards) % CHUNK == 0
+        if looks and np.mean(rewards[-CHUNK:]) >= target_reward:
+            return state[0]["lora"], len(rewards)
+    return state[1], run.updates
 
 
 def judge(points: np.ndarray, target: Mixture) -> tuple[Distance, float]:
@@ -233,6 +241,15 @@ def runs(updates: int) -> list[Run]:
             updates=updates,
         ),
         Run(name="adjoint, batch 512", algorithm=adjoint, batch=512, updates=updates),
+        *(
+            Run(
+                name=f"path regression, {credit}, batch 512",
+                algorithm=PathRegression(beta=1.0, credit=credit),
+                batch=512,
+                updates=updates,
+            )
+            for credit in CREDITS
+        ),
         Run(
             name="DRaFT-10, stopped at the target reward",
             algorithm=Draft(last_steps=10),

@@ -1,0 +1,144 @@
+"""Regression on sampled paths with exact weights: the target's own steps, with or without a gradient of the reward.
+
+The target's paths have the density p_#(path) R(x_T)^β / Z. Of all policies with the base model's σ the one nearest to
+it, with the least KL(target ‖ policy), has the mean E_target[y | x], which a regression on the target's paths finds.
+Paths that any policy θ† sampled stand for the target's if each counts with its weight:
+
+    w = W / Z,   W = R(x_T)^β Π p_#(y|x) / p_θ†(y|x),   Z = E_θ†[W], whatever θ† is
+    loss = E_θ†[ w Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ
+
+The loss is KL(target ‖ policy) − KL(target ‖ base), in nats: 0 for the base model, and minus the needed nats for the
+target. Two credits c have the same mean given x, by Stein's identity:
+
+    innovation   c = (y − μ_#)/σ               needs no gradient: any reward will do
+    adjoint      c = σ a, ∇log R^β at the path's end pulled back to y; far less noise at late steps
+
+This is the cross-entropy method for path integral control (Zhang et al. 2014, SIAM J. Sci. Comput. 36) with the
+innovation, and stochastic optimal control matching (Domingo-Enrich et al. 2023, arXiv 2312.02027) with the adjoint.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout
+from nabla_gfn_jax.algorithms.credit import adjoint_credit
+from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
+from nabla_gfn_jax.diffusion.chain import Chain, expand
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.typing import Latents, Params, PerSample
+
+
+@flax.struct.dataclass
+class PathWeights:
+    """Σ W over all samples of each prompt so far, as its logarithm, and their number; on the host, float64."""
+
+    log_sum: Float[np.ndarray, " prompts"]
+    seen: Int[np.ndarray, " prompts"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PathRegression(Checked):
+    """Weighted regression on the policy's own paths. log Z of a prompt is that of all its samples so far."""
+
+    beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
+    credit: Literal["innovation", "adjoint"] = option("adjoint", "what a step is told: see algorithms/path_regression")
+    steps: int = option(6, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
+    weight_clip: float = option(float("inf"), "largest weight w of a path", above=0, infinite=True)
+    credit_clip: float = option(
+        float("inf"), "largest root mean square of c, over latent elements", above=0, infinite=True
+    )
+    output_regularisation: float = option(0.0, "λ, the weight of ‖ε_θ − ε_θ†‖²", minimum=0)
+
+    on_policy: ClassVar[bool] = True
+
+    def heads(self) -> Mapping[str, HeadKind]:
+        return {}
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if a trajectory has fewer steps than an update takes."""
+        if self.steps > num_steps:
+            raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
+
+    def first_stats(self, num_prompts: int) -> PathWeights:
+        return PathWeights(np.full(num_prompts, -np.inf), np.zeros(num_prompts, np.int64))
+
+    def weigh(
+        self, stats: PathWeights, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
+    ) -> tuple[Float[np.ndarray, " all"], PathWeights]:
+        """w = W/Z, at most `weight_clip`, after this epoch's W have been added to their prompt's."""
+        log_w = self.beta * np.asarray(scalars["log_reward"], np.float64) + np.asarray(scalars["log_ratio"], np.float64)
+        log_sum, seen = stats.log_sum.copy(), stats.seen.copy()
+        np.logaddexp.at(log_sum, prompt_id, log_w)
+        np.add.at(seen, prompt_id, 1)
+        log_z = log_sum[prompt_id] - np.log(seen[prompt_id])
+        return np.minimum(np.exp(log_w - log_z), self.weight_clip).astype(np.float32), PathWeights(log_sum, seen)
+
+    def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
+        """`steps` steps of each trajectory for every update, with their credit, and log Π p_#/p_θ† of each path."""
+        credit = adjoint_credit(model, rollout, self.beta) if self.credit == "adjoint" else innovation(model, rollout)
+        steps = share_out(rollout.keys, model.chain.num_steps, updates, self.steps)
+        data = jax.vmap(lambda steps: take(steps, rollout, credit))(steps)
+        return Batch(data=data, scalars={"log_ratio": log_ratio(model.chain, rollout, credit.base_output)})
+
+    def value_and_grad(
+        self, params: Params, model: Model, data: Transition, weight: PerSample
+    ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+        """The loss, in nats of a whole path, with λ's term beside it, and the LoRA's gradient."""
+        each, now = data.index.shape[1], flatten(data)
+        weight, step = jnp.repeat(weight, each), model.chain[now.index]
+        assert now.adjoint is not None
+        c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
+
+        def loss(lora: Params) -> tuple[Float[Array, ""], Metrics]:
+            output = model.predict(lora, now.x, step.at, now.prompt_id)
+            delta = expand(step.mean_o / step.sigma, output) * (output - now.adjoint.base_output)
+            nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
+            drift = expand(step.at.noise_o, output) * (output - now.output)
+            terms = {
+                "loss_paths": model.chain.num_steps * (weight * nats).mean(),
+                "loss_reg": self.output_regularisation * jnp.square(drift).mean(),
+            }
+            return terms["loss_paths"] + terms["loss_reg"], terms
+
+        value, lora = jax.value_and_grad(loss, has_aux=True)(params["lora"])
+        return value, {"lora": lora}
+
+
+def innovation(model: Model, rollout: Rollout) -> AdjointCredit:
+    """(y − μ_#)/σ² of every step, in the place of the adjoint; no gradient is taken."""
+    latents = rollout.trajectory.latents
+
+    def of_step(_: None, inputs: tuple[Latents, Latents, Chain]) -> tuple[None, AdjointCredit]:
+        x, y, step = inputs
+        base_output = model.predict(None, x, step.at.each(len(x)), rollout.prompt_id)
+        return None, AdjointCredit((y - step.mean(base_output, x)) / step.sigma**2, base_output)
+
+    return jax.lax.scan(of_step, None, (latents[:-1], latents[1:], model.chain))[1]
+
+
+def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> PerSample:
+    """log Π p_#(y|x)/p_θ†(y|x) of each path, from what the policy and the base model said on it, leaves (T, B, …)."""
+
+    def of_step(total: PerSample, inputs: Any) -> tuple[PerSample, None]:
+        x, y, output, base, step = inputs
+        delta = step.mean_o / step.sigma * (output - base)
+        noise = (y - step.mean(output, x)) / step.sigma
+        return total - (delta * (0.5 * delta + noise)).reshape(len(x), -1).sum(axis=1), None
+
+    path = rollout.trajectory
+    steps = (path.latents[:-1], path.latents[1:], path.outputs, base_output, chain)
+    return jax.lax.scan(of_step, jnp.zeros(len(rollout.keys)), steps)[0]
+
+
+def clipped(c: Latents, largest: float) -> Latents:
+    """Each sample's c, shrunk to a root mean square of `largest` where it has more."""
+    size = jnp.sqrt(jnp.square(c).reshape(len(c), -1).mean(axis=1))
+    return expand(jnp.where(size > largest, largest / size, 1.0), c) * c
