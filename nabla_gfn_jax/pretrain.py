@@ -22,8 +22,8 @@ from nabla_gfn_jax.emoji.settings import Pretraining
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.models.tokenizer import load_tokenizer
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
-from nabla_gfn_jax.options import Checked, option
-from nabla_gfn_jax.workdir import claim_workdir
+from nabla_gfn_jax.options import Checked, flatten, option
+from nabla_gfn_jax.runs.workdir import claim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,13 @@ class Options(Checked):
 def main(argv: list[str]) -> None:
     """The stages, in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
     options, config = parse_run(argv, Options, Pretraining, __doc__)
-    workdir = options.workdir or default_workdir(options.config, config.seed)
-    claim_workdir(workdir, config)
-    use_compilation_cache()
+    with claim(options.workdir or default_workdir(options.config, config.seed), flatten(config)) as workdir:
+        use_compilation_cache()
+        make(config, workdir.path)
+
+
+def make(config: Pretraining, workdir: Path) -> None:
+    """Trains the parts, one after another, and writes the model and how good it is."""
     drawings = load_drawings()
     base = drawings.base()
     json_files = describe(config)

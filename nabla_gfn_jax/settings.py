@@ -78,6 +78,7 @@ class Logging(Checked):
 
     samples_every: int = option(20, "how often a grid of samples is written", unit="epochs", minimum=1, free=True)
     checkpoint_every: int = option(10, "how often the run is saved", unit="epochs", minimum=1, free=True)
+    keep_loras: int = option(0, "how many of the newest LoRA files to keep; 0: all", minimum=0, free=True)
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
 

@@ -10,19 +10,19 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.checkpoints.training_state import Checkpoints
 from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
-from nabla_gfn_jax.options import option
+from nabla_gfn_jax.options import flatten, free_names, option
 from nabla_gfn_jax.parallel import place, use_cpu_cores
 from nabla_gfn_jax.processes import ProcessOptions, ending_together, is_first, join
+from nabla_gfn_jax.runs.checkpoints import Checkpoints
+from nabla_gfn_jax.runs.metrics_log import MetricsLog
+from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
-from nabla_gfn_jax.training.build import build, check, length
+from nabla_gfn_jax.training.build import about, build, check, inputs, length
 from nabla_gfn_jax.training.loop import Programs, first_progress, restored, run
-from nabla_gfn_jax.training.metrics_log import MetricsLog
-from nabla_gfn_jax.training.outputs import WorkdirOutputs
-from nabla_gfn_jax.workdir import claim_workdir
+from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,28 +36,44 @@ class Options(ProcessOptions):
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Settings → trainer → compiled programs → restored progress → for each epoch: sample, update, log, save."""
+    """Settings → workdir → trainer → restored progress → for each epoch: sample, update, log, save."""
     options, settings = parse_run(argv, Options, Settings, __doc__)
-    workdir = options.workdir or default_workdir(options.config, settings.seed)
+    path = options.workdir or default_workdir(options.config, settings.seed)
     use_cpu_cores(settings.training.trajectories // settings.training.micro_batches)
     join(options)
     with ending_together():
         check(settings)
-        claim_workdir(workdir, settings, write=is_first())
-        use_compilation_cache()
-        trainer, plan = build(settings), length(settings)
-        state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
-        programs = Programs(trainer, plan, state)
-        checkpoints = Checkpoints(workdir / "checkpoints")
-        progress, first = restored(programs, first_progress(trainer, state), checkpoints)
-        log = MetricsLog(workdir, first, settings, write=is_first())
-        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, options.profile)) as outputs:
-            run(programs, plan, progress, first, outputs)
+        with claim(path, flatten(settings), free_names(settings), about(settings), write=is_first()) as workdir:
+            if not is_finished(workdir, length(settings)):
+                finetune(settings, workdir, profile=options.profile)
         if is_first():
             print(
-                f"done. metrics: {workdir / 'metrics.jsonl'}   samples: {workdir / 'samples'}   "
-                f"LoRA: {workdir / 'lora' / 'diffusers.safetensors'}   checkpoints: {workdir / 'checkpoints'}"
+                f"done. metrics: {path / 'metrics.jsonl'}   samples: {path / 'samples'}   "
+                f"LoRA: {workdir.latest_lora()}   checkpoints: {path / 'checkpoints'}"
             )
+
+
+def finetune(settings: Settings, workdir: Workdir, *, profile: bool) -> None:
+    """The run of these settings, from its beginning or from its last checkpoint."""
+    use_compilation_cache()
+    trainer, plan = build(settings), length(settings)
+    workdir.record_inputs(inputs(settings, trainer.reward))
+    state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
+    programs = Programs(trainer, plan, state)
+    with Checkpoints(workdir.path / "checkpoints") as checkpoints:
+        progress, first = restored(programs, first_progress(trainer, state), checkpoints)
+        log = MetricsLog(
+            workdir.path,
+            first,
+            run_id=workdir.manifest.id,
+            config=workdir.manifest.config,
+            tensorboard=settings.logging.tensorboard,
+            wandb=settings.logging.wandb,
+            write=is_first(),
+        )
+        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile)) as outputs:
+            outputs.resumes(progress)
+            run(programs, plan, progress, first, outputs)
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ WRONG = {
     "training.clip": POSITIVE_OR_INF,
     "logging.samples_every": COUNT,
     "logging.checkpoint_every": COUNT,
+    "logging.keep_loras": NATURAL,
     "logging.tensorboard": SWITCH,
     "logging.wandb": SWITCH,
 }

@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from tiny_run import brightness, flags, last_of_each
 
 from nabla_gfn_jax import parallel, train
-from nabla_gfn_jax.checkpoints.training_state import Checkpoints
 from nabla_gfn_jax.command_line import parse_run
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training import loop
 from nabla_gfn_jax.training.build import build, length

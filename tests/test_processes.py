@@ -103,12 +103,13 @@ def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_pa
 
     ended = end(start(tiny_model, pair, longer, slurm=True), COMPILING)
     assert [code for code, _, _ in ended] == [0, 0], [error for _, _, error in ended]
-    assert [row["step"] for row in rows(pair)] == [row["step"] for row in rows(single)]
+    assert [row["epoch"] for row in rows(pair)] == list(range(EPOCHS + 2)) == [row["epoch"] for row in rows(single)]
     for ours, theirs in zip(rows(pair), rows(single), strict=True):
         for name in ("reward_mean", "reward_std", "loss", "grad_norm_lora"):
             if name in theirs:
-                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours["step"])
-    ours, theirs = (load_file(folder / "lora/diffusers.safetensors") for folder in (pair, single))
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-4), (name, ours["epoch"])
+    last = f"lora/{2 * EPOCHS:05d}/diffusers.safetensors"
+    ours, theirs = (load_file(folder / last) for folder in (pair, single))
     flat = [np.concatenate([lora[name].ravel() for name in sorted(theirs)]) for lora in (ours, theirs)]
     assert np.linalg.norm(flat[0] - flat[1]) < 1e-5 * np.linalg.norm(flat[1])
     grids = sorted(path.name for path in (single / "samples").iterdir())

@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import re
-import struct
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -15,8 +15,17 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tensorboardX.proto.event_pb2 import Event
+from test_metrics_log import scalars
 from test_parallel import without_images
+
+from nabla_gfn_jax import train
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.runs.metrics_log import COLUMNS
+from nabla_gfn_jax.runs.workdir import claim
+from nabla_gfn_jax.training import loop
+
+CREDIT = "adjoint"
+LORA = Path("lora/00006/diffusers.safetensors")
 
 REWARD = "30.0"  # times brightness: a loss that rounding to bfloat16 leaves within a tenth
 COSTS = ("seconds", "images_per_second", "flops_per_second", "device_memory_gib")
@@ -60,7 +69,7 @@ def whole(command, tmp_path_factory):
     """Runs by credit, three epochs uninterrupted, with all that can be asked to be written. Made once each."""
     made: dict[str, Run] = {}
 
-    def run(credit: str = "adjoint") -> Run:
+    def run(credit: str = CREDIT) -> Run:
         if credit not in made:
             workdir, printed = tmp_path_factory.mktemp(credit), io.StringIO()
             with redirect_stdout(printed), compilations() as compiled:
@@ -77,10 +86,11 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     """The lookahead trains g_φ too; compiling its update takes a minute."""
     run = whole(credit)
     assert "lora" in run.printed.lower()
-    for name in ("metrics.jsonl", "config.json", "samples/update_00000.png", "samples/update_00006.png"):
+    for name in ("metrics.jsonl", "manifest.json", "samples/update_00000.png", "samples/update_00006.png"):
         assert (run.workdir / name).is_file(), name
-    for name in ("lora/diffusers.safetensors", "lora/kohya.safetensors"):
-        assert (run.workdir / name).is_file(), name
+    for name in ("diffusers.safetensors", "kohya.safetensors", "about.json"):
+        assert (run.workdir / LORA.with_name(name)).is_file(), name
+    assert sorted(p.name for p in (run.workdir / "lora").iterdir()) == ["00002", "00004", "00006"]
     log = rows(run.workdir)
     assert [(row["epoch"], row["step"], row["updates"]) for row in log] == [
         (0, 0, 0), (1, 0, 2), (2, 2, 4), (3, 4, 6), (4, 6, 6)
@@ -91,8 +101,58 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     command(tmp_path, f"--config.algorithm.credit={credit}", "--config.training.num_epochs=1", reward=REWARD)
     command(tmp_path, f"--config.algorithm.credit={credit}", reward=REWARD)
     assert list(map(without_time, rows(tmp_path))) == list(map(without_time, rows(run.workdir)))
-    lora = [(folder / "lora/diffusers.safetensors").read_bytes() for folder in (run.workdir, tmp_path)]
-    assert lora[0] == lora[1]
+    assert (run.workdir / LORA).read_bytes() == (tmp_path / LORA).read_bytes()
+
+
+def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_path, monkeypatch):
+    """A run that starts from the LoRA after 4 updates, with the noise of epoch 3, begins with epoch 3's reward."""
+    of_epoch = {row["epoch"]: row for row in rows(whole().workdir)}
+    keys = loop.sample_keys
+    monkeypatch.setattr(loop, "sample_keys", lambda key, epoch, count: keys(key, epoch + 3, count))
+    without_images(monkeypatch)
+    file = whole().workdir / LORA.parent.with_name("00004") / LORA.name
+    command(tmp_path, "--config.training.num_epochs=0", f"--config.lora.start_from={file}", reward=REWARD)
+    row, _ = rows(tmp_path)
+    assert of_epoch[3]["step"] == 4
+    assert row["reward_mean"] == pytest.approx(of_epoch[3]["reward_mean"], rel=1e-6)
+    assert row["reward_mean"] != pytest.approx(of_epoch[2]["reward_mean"], rel=1e-5)
+
+
+def test_every_column_of_the_log_is_documented(whole):
+    """And no other: whoever adds one says what it is, in `COLUMNS` or where the algorithm is."""
+    found = {name for row in rows(whole().workdir) for name in row}
+    assert found == {column.name for column in COLUMNS} - {"grad_norm_correction"}
+    assert not any(value is None for row in rows(whole().workdir) for value in row.values())
+    assert "nan" not in whole().printed
+
+
+def test_a_finished_run_is_not_built_again(whole, command, tmp_path, monkeypatch):
+    shutil.copytree(whole().workdir, tmp_path / "run")
+    monkeypatch.setattr(train, "build", lambda settings: pytest.fail("is built"))
+    command(tmp_path / "run", f"--config.algorithm.credit={CREDIT}", reward=REWARD)
+    assert rows(tmp_path / "run") == rows(whole().workdir)
+
+
+def test_a_finished_run_whose_lora_and_last_row_are_missing_writes_them(whole, command, tmp_path):
+    """As when it was killed after its last checkpoint."""
+    shutil.copytree(whole().workdir, tmp_path / "run")
+    shutil.rmtree((tmp_path / "run" / LORA).parent)
+    log = tmp_path / "run/metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))
+    command(tmp_path / "run", f"--config.algorithm.credit={CREDIT}", reward=REWARD)
+    assert (tmp_path / "run" / LORA).read_bytes() == (whole().workdir / LORA).read_bytes()
+    assert list(map(without_time, rows(tmp_path / "run"))) == list(map(without_time, rows(whole().workdir)))
+
+
+def test_a_lora_is_there_before_the_checkpoint_that_says_so(whole, command, tmp_path, monkeypatch):
+    def fail(*_):
+        raise UserError("killed")
+
+    monkeypatch.setattr(train.Checkpoints, "save", fail)
+    with pytest.raises(SystemExit):
+        command(tmp_path, reward=REWARD)
+    first = LORA.parent.with_name("00002") / LORA.name
+    assert (tmp_path / first).read_bytes() == (whole().workdir / first).read_bytes()
 
 
 def test_each_program_is_compiled_once(whole):
@@ -104,11 +164,11 @@ def test_each_program_is_compiled_once(whole):
 def test_a_run_starts_from_a_lora(whole, command, tmp_path, capsys):
     """Its first grid is the last of the run that made the LoRA, and not the base model's. Another rank is refused."""
     first, second = whole().workdir, tmp_path / "second"
-    file = first / "lora/kohya.safetensors"
+    file = first / LORA.with_name("kohya.safetensors")
     command(second, "--config.training.num_epochs=2", f"--config.lora.start_from={file}")
     base, made = ((first / f"samples/update_0000{n}.png").read_bytes() for n in (0, 6))
     assert (second / "samples/update_00000.png").read_bytes() == made != base
-    before, after = (load_file(folder / "lora/diffusers.safetensors") for folder in (first, second))
+    before, after = load_file(first / LORA), load_file(second / LORA.parent.with_name("00004") / LORA.name)
     assert before.keys() == after.keys()
     with pytest.raises(SystemExit):
         command(tmp_path / "third", f"--config.lora.start_from={file}", "--config.lora.rank=4")
@@ -128,7 +188,7 @@ def test_bfloat16(whole, command, tmp_path, monkeypatch):
         assert a["reward_mean"] != b["reward_mean"]
         assert abs(a["reward_mean"] - b["reward_mean"]) < 0.02 * abs(a["reward_mean"])
     assert abs(full[1]["loss"] - half[1]["loss"]) < 0.1 * full[1]["loss"]
-    lora = load_file(tmp_path / "lora/diffusers.safetensors")
+    lora = load_file(tmp_path / LORA.parent.with_name("00002") / LORA.name)
     assert {a.dtype for a in lora.values()} == {np.dtype(np.float32)}
 
 
@@ -160,7 +220,8 @@ def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(whole):
         assert row["images_per_second"] == pytest.approx(16 / row["seconds"])
         assert row["device_memory_gib"] > 0.05  # on a CPU the process's
     work = [row["flops_per_second"] * row["seconds"] for row in log]
-    assert work[0] < work[1] == pytest.approx(work[2], rel=1e-6)  # the first epoch only samples
+    assert work[0] < work[1] == pytest.approx(work[2], rel=1e-6)
+    assert work[-1] == pytest.approx(work[0], rel=1e-6)  # the first and the last only sample
     traces = list((run.workdir / "profile").glob("plugins/profile/*/*.xplane.pb"))
     assert len(traces) == 1
     assert b"rollout" in traces[0].read_bytes()
@@ -169,21 +230,9 @@ def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(whole):
 
 def test_tensorboard_has_every_number_of_the_log(whole):
     workdir = whole().workdir
-    (file,) = (workdir / "tensorboard").iterdir()
-    found = {(s.tag, event.step): s.simple_value for event in events(file) for s in event.summary.value}
-    expected = {(name, row["epoch"]): value for row in rows(workdir) for name, value in row.items()}
-    assert found.keys() == expected.keys()
-    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
-
-
-def events(file: Path) -> list[Event]:
-    """The records of a TensorBoard file: length (8 bytes), its checksum (4), the event, its checksum (4)."""
-    data, start, found = file.read_bytes(), 0, []
-    while start < len(data):
-        (length,) = struct.unpack_from("<Q", data, start)
-        found.append(Event.FromString(data[start + 12 : start + 12 + length]))
-        start += length + 16
-    return found
+    expected = [(name, row["epoch"], value) for row in rows(workdir) for name, value in row.items()]
+    for (name, epoch, value), found in zip(sorted(expected), scalars(workdir / "tensorboard"), strict=True):
+        assert found == (name, epoch, pytest.approx(value, rel=1e-6))
 
 
 @pytest.mark.parametrize(
@@ -208,11 +257,43 @@ def test_bad_input_is_one_line_and_exit_code_2(command, tmp_path, capsys, flag, 
     assert any(name in error[0] for name in named.split("|"))
 
 
-def test_a_workdir_of_another_config_is_refused(command, tmp_path, capsys):
-    command(tmp_path, "--config.training.num_epochs=0")
+def test_a_workdir_of_another_config_is_refused(whole, command, capsys):
     with pytest.raises(SystemExit):
-        command(tmp_path, "--config.algorithm.beta=7.0")
+        command(whole().workdir, "--config.algorithm.beta=7.0", reward=REWARD)
     assert "algorithm.beta" in capsys.readouterr().err
+
+
+def test_a_workdir_in_use_is_one_line_and_exit_code_2(command, tmp_path, capsys):
+    with claim(tmp_path, {}), pytest.raises(SystemExit) as stop:
+        command(tmp_path)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: workdir {tmp_path} is in use by process")
+
+
+def test_a_resume_may_use_less_memory(whole, command, tmp_path, capsys, monkeypatch):
+    """Of the fields that change no number but by rounding, none is held against it."""
+    shutil.copytree(whole().workdir, tmp_path / "run")
+    less = {"micro_batches": 1, "remat": True, "images_at_once": 1, "num_epochs": 5}
+
+    def stop(settings):
+        raise UserError(f"a run of {settings.training.num_epochs} epochs is built")
+
+    monkeypatch.setattr(train, "build", stop)
+    fields = [f"--config.training.{name}={value}" for name, value in less.items()]
+    with pytest.raises(SystemExit):
+        command(tmp_path / "run", f"--config.algorithm.credit={CREDIT}", *fields, reward=REWARD)
+    assert "a run of 5 epochs is built" in capsys.readouterr().err
+
+
+def test_a_resume_with_other_prompts_in_the_same_file_is_refused(command, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("a face\n")
+    more = (f"--config.prompts={tmp_path / 'prompts.txt'}", "--config.training.num_epochs=1")
+    command(tmp_path / "run", *more)
+    (tmp_path / "prompts.txt").write_text("an animal\n")
+    with pytest.raises(SystemExit):
+        command(tmp_path / "run", *more[:1])
+    assert re.search(r"prompts had SHA-256 \w+… and has \w+…; restore it, or", capsys.readouterr().err)
 
 
 def test_an_unwritable_workdir_is_named(command, tmp_path, capsys):
@@ -223,8 +304,6 @@ def test_an_unwritable_workdir_is_named(command, tmp_path, capsys):
 
 
 def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys):
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     weights = broken / "vae/diffusion_pytorch_model.safetensors"

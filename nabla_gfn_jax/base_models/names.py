@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from nabla_gfn_jax.base_models.diffusers_folder import abstract_params, load_folder, read_architecture
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
-from nabla_gfn_jax.checkpoints.hub import PINNED, model_folder
+from nabla_gfn_jax.checkpoints.hub import STABLE_DIFFUSION_1_5, model_folder
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -45,7 +45,7 @@ def abstract_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
 
     The pinned Stable Diffusion 1.5 need not be here: the models' own defaults are its architecture.
     """
-    if name in PINNED and not Path(name).is_dir():
+    if name == STABLE_DIFFUSION_1_5 and not Path(name).is_dir():
         unet, vae = UNet2DConditionModel(UNetConfig(), dtype), AutoencoderKL(VAEConfig(), dtype)
         text_encoder, scheduler = CLIPTextModel(CLIPTextConfig(), dtype), STABLE_DIFFUSION
     else:

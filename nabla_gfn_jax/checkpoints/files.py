@@ -120,9 +120,14 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
     Raises `UserError` naming a file that is missing, truncated or damaged.
     """
-    tensors = dict(TensorFiles(file))
+    return dict(TensorFiles(file)), read_metadata(file)
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The metadata in a safetensors file's header. Raises `UserError` as `TensorFiles` does."""
+    TensorFiles(file)
     with safe_open(file, framework="np") as opened:
-        return tensors, opened.metadata() or {}
+        return opened.metadata() or {}
 
 
 class TensorFiles(Mapping[str, np.ndarray]):

@@ -39,6 +39,7 @@ _CONFIGS = (
 _TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.json")
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin")
+_IN_CACHE = re.compile(r"/(?:models|datasets)--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
 
@@ -146,6 +147,12 @@ def shards(index: Path) -> list[str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} does not say which file holds which tensor; download the model again")
     return sorted(set(weight_map.values()))
+
+
+def revision_of(file: Path) -> str | None:
+    """`OWNER/NAME@COMMIT` of a file in the hub's cache, None for any other."""
+    match = _IN_CACHE.search(file.absolute().as_posix())
+    return f"{match['owner']}/{match['name']}@{match['commit']}" if match else None
 
 
 def _is_complete(folder: Path) -> bool:

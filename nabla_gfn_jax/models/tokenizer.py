@@ -65,14 +65,14 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
 
     Raises `UserError` naming a missing or damaged file.
     """
-    file = folder / "tokenizer.json"
+    file, *others = vocabulary_files(folder)
     try:
-        if file.is_file():
+        if not others:
             model = read_json(file)["model"]
             vocabulary, pairs = model["vocab"], model["merges"]
         else:
-            vocabulary = read_json(folder / "vocab.json")
-            file = folder / "merges.txt"
+            vocabulary = read_json(file)
+            (file,) = others
             lines = file.read_text(encoding="utf-8").splitlines()
             pairs = [line for line in lines if line and not line.startswith("#version")]
         merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
@@ -80,6 +80,12 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
         return vocabulary, [pair for pair in merges if "".join(pair) in vocabulary]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
+
+
+def vocabulary_files(folder: Path) -> tuple[Path, ...]:
+    """The files that `read_vocabulary` reads."""
+    whole = folder / "tokenizer.json"
+    return (whole,) if whole.is_file() else (folder / "vocab.json", folder / "merges.txt")
 
 
 def text_pipeline(model: models.BPE) -> Tokenizer:

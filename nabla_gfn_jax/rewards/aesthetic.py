@@ -67,7 +67,7 @@ def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_di
     layers = from_state_dict(
         weights.read_state_dict(head), expected, str(head), "LAION's aesthetic head", place=_float32
     )
-    return Reward({"clip": tower, **layers}, lambda prompts: {}, _scorer(model))
+    return Reward({"clip": tower, **layers}, lambda prompts: {}, _scorer(model), (clip, head))
 
 
 def abstract() -> Reward:

@@ -45,9 +45,17 @@ def features(network: Params, images: Images) -> Float[Array, "batch 1008"]:
 
 
 def _load_head(name: str) -> Params:
-    tensors, _ = read_safetensors(DATA / f"{name}.safetensors")
+    tensors, _ = read_safetensors(_head_file(name))
     head = {key: jnp.asarray(tensor.astype(np.float32)) for key, tensor in tensors.items()}
     return {"network": network_params(), **head}
+
+
+def _head_file(name: str) -> Path:
+    return DATA / f"{name}.safetensors"
+
+
+def _files(name: str) -> tuple[Path, ...]:
+    return (_head_file(name), efficientnet.weights_file("lite0"))
 
 
 def _linear(params: Params, images: Images) -> Float[Array, "batch outputs"]:
@@ -64,7 +72,7 @@ def valence() -> Reward:
     def score(params: Params, images: Images, prompts: dict) -> PerSample:
         return jnp.tanh(_linear(params, images)[:, 0])
 
-    return Reward(_load_head("valence"), lambda prompts: {}, score)
+    return Reward(_load_head("valence"), lambda prompts: {}, score, _files("valence"))
 
 
 def recognisability() -> Reward:
@@ -77,7 +85,7 @@ def recognisability() -> Reward:
         log_p = jax.nn.log_softmax(_linear(params, images), axis=-1)
         return jnp.take_along_axis(log_p, animal[:, None], axis=-1)[:, 0]
 
-    return Reward(_load_head("recognisability"), encode, score)
+    return Reward(_load_head("recognisability"), encode, score, _files("recognisability"))
 
 
 def _animal(prompt: str) -> int:

@@ -13,6 +13,7 @@ from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig, OpenCLIPText, OpenCLIPVision
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.models.preprocess import clip_normalise, fit_longer_side
+from nabla_gfn_jax.models.tokenizer import vocabulary_files
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
@@ -42,7 +43,8 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
     )
     visual = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params.pop("visual"))
     text = OpenCLIPText(config.text, config.embed_dim)
-    return Reward(visual, _prompt_encoder(text, params, tokenize), _scorer(config))
+    files = (file, *vocabulary_files(tokenizer))
+    return Reward(visual, _prompt_encoder(text, params, tokenize), _scorer(config), files)
 
 
 def abstract() -> Reward:

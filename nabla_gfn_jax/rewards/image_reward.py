@@ -78,7 +78,7 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
         ids, mask = tokenizer(prompts)
         return {"ids": jnp.asarray(ids), "mask": jnp.asarray(mask)}
 
-    return Reward(params, encode, _scorer(model))
+    return Reward(params, encode, _scorer(model), (file, med_config, vocabulary))
 
 
 def abstract() -> Reward:

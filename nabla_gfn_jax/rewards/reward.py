@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ class Reward:
 
     `encode_prompts` turns prompts into arrays with a leading axis of their number, once, and raises `UserError`
     for a prompt the reward cannot judge. `score(params, images, prompt_features)` is pure and differentiable: log
-    R(x) of each image in [0, 1], float32, not yet multiplied by β.
+    R(x) of each image in [0, 1], float32, not yet multiplied by β. `files` are those it was read from.
     """
 
     params: Params
     encode_prompts: Callable[[list[str]], PyTree[Any]]
     score: Callable[[Params, Images, PyTree[Any]], PerSample]
+    files: tuple[Path, ...] = ()
 
 
 def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., PerSample]) -> Reward:

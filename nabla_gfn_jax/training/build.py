@@ -2,17 +2,21 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from nabla_gfn_jax.base_models.base import BaseModel, Table
 from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
+from nabla_gfn_jax.checkpoints.hub import files_read
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import flatten
 from nabla_gfn_jax.parallel import data_mesh, host_memory
 from nabla_gfn_jax.rewards import Reward, load_reward
+from nabla_gfn_jax.runs.manifest import Input
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.loop import Plan
 from nabla_gfn_jax.training.prompts import make_table
@@ -46,6 +50,8 @@ def length(settings: Settings) -> Plan:
         epochs=settings.training.num_epochs,
         images_every=settings.logging.samples_every,
         save_every=settings.logging.checkpoint_every,
+        updates=settings.training.num_epochs * settings.training.updates_per_epoch,
+        keep_loras=settings.logging.keep_loras,
     )
 
 
@@ -94,3 +100,21 @@ def starting_lora(file: Path | None, base: BaseModel, rank: int) -> Params | Non
 def prompts_of(settings: Settings) -> tuple[str, ...]:
     """The prompts that training samples images of."""
     return prompt_set(settings.prompts).train
+
+
+def about(settings: Settings) -> dict[str, Any]:
+    """What a run's manifest and LoRA files say of it, see `runs.manifest.Manifest`."""
+    found = {name: getattr(settings, name) for name in ("model", "prompts", "reward")}
+    found |= {name: getattr(settings.sampling, name) for name in ("sampler", "num_steps", "guidance")}
+    return found | {"algorithm": flatten(settings)["algorithm.name"], "beta": getattr(settings.algorithm, "beta", None)}
+
+
+def inputs(settings: Settings, reward: Reward) -> dict[str, Input]:
+    """What a run reads, by name: files, and the prompts' texts."""
+    folder = resolve_model(settings.model)
+    named: dict[str, Input] = {"prompts": prompts_of(settings)}
+    named |= {f"model/{file.relative_to(folder)}": file for file in files_read(folder)}
+    named |= {f"reward/{file.name}": file for file in reward.files}
+    if settings.lora.start_from is not None:
+        named["lora.start_from"] = settings.lora.start_from
+    return named

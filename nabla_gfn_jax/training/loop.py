@@ -69,6 +69,8 @@ class Plan:
     epochs: int
     images_every: int
     save_every: int
+    updates: int  # made when it ends
+    keep_loras: int = 0  # how many of the newest; 0: all
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:

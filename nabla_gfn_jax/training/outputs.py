@@ -1,27 +1,33 @@
 """Where a run's results go: its workdir, and a progress bar."""
 
-from pathlib import Path
-
 import numpy as np
 from tqdm import tqdm
 
-from nabla_gfn_jax.checkpoints.lora_file import save_kohya, save_lora
-from nabla_gfn_jax.checkpoints.training_state import Checkpoints
 from nabla_gfn_jax.images import save_grid
 from nabla_gfn_jax.processes import is_first
+from nabla_gfn_jax.runs.checkpoints import Checkpoints
+from nabla_gfn_jax.runs.metrics_log import MetricsLog, read
+from nabla_gfn_jax.runs.workdir import Workdir
 from nabla_gfn_jax.training.loop import Plan, Progress, Row
-from nabla_gfn_jax.training.metrics_log import MetricsLog
 from nabla_gfn_jax.training.profiling import Trace
 
 _SHOWN_PIXELS = 128  # smaller images are shown larger
 
 
+def is_finished(workdir: Workdir, plan: Plan) -> bool:
+    """Whether the run has left all that it will: then nothing needs to be loaded, or compiled, to find it out."""
+    ends = any(row["epoch"] == plan.epochs + 1 for row in read(workdir.path))
+    return ends and plan.updates in workdir.loras()
+
+
 class WorkdirOutputs:
     """Metrics, images, LoRA files, checkpoints and the trace of one run; the first process alone writes files."""
 
-    def __init__(self, workdir: Path, plan: Plan, first: int, log: MetricsLog, checkpoints: Checkpoints, profile: bool):
-        self._workdir, self._log, self._checkpoints = workdir, log, checkpoints
-        self._trace = Trace(workdir, first, plan.epochs, wanted=profile)
+    def __init__(
+        self, workdir: Workdir, plan: Plan, first: int, log: MetricsLog, checkpoints: Checkpoints, profile: bool
+    ):
+        self._workdir, self._log, self._checkpoints, self._keep = workdir, log, checkpoints, plan.keep_loras
+        self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         total = plan.epochs + 2
         self._bar = tqdm(initial=first, total=total, unit="epoch", dynamic_ncols=True, disable=not is_first())
 
@@ -40,14 +46,18 @@ class WorkdirOutputs:
     def images(self, updates: int, images: np.ndarray) -> None:
         if is_first():
             zoom = max(1, _SHOWN_PIXELS // images.shape[1])
-            save_grid(self._workdir / f"samples/update_{updates:05d}.png", images, columns=8, zoom=zoom)
+            save_grid(self._workdir.path / f"samples/update_{updates:05d}.png", images, columns=8, zoom=zoom)
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """LoRA first: a checkpoint that is there has its LoRA. By all processes: a checkpoint is written together."""
-        if is_first():
-            save_lora(self._workdir / "lora/diffusers.safetensors", progress.state.params["lora"])
-            save_kohya(self._workdir / "lora/kohya.safetensors", progress.state.params["lora"])
+        self._workdir.save_lora(updates, progress.state.params["lora"], keep=self._keep)
         self._checkpoints.save(epoch, progress.tree())
+
+    def resumes(self, progress: Progress) -> None:
+        """The run goes on from here: the LoRA of a checkpoint is there, also if somebody removed it."""
+        updates = int(progress.state.step)
+        if updates > 0 and updates not in self._workdir.loras():
+            self._workdir.save_lora(updates, progress.state.params["lora"], keep=self._keep)
 
     def close(self) -> None:
         self._bar.close()

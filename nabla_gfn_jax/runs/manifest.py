@@ -1,0 +1,157 @@
+"""What a run is, in its workdir's `manifest.json`: enough to say what its numbers and LoRA files are of."""
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from hashlib import sha256
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from nabla_gfn_jax.checkpoints import hashes
+from nabla_gfn_jax.checkpoints.files import plain, write_json
+from nabla_gfn_jax.checkpoints.hub import revision_of
+from nabla_gfn_jax.errors import UserError
+
+NAME = "manifest.json"
+_PACKAGES = ("nabla_gfn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_SHOWN = 5  # changes in one message
+
+Input = Path | Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A run. The fields from `model` to `guidance` repeat what of the config tells how to sample with its result."""
+
+    id: str  # a UUID, made with the workdir: the run on Weights & Biases
+    config: dict[str, Any]  # nested; infinite numbers as text, see `files.plain`
+    model: str | None = None
+    prompts: str | None = None
+    reward: str | None = None
+    algorithm: str | None = None
+    beta: float | None = None
+    sampler: str | None = None
+    num_steps: int | None = None
+    guidance: float | None = None
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # by name: sha256 and where it came from
+    starts: tuple[dict[str, Any], ...] = ()  # when, by which process, and with which versions and devices
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Of Python and the packages, at the last start."""
+        return dict(self.starts[-1]["versions"]) if self.starts else {}
+
+    @property
+    def devices(self) -> dict[str, Any]:
+        """Kind, number and number of processes, at the last start."""
+        return dict(self.starts[-1]["devices"]) if self.starts else {}
+
+    def about_lora(self, updates: int) -> dict[str, Any]:
+        """What a LoRA file says of itself. Two runs of the same config on the same inputs write the same."""
+        names = ("model", "prompts", "reward", "algorithm", "beta", "sampler", "num_steps", "guidance")
+        about = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"updates": updates, **about, "inputs": {name: given["sha256"] for name, given in self.inputs.items()}}
+
+    def write(self, workdir: Path) -> None:
+        """Writes it, in the place of the one before."""
+        write_json(workdir / NAME, asdict(self))
+
+
+def read(workdir: Path) -> Manifest:
+    """The manifest of a workdir. Raises `UserError` if there is none, or it is damaged."""
+    file = workdir / NAME
+    try:
+        contents = json.loads(file.read_text(encoding="utf-8"))
+        known = {f.name for f in fields(Manifest)}
+        found = Manifest(**{name: value for name, value in contents.items() if name in known})
+        # JSON has no infinity, see `files.plain`.
+        return Manifest(**{**vars(found), "starts": tuple(found.starts), "beta": _number(found.beta)})
+    except FileNotFoundError:
+        raise UserError(f"{workdir} holds no run: it has no {NAME}; name the --workdir of a training run") from None
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); restore it, or choose another --workdir") from error
+
+
+def _number(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that a run's numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:  # run from a folder, not installed
+            found[name] = "unknown"
+    return found
+
+
+def devices() -> dict[str, Any]:
+    """What the run computes on, over all its processes."""
+    return {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
+
+
+def describe_inputs(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
+    """SHA-256 and origin of each file, or of each list of texts. Raises `UserError` for a file that cannot be read."""
+    return {name: _describe(given) for name, given in inputs.items()}
+
+
+def _describe(given: Input) -> dict[str, str]:
+    if not isinstance(given, Path):
+        return {"sha256": sha256(json.dumps(list(given)).encode()).hexdigest(), "texts": str(len(given))}
+    try:
+        found = {"sha256": hashes.sha256(given), "file": str(given.absolute())}
+    except OSError as error:
+        raise UserError(f"{given} cannot be read ({error.strerror or error}); download it again") from error
+    revision = revision_of(given)
+    return found | {"revision": revision} if revision else found
+
+
+def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] | set[str]) -> list[str]:
+    """What differs between two nested configs, a text each, but for the fields, by dotted name, that may."""
+    old, new = flatten(before), flatten(plain(now))
+    changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in free)
+    return _shorten([f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed])
+
+
+def compare_inputs(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
+    """Which inputs differ in what they hold, a text each; where they came from may change."""
+    changed = []
+    for name in sorted({*before, *now}):
+        if name not in now:
+            changed.append(f"{name} is no longer read")
+        elif name not in before:
+            changed.append(f"{name} was not read before")
+        elif before[name]["sha256"] != now[name]["sha256"]:
+            changed.append(f"{name} had SHA-256 {before[name]['sha256'][:12]}… and has {now[name]['sha256'][:12]}…")
+    return _shorten(changed)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested config's values by dotted name."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The nested config of values by dotted name."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *groups, leaf = name.split(".")
+        group = tree
+        for part in groups:
+            group = group.setdefault(part, {})
+        group[leaf] = value
+    return tree
+
+
+def _shorten(changed: list[str]) -> list[str]:
+    more = [f"and {len(changed) - _SHOWN} more"] if len(changed) > _SHOWN else []
+    return changed[:_SHOWN] + more

@@ -1,0 +1,177 @@
+"""Where a run's numbers go: always `metrics.jsonl`, and TensorBoard or Weights & Biases on request.
+
+A row is an epoch's: of the trajectories that were sampled in it, and of the update that was made in it. `COLUMNS` says
+what each number is of. The row after the last epoch's has the last policy's reward, and no update.
+"""
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nabla_gfn_jax.checkpoints.files import write_whole
+from nabla_gfn_jax.errors import UserError
+
+POLICY, UPDATE, EPOCH = "the policy that sampled", "the update", "the epoch"
+
+
+class Column(NamedTuple):
+    """A number in the log."""
+
+    name: str
+    unit: str
+    of: str
+    meaning: str
+
+
+COLUMNS = (
+    Column("epoch", "", EPOCH, "counts from 0, which only samples, to one after the last, which only samples too"),
+    Column("step", "updates", POLICY, "how many updates it had seen; 0: the base model, or the LoRA started from"),
+    Column("updates", "updates", EPOCH, "how many updates have been made when it ends"),
+    Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
+    Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
+    Column(
+        "loss", "", UPDATE, "what is minimised, on the samples of the epoch before; a mean over its optimizer steps"
+    ),
+    Column("loss_forward", "", UPDATE, "its term of the forward matching"),
+    Column("loss_reverse", "", UPDATE, "its term of the reverse matching, which trains g_φ alone"),
+    Column("loss_terminal", "", UPDATE, "its term that makes g_φ vanish on clean samples"),
+    Column("loss_reg", "", UPDATE, "its term that keeps the predictions near those made when sampling, without λ"),
+    Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before it is clipped"),
+    Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before it is clipped"),
+    Column("seconds", "s", EPOCH, "duration"),
+    Column("images_per_second", "1/s", EPOCH, "images sampled, and trained on, a second"),
+    Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device"),
+    Column("device_memory_gib", "GiB", EPOCH, "the most that a device, or a CPU's process, has held so far"),
+)
+
+
+def table() -> str:
+    """The columns as a Markdown table."""
+    rows = [("column", "unit", "of", "what it is"), ("---",) * 4, *((f"`{c[0]}`", *c[1:]) for c in COLUMNS)]
+    return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
+
+
+class Sink(NamedTuple):
+    """Another place for the rows; their place on its axis is the epoch."""
+
+    write: Callable[[Mapping[str, float]], None]
+    close: Callable[[], None]
+
+
+class MetricsLog:
+    """Appends a row an epoch to `metrics.jsonl`; the rows of epochs that a resumed run repeats are replaced.
+
+    `run_id` names the run on Weights & Biases: a resumed run goes on with its own. Without `write`, which is for the
+    processes that do not write, nothing happens.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        first_epoch: int,
+        *,
+        run_id: str,
+        config: Mapping[str, Any],
+        tensorboard: bool = False,
+        wandb: bool = False,
+        write: bool = True,
+    ):
+        self._file = workdir / "metrics.jsonl"
+        self._sinks: list[Sink] = []
+        self._writes = write
+        if not write:
+            return
+        rows = read(workdir, tell=True)
+        kept = [row for row in rows if row["epoch"] < first_epoch]
+        if self._file.exists():
+            write_whole(self._file, "".join(map(_line, kept)).encode())
+        if tensorboard:
+            self._sinks.append(_tensorboard(workdir / "tensorboard", kept))
+        if wandb:
+            self._sinks.append(_wandb(workdir, run_id, config))
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """`row` has an epoch. Numbers that are not finite are written as null."""
+        if not self._writes:
+            return
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        for sink in self._sinks:
+            sink.write(row)
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        for sink in self._sinks:
+            sink.close()
+
+
+def read(workdir: Path, *, tell: bool = False) -> list[dict[str, Any]]:
+    """The rows of a workdir's log, none if there is no log.
+
+    Leaves out lines that are not whole: the last, if the program was killed in it, and any a disk has damaged, which
+    `tell` reports.
+    """
+    file = workdir / "metrics.jsonl"
+    if not file.exists():
+        return []
+    lines = file.read_bytes().splitlines(keepends=True)
+    rows = [_parse(line) for line in lines]
+    broken = [number for number, row in enumerate(rows, 1) if row is None and number < len(rows)]
+    if broken and tell:
+        print(f"{file}: line {', '.join(map(str, broken))} cannot be read and is left out", file=sys.stderr)
+    return [row for row in rows if row is not None]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
+    """Begins the folder's event files anew with the rows there are: each is there once, whatever was before."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("logging.tensorboard needs tensorboardX; pip install 'nabla_gfn_jax[logging]'") from None
+    for file in folder.glob("events.out.tfevents.*"):
+        file.unlink()
+    writer = SummaryWriter(str(folder), flush_secs=5)
+
+    def write(row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            writer.add_scalar(name, float("nan") if value is None else value, int(row["epoch"]))
+
+    for row in rows:
+        write(row)
+    return Sink(write, writer.close)
+
+
+def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
+    """Its server leaves out rows of epochs that it has: a resumed run's are the same numbers."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("logging.wandb needs wandb; pip install 'nabla_gfn_jax[logging]'") from None
+    run = wandb.init(
+        project="nabla_gfn_jax",
+        dir=str(workdir),
+        config=dict(config),
+        id=run_id,
+        name=workdir.absolute().name,
+        resume="allow",
+    )
+    return Sink(lambda row: run.log(dict(row), step=int(row["epoch"])), run.finish)

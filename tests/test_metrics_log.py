@@ -1,0 +1,146 @@
+"""A run's log: every epoch once, whatever happened to the program or the file before, and what its columns mean."""
+
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from nabla_gfn_jax.runs import metrics_log
+from nabla_gfn_jax.runs.metrics_log import COLUMNS, MetricsLog
+
+
+def open_log(workdir, first=0, **options):
+    return MetricsLog(workdir, first, **({"run_id": "abc", "config": {}} | options))
+
+
+def write(workdir, epochs, first=0, **options):
+    log = open_log(workdir, first, **options)
+    for epoch in epochs:
+        log.write({"epoch": epoch, "loss": 0.5 * epoch})
+    log.close()
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+EXPECTED = [{"epoch": epoch, "loss": 0.5 * epoch} for epoch in range(5)]
+
+
+def test_a_resumed_log_repeats_no_row(tmp_path):
+    write(tmp_path, range(4))
+    write(tmp_path, range(2, 5), first=2)
+    assert rows(tmp_path) == EXPECTED
+
+
+@pytest.mark.parametrize(
+    "broken", ['{"epoch": 1, "lo', "{}\n", "[]\n", "3\n", "\n", '{"epoch": null}\n', "\0\0\0\0\n", "\xff\n"]
+)
+@pytest.mark.parametrize("where", ["last", "middle", "first"])
+def test_a_broken_line_is_left_out_and_stops_nothing(tmp_path, broken, where, capsys):
+    write(tmp_path, range(4))
+    file = tmp_path / "metrics.jsonl"
+    lines = [line.encode() for line in file.read_text().splitlines(keepends=True)]
+    place = {"first": 0, "middle": 2, "last": 4}[where]
+    ending = b"" if where == "last" or broken.endswith("\n") else b"\n"
+    lines.insert(place, broken.encode("latin1") + ending)
+    file.write_bytes(b"".join(lines))
+    write(tmp_path, range(3, 5), first=3)
+    assert rows(tmp_path) == EXPECTED
+    told = capsys.readouterr().err
+    assert (f"line {place + 1} cannot be read" in told) == (where != "last")
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    """As every JSON reader takes it."""
+    log = open_log(tmp_path)
+    log.write({"epoch": 0, "loss": math.nan, "reward_mean": math.inf, "seconds": 1.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    row = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert row == {"epoch": 0, "loss": None, "reward_mean": None, "seconds": 1.0}
+
+
+def test_a_process_that_does_not_write_writes_nothing(tmp_path):
+    write(tmp_path, range(3), write=False, tensorboard=True, wandb=True)
+    assert not list(tmp_path.iterdir())
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """Every number in TensorBoard's files, whose records are length (8 bytes), checksum (4), event, checksum (4)."""
+    found = []
+    for file in folder.iterdir():
+        data, start = file.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)
+            event = Event.FromString(data[start + 12 : start + 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            start += length + 16
+    return sorted(found)
+
+
+@pytest.mark.parametrize("asked_before", [True, False])
+def test_tensorboard_has_each_row_once_after_a_resume(tmp_path, asked_before):
+    """Also if it is asked for only then; and a file that was cut short is of no harm."""
+    write(tmp_path, range(4), tensorboard=asked_before)
+    for file in (tmp_path / "tensorboard").glob("*"):
+        file.write_bytes(file.read_bytes()[:-5])
+    write(tmp_path, range(2, 5), first=2, tensorboard=True)
+    expected = [(name, row["epoch"], value) for row in EXPECTED for name, value in row.items()]
+    assert scalars(tmp_path / "tensorboard") == sorted(expected)
+
+
+@pytest.fixture
+def wandb(monkeypatch):
+    """Weights & Biases as far as it is used: runs by id, with what was logged to each."""
+    runs = {}
+
+    def init(*, project, dir, config, id, name, resume):
+        assert resume == "allow"
+        run = runs.setdefault(id, SimpleNamespace(name=name, logged=[], finished=0))
+
+        def log(row, step):
+            if all(step > before for before, _ in run.logged):  # as its server does
+                run.logged.append((step, row))
+
+        def finish():
+            run.finished += 1
+
+        return SimpleNamespace(log=log, finish=finish)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    return runs
+
+
+def test_weights_and_biases_goes_on_with_its_own_run(wandb, tmp_path):
+    """Two workdirs of one name are two runs; a resumed one is one."""
+    for folder in ("hps/seed0", "aesthetic/seed0"):
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / "hps/seed0", range(4), wandb=True, run_id="1")
+    write(tmp_path / "hps/seed0", range(2, 5), first=2, wandb=True, run_id="1")
+    write(tmp_path / "aesthetic/seed0", range(1), wandb=True, run_id="2")
+    assert [row for _, row in wandb["1"].logged] == EXPECTED
+    assert [row for _, row in wandb["2"].logged] == EXPECTED[:1]
+    assert {run.name for run in wandb.values()} == {"seed0"}
+    assert wandb["1"].finished == 2
+
+
+def test_what_a_run_writes_survives_the_next_moment(tmp_path, monkeypatch):
+    """Each row is on the disk when `write` returns, before a checkpoint that has its epoch."""
+    synced = []
+    monkeypatch.setattr(
+        metrics_log.os, "fsync", lambda descriptor: synced.append(metrics_log.os.fstat(descriptor).st_size)
+    )
+    write(tmp_path, range(3))
+    assert synced == [len('{"epoch": 0, "loss": 0.0}\n') * n for n in (1, 2, 3)]
+
+
+def test_columns_are_documented_once_and_the_page_has_them():
+    names = [column.name for column in COLUMNS]
+    assert len(names) == len(set(names))
+    assert all(column.of and column.meaning for column in COLUMNS)
+    assert metrics_log.table() in (Path(__file__).parents[1] / "docs/log.md").read_text()
