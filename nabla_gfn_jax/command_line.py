@@ -147,13 +147,14 @@ def _leaf(settings: type, tree: Mapping[str, Any], name: str, options: Iterable[
 
 
 def _set(settings: type, tree: dict[str, Any], leaf: Leaf, value: Any) -> None:
-    """Of what the config says of one algorithm, only what another has too is kept when the other is chosen."""
+    """Sets a field. When another algorithm is chosen, what the config says of one is kept where it suits the other."""
     group, name = _group(tree, leaf.name)
     group[name] = leaf.check(value)
     if not _decides_others_first(leaf.name):
         prefix, known = leaf.name.removesuffix("name"), leaves(settings, tree)
-        for field in [f for f in group if prefix + f not in known]:
-            del group[field]
+        for field in list(group):
+            if prefix + field not in known or not known[prefix + field].allows(group[field]):
+                del group[field]
 
 
 def _group(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:

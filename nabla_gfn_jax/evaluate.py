@@ -37,12 +37,12 @@ class Options(Checked):
     prompts: str = option("a_face", f"the held-out prompts of a prompt set, or {EVERY_CONCEPT}")
     num_prompts: int = option(0, "how many prompts of the set; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
-    reward: str = option("valence", "the reward; nothing: none", choices=("", *REWARDS), empty=True)
+    reward: str = option("valence", "the reward; nothing: none", choices=REWARDS, empty=True)
     beta: float | None = option(
         None, "the exponent of the reward that the LoRAs were trained for", minimum=-1e9, maximum=1e9
     )
     sampler: Sampler = option("ddpm", "how an image is sampled")
-    steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
+    steps: int = option(50, "sampling steps", minimum=1, maximum=999)
     guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
     seed: int = option(0, "seed of the noise and of the choice of prompts", minimum=0, maximum=LARGEST_SEED)
     out: Path | None = option(None, "a JSON file for all figures", file="output")

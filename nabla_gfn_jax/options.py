@@ -88,7 +88,7 @@ class Leaf(NamedTuple):
         o, show = self.option, ("{:d}" if self.kind is int else "{:g}").format
         words = _WORDS[self.kind]
         if self.choices:
-            words = f"one of {', '.join(map(str, self.choices))}"
+            words = f"one of {', '.join(map(str, self.choices))}{', or nothing' * o.empty}"
         elif self.kind is str and not o.empty:
             words = "text that is not empty"
         elif o.endings:
@@ -119,6 +119,14 @@ class Leaf(NamedTuple):
             hint = did_you_mean(value, map(str, self.choices)) if isinstance(value, str) else ""
             raise UserError(f"{self.name} = {shown} is not allowed; it must be {self.allowed}{hint}") from None
 
+    def allows(self, value: Any) -> bool:
+        """Whether `check` takes the value."""
+        try:
+            self.check(value)
+        except UserError:
+            return False
+        return True
+
     def read(self, text: str) -> Any:
         """The value that was typed, of a tuple without `repeated` all of it."""
         if self.many and not (self.option.repeated or self.option.positional):
@@ -141,10 +149,12 @@ class Leaf(NamedTuple):
             return Path(value).expanduser()
         if self.kind is float and (value in ("inf", "-inf") or type(value) is int):
             value = float(value)
-        allowed = type(value) is self.kind and (not self.choices or value in self.choices)
-        if not allowed or (self.kind in (int, float) and not self._within_bounds(value)):
-            raise ValueError
-        if value == "" and not self.option.empty:
+        allowed = type(value) is self.kind
+        if value == "":
+            allowed = allowed and self.option.empty
+        elif self.choices:
+            allowed = allowed and value in self.choices
+        if not allowed or (isinstance(value, int | float) and not self._within_bounds(value)):
             raise ValueError
         return value
 

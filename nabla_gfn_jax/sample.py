@@ -26,7 +26,7 @@ class Options(Checked):
     prompt: tuple[str, ...] = option(("a face",), "what to draw, a row of images each", repeated=True, empty=True)
     num: int = option(16, "images for each prompt", minimum=1)
     sampler: Sampler = option("ddpm", "how an image is sampled")
-    steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
+    steps: int = option(50, "sampling steps", minimum=1, maximum=999)
     guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
     eta: float = option(1.0, "noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
     seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)

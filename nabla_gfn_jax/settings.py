@@ -16,7 +16,7 @@ class Sampling(Checked):
     """How trajectories are sampled, in training and by default afterwards."""
 
     sampler: Sampler = option("ddpm", "how an image is sampled")
-    num_steps: int = option(50, "denoising steps of an image", minimum=1, maximum=1000)
+    num_steps: int = option(50, "denoising steps of an image", minimum=1, maximum=999)
     guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
 
 

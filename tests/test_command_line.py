@@ -126,6 +126,12 @@ def test_another_algorithm_keeps_what_it_shares_and_takes_its_own_options():
     assert flat == {"algorithm.name": "draft", "algorithm.last_steps": 3, "algorithm.lv_samples": 0}
 
 
+def test_another_algorithm_takes_its_own_default_for_what_it_does_not_know():
+    """`hps` has the credit "lookahead", which the regression on paths has not, and a β, which it has."""
+    _, settings = run("--config=hps", "--config.algorithm.name=path_regression")
+    assert (settings.algorithm.credit, settings.algorithm.beta) == ("adjoint", 500_000.0)
+
+
 def test_a_config_with_the_names_of_before(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(

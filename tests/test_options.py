@@ -5,6 +5,7 @@
 
 import importlib
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,12 +14,14 @@ import pytest
 
 from nabla_gfn_jax import options
 from nabla_gfn_jax.algorithms import ALGORITHMS
+from nabla_gfn_jax.base_models.names import abstract_model
 from nabla_gfn_jax.command_line import load_config, load_settings
 from nabla_gfn_jax.emoji.settings import FitOptions, Pretraining
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import MISSING, Checked, build, leaves, option
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.studies.mixture2d import Options as Mixture2d
+from nabla_gfn_jax.training.build import check_heads
 
 COMMANDS = ("train", "sample", "evaluate", "plan", "pretrain")
 NUMBERS = (math.nan, math.inf, "many")
@@ -40,7 +43,7 @@ WRONG = {
     "reward": ("", "beauty", "Valence", 1),
     "prompts": TEXT,
     "sampling.sampler": ("ddim", "DDPM", ""),
-    "sampling.num_steps": (*COUNT, 1001),
+    "sampling.num_steps": (*COUNT, 1000),
     "sampling.guidance": (-1.0, 101.0, *NUMBERS),
     "algorithm.name": ("ppo", "", 1),
     "lora.rank": (*COUNT, 1025),
@@ -111,7 +114,7 @@ WRONG_OF_PRETRAINING = {
 SAMPLING = {
     "model": TEXT,
     "sampler": ("ddim", ""),
-    "steps": (*COUNT, 1001),
+    "steps": (*COUNT, 1000),
     "guidance": (-1.0, 101.0, *NUMBERS),
     "seed": SEED,
     "num": COUNT,
@@ -373,3 +376,13 @@ def test_files_are_looked_at(tmp_path):
     ]:
         with pytest.raises(UserError, match=said):
             options.check_files(build(Files, {"written": good} | wrong))
+
+
+def test_a_correction_with_more_levels_than_latents_have_halves():
+    """Latents of the emoji model are 8 x 8: four levels are 8, 4, 2 and 1 wide."""
+    base = abstract_model("emoji")
+    for levels, credit, fits in [(4, "lookahead", True), (5, "lookahead", False), (5, "adjoint", True)]:
+        fields = {"algorithm.credit": credit, "correction.block_out_channels": (8,) * levels}
+        run = load_settings(Settings, "emoji", fields)
+        with nullcontext() if fits else pytest.raises(UserError, match=r"has 5 levels, .* 8 x 8; take fewer"):
+            check_heads(run, base)

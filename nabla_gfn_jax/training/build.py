@@ -61,6 +61,7 @@ def assemble(
     """A run's trainer from its model, reward and table, whose arrays may be shapes alone, for these devices."""
     c, algorithm = settings.training, settings.algorithm
     base = base.on(mesh.devices.flat[0].platform, remat=c.remat)
+    check_heads(settings, base)
     return Trainer(
         base=base,
         reward=reward,
@@ -83,6 +84,17 @@ def assemble(
         images_at_once=c.images_at_once,
         start_from=starting_lora(settings.lora.start_from, base, settings.lora.rank),
     )
+
+
+def check_heads(settings: Settings, base: BaseModel) -> None:
+    """Raises `UserError` if a head's UNet halves the model's latents more often than they can be."""
+    levels, shape = len(settings.correction.block_out_channels), base.latent_shape
+    if settings.algorithm.heads() and any(side % 2 ** (levels - 1) for side in shape[:-1]):
+        widths, sides = settings.correction.block_out_channels, " x ".join(map(str, shape[:-1]))
+        raise UserError(
+            f"correction.block_out_channels = {widths} has {levels} levels, each half the size of the one before, and "
+            f"latents of this model are {sides}; take fewer levels"
+        )
 
 
 def starting_lora(file: Path | None, base: BaseModel, rank: int) -> Params | None:
