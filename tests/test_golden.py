@@ -79,7 +79,7 @@ def recorded(prediction, chain) -> Rollout:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("credit", [pytest.param("lookahead", marks=pytest.mark.slow), "guess", "adjoint"])
 def test_losses_and_gradients(credit, prediction):
-    """Within float32: with κ = 1.5 the lookahead keeps s_# = (μ − y)/σ², where μ and y nearly cancel at the last steps."""
+    """Within float32: as κ = 1.5, all but the adjoint keep s_# = (μ − y)/σ², where μ and y nearly cancel at the end."""
     here = single(prediction)
     chain = here.model.chain(STEPS)
     rollout = recorded(prediction, chain)

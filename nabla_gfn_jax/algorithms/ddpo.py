@@ -55,7 +55,7 @@ class Ddpo(Checked):
         """Any number of steps will do."""
 
     def first_stats(self, num_prompts: int) -> PromptRewards:
-        return PromptRewards(np.zeros((num_prompts, self.buffer_size), np.float32), np.zeros(num_prompts, np.int64))
+        return PromptRewards(np.zeros((num_prompts, self.buffer_size), np.float32), np.zeros(num_prompts, np.int32))
 
     def weigh(
         self, stats: PromptRewards, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]

@@ -51,6 +51,6 @@ class Checkpoints:
         return flax.serialization.from_state_dict(like, read)
 
 
-def _one_copy(array: jax.Array) -> jax.Array | np.ndarray:
+def _one_copy(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
     """A host copy of an array that is the same on all devices. One shard per device takes Orbax six times as long."""
-    return np.asarray(array) if array.is_fully_replicated else array
+    return np.asarray(array) if isinstance(array, np.ndarray) or array.is_fully_replicated else array

@@ -132,7 +132,8 @@ def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[
             jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), trainer.mesh, spec
         )
         progress = replace(progress, data=zeros(programs.data, BY_UPDATE), weight=zeros(programs.weight, SPLIT))
-    return Progress(**checkpoints.restore(progress.tree())), checkpoints.latest + 1
+    saved = Progress(**checkpoints.restore(progress.tree()))
+    return replace(saved, stats=jax.tree.map(np.asarray, saved.stats)), checkpoints.latest + 1
 
 
 def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs: Outputs) -> None:
