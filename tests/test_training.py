@@ -119,9 +119,10 @@ def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_p
 
 
 def test_every_column_of_the_log_is_documented(whole):
-    """And no other: whoever adds one says what it is, in `COLUMNS` or where the algorithm is."""
+    """And no other: whoever adds one says what it is in `COLUMNS`, which has those of all algorithms."""
     found = {name for row in rows(whole().workdir) for name in row}
-    assert found == {column.name for column in COLUMNS} - {"grad_norm_correction"}
+    of_others = {"grad_norm_correction", "loss_paths", "loss_reward", "loss_policy", "ratios_clipped"}
+    assert found == {column.name for column in COLUMNS} - of_others
     assert not any(value is None for row in rows(whole().workdir) for value in row.values())
     assert "nan" not in whole().printed
 
@@ -345,6 +346,7 @@ def test_baselines_train_on_their_own_samples(command, monkeypatch, tmp_path, na
     log = rows(tmp_path)
     assert [(row["epoch"], row["step"], row["updates"]) for row in log] == [(1, 0, 2), (2, 2, 2)]
     assert term in log[0]
+    assert set(log[0]) <= {column.name for column in COLUMNS}
     assert log[0]["grad_norm_lora"] > 0
     assert "grad_norm_correction" not in log[0]
     if name == "ddpo":  # which remembers its prompts' rewards

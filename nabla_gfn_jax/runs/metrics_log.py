@@ -34,12 +34,16 @@ COLUMNS = (
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
     Column(
-        "loss", "", UPDATE, "what is minimised, on the samples of the epoch before, or of this one if the algorithm is on-policy"
+        "loss",
+        "",
+        UPDATE,
+        "what is minimised, on the samples of the epoch before, or of this one if the algorithm is on-policy",
     ),
     Column("loss_forward", "", UPDATE, "its term of the forward matching"),
     Column("loss_reverse", "", UPDATE, "its term of the reverse matching, which trains g_φ alone"),
     Column("loss_terminal", "", UPDATE, "its term that makes g_φ vanish on clean samples"),
     Column("loss_reg", "", UPDATE, "its term that keeps the predictions near those made when sampling, times λ"),
+    Column("loss_paths", "", UPDATE, "path regression's: of the weighted paths"),
     Column("loss_reward", "", UPDATE, "DRaFT's and ReFL's: of the reward itself"),
     Column("loss_policy", "", UPDATE, "DDPO's: of clipped ratios times advantages"),
     Column("ratios_clipped", "", UPDATE, "DDPO's: share of steps whose ratio left its interval"),
