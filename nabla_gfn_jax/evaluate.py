@@ -1,85 +1,93 @@
-"""Judges models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --lora=FILE`.
+"""Judges models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --workdir=runs/emoji/seed0`.
 
-Samples the same prompts with the same noise from the base model and from every LoRA given. For each: the mean log R;
-the nats that it needs and that were spent (docs/nats.md); and, where the drawings are known, how many images show their
-prompt and the entropies over vendors and over drawings, beside those of the base model tilted to the same mean log R.
+Samples the same prompts with the same noise from the base model and from every LoRA that the run saved, or from the
+LoRA files given. For each: the mean log R, the nats that it needs and that were spent, and how far it is from
+P_base · R^β (docs/nats.md). Where the drawings are known: how many images show their prompt and the entropies over
+vendors and over drawings, beside those of the base model tilted to the same mean log R. Adds a row for each model to
+WORKDIR/evaluations.jsonl, and keeps there what it measured of the base model's samples.
 """
 
 import sys
-from dataclasses import dataclass
+from collections import ChainMap
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
-from nabla_gfn_jax.diffusion.schedule import Sampler
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
-from nabla_gfn_jax.inference.evaluation import Evaluator, prompts_of_set
-from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, Sampling
-from nabla_gfn_jax.inference.table import print_figures, print_nats, to_json
-from nabla_gfn_jax.metrics import coverage
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.inference.evaluation import EVERY_CONCEPT, Evaluator, prompts_to_judge
+from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, scaled
+from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
+from nabla_gfn_jax.inference.table import print_evaluations, to_json
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
 from nabla_gfn_jax.rewards import REWARDS, load_reward
-
-EVERY_CONCEPT = "every_concept"  # a caption for each emoji of the base model
+from nabla_gfn_jax.runs import evaluations
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Checked):
-    """What is compared, and how."""
+class Options(SubjectOptions):
+    """What is compared, and how. What is not given is the run's, or in the LoRA files' headers."""
 
-    model: str = option("emoji", "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub")
-    lora: tuple[Path, ...] = option((), "a LoRA file", repeated=True, empty=True, file="existing")
-    prompts: str = option("a_face", f"the held-out prompts of a prompt set, or {EVERY_CONCEPT}")
+    lora: tuple[Path, ...] = option((), "a LoRA file, not the run's", repeated=True, empty=True, file="existing")
+    lora_scale: tuple[float, ...] = option((1.0,), "strengths at which each LoRA is judged", minimum=-100, maximum=100)
+    prompts: str | None = option(None, f"the held-out prompts of a prompt set, or {EVERY_CONCEPT}")
     num_prompts: int = option(0, "how many prompts of the set; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
-    reward: str = option("valence", "the reward; nothing: none", choices=REWARDS, empty=True)
+    base_num: int = option(0, "images of the base model for each prompt, if more than num", minimum=0)
+    reward: str | None = option(None, "the reward; none: none", choices=ChainMap(REWARDS, {"none": None}))
     beta: float | None = option(
         None, "the exponent of the reward that the LoRAs were trained for", minimum=-1e9, maximum=1e9
     )
-    sampler: Sampler = option("ddpm", "how an image is sampled")
-    steps: int = option(50, "sampling steps", minimum=1, maximum=999)
-    guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
-    seed: int = option(0, "seed of the noise and of the choice of prompts", minimum=0, maximum=LARGEST_SEED)
     out: Path | None = option(None, "a JSON file for all figures", file="output")
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Prompts → images of each model → metrics → tables, and JSON if --out is given."""
+    """Prompts → images of each model → metrics → rows as they come, and tables."""
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
-    model = load_model(options.model)
-    loras = {str(file): load_lora(file, model.params["unet"]) for file in options.lora}
-    how = Sampling(sampler=options.sampler, steps=options.steps, guidance=options.guidance, seed=options.seed)
-    sampler = ImageSampler(model, choose_prompts(options.prompts, options.num_prompts, options.seed), how)
-    evaluator = Evaluator(sampler, load_reward(options.reward) if options.reward else None, options.beta)
+    subject = find_subject(options, options.lora)
+    prompts = prompts_to_judge(options.prompts or subject.prompts or "a_face", options.num_prompts, options.seed)
+    reward_name = options.reward or subject.reward or "valence"
+    reward = None if reward_name == "none" else load_reward(reward_name)
+    model = load_model(subject.model, DTYPES[subject.model_dtype])
+    loras = {name: load_lora(file, model.params["unet"]) for name, file in subject.loras.items()}
+
+    sampler = ImageSampler(model, prompts, subject.how, options.batch)
+    beta = subject.beta if options.beta is None else options.beta
+    evaluator = Evaluator(sampler, reward, beta)
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
-    base = evaluator.states(None, options.num, progress="base")
-    found = {"base": evaluator.evaluate(base, base)}
-    for name, lora in loras.items():
-        found[name] = evaluator.evaluate(evaluator.states(lora, options.num, progress=name), base)
-    certificates = {name: e.certificate for name, e in found.items() if e.certificate is not None}
-    if certificates:
-        print_nats(certificates)
-        print()
-    print_figures(found)
+    hashes = hashes_of(resolve_model(subject.model), reward.files if reward else ())
+    what = {
+        "base_model": subject.model,
+        "model_dtype": subject.model_dtype,
+        "sampling": asdict(subject.how),
+        "prompts": prompts,
+        "reward": reward_name,
+        "inputs": hashes,
+    }
+    warn_of_another_base(subject, hashes)
+    base = evaluator.base_states(max(options.num, options.base_num), options.workdir, what, progress="base")
+    models = {"base": None} | {
+        name + f" x {scale:g}" * (scale != 1): scaled(lora, scale)
+        for name, lora in loras.items()
+        for scale in options.lora_scale
+    }
+    found = {}
+    for name, lora in models.items():
+        states = base if lora is None else evaluator.states(lora, options.num, progress=name)
+        found[name] = evaluator.evaluate(states, base)
+        if options.workdir:
+            evaluations.append(options.workdir, {"model": name, "beta": beta} | what | to_json(found[name]))
+    print_evaluations(found)
     if options.out:
-        write_json(options.out, {name: to_json(evaluation) for name, evaluation in found.items()})
-
-
-def choose_prompts(name: str, number: int, seed: int) -> list[str]:
-    """A prompt set's held-out prompts, or `number` of them drawn without replacement if it is not 0."""
-    known = coverage.concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name).held_out)
-    if number > len(known):
-        raise UserError(f"--num_prompts={number}, but {name} has {len(known)}")
-    return prompts_of_set(known, number, seed)
+        write_json(options.out, what | {name: to_json(evaluation) for name, evaluation in found.items()})
 
 
 if __name__ == "__main__":

@@ -111,12 +111,16 @@ WRONG_OF_PRETRAINING = {
     "text_encoder.num_hidden_layers": COUNT,
     "text_encoder.num_attention_heads": (*COUNT, 7),
 }
+SCALE = (-101.0, 101.0, *NUMBERS)
 SAMPLING = {
-    "model": TEXT,
-    "sampler": ("ddim", ""),
+    "workdir": PATH,
+    "model": (3,),
+    "model_dtype": ("float16", 32),
+    "sampler": ("ddim",),
     "steps": (*COUNT, 1000),
     "guidance": (-1.0, 101.0, *NUMBERS),
     "seed": SEED,
+    "batch": NATURAL,
     "num": COUNT,
 }
 WRONG_FLAGS = {
@@ -129,12 +133,21 @@ WRONG_FLAGS = {
         "num_processes": COUNT,
         "process_id": NATURAL,
     },
-    "sample": SAMPLING | {"lora": PATH, "prompt": ("a cat", (3,)), "eta": (-0.1, 1.1, *NUMBERS), "out": ("", *PATH)},
+    "sample": SAMPLING
+    | {
+        "lora": PATH,
+        "lora_scale": SCALE,
+        "prompt": ("a cat", (3,)),
+        "eta": (-0.1, 1.1, *NUMBERS),
+        "out": ("", *PATH),
+    },
     "evaluate": SAMPLING
     | {
         "lora": ("file", (3,), ("",)),
-        "prompts": TEXT,
+        "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
+        "prompts": (3,),
         "num_prompts": NATURAL,
+        "base_num": NATURAL,
         "reward": ("beauty", 1),
         "beta": (1e30, *NUMBERS),
         "out": PATH,

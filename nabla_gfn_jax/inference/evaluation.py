@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 
 from nabla_gfn_jax.checkpoints.files import write_whole
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler
 from nabla_gfn_jax.metrics.base import Metric, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.certificate import Certificate
-from nabla_gfn_jax.metrics.coverage import Coverage
+from nabla_gfn_jax.metrics.coverage import Coverage, concept_captions
 from nabla_gfn_jax.metrics.nats import Nats
 from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Params
 
+EVERY_CONCEPT = "every_concept"  # of the emoji model: a caption for each
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
 
@@ -132,6 +135,12 @@ def _read_states(file: Path) -> States:
         return {}
 
 
-def prompts_of_set(known: Sequence[str], number: int, seed: int) -> list[str]:
-    """All, or `number` of them drawn without replacement if it is not 0."""
-    return list(known) if number == 0 else list(np.random.default_rng(seed).choice(list(known), number, replace=False))
+def prompts_to_judge(name: str, number: int, seed: int) -> list[str]:
+    """A prompt set's held-out prompts, or `number` of them drawn without replacement if it is not 0.
+
+    Raises `UserError` if there is no such set or it has fewer.
+    """
+    known = concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name).held_out)
+    if number > len(known):
+        raise UserError(f"--num_prompts={number}, but {name} has {len(known)}")
+    return known if number == 0 else list(np.random.default_rng(seed).choice(known, number, replace=False))

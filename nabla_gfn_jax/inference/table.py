@@ -1,14 +1,14 @@
 """Evaluations as tables that say what they show, and as JSON."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from nabla_gfn_jax.inference.evaluation import Evaluation, Figures
 from nabla_gfn_jax.metrics.certificate import AtBeta, Certificate
-from nabla_gfn_jax.metrics.tilt import Estimate
+from nabla_gfn_jax.metrics.tilt import Estimate, LogZ
 
 NATS_LEGEND = """\
 exponent    b for which P_base · R^b has this mean log R
@@ -21,6 +21,14 @@ std log w   standard deviation of these weights' logarithms; 0 for P_base · R^�
 IMAGES_LEGEND = """\
 Under each model: the base model's samples weighted by R^b to the same mean log R, and the model's own entropies counted
 in as few samples as those are worth. Compare these two lines with each other."""
+
+
+def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
+    """All tables that the evaluations have figures for."""
+    certificates = {name: e.certificate for name, e in evaluations.items() if e.certificate is not None}
+    if certificates:
+        print_nats(certificates)
+    print_figures(evaluations)
 
 
 def print_nats(certificates: Mapping[str, Certificate], parts: int = 10) -> None:
@@ -51,6 +59,11 @@ def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
             rows[f"  base tilted to {name}"] = evaluation.tilted
             rows[f"  {name} as {worth:.0f} samples"] = evaluation.as_few
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    if all(e.certificate for e in evaluations.values()):
+        columns.remove("log_reward")  # it is in the table of nats
+    if not columns:
+        return
+    print()
     cells = {name: [show(row[c]) if c in row else "" for c in columns] for name, row in rows.items()}
     print_columns([c.replace("_", " ") for c in columns], cells)
     if len(rows) > len(evaluations):
@@ -91,30 +104,19 @@ def _nats_row(certificate: Certificate) -> list[str]:
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything, with all steps; NaN is null."""
-    found: dict[str, Any] = {"figures": _plain(evaluation.figures)}
-    if evaluation.certificate is not None:
-        found["certificate"] = dict(_certificate(evaluation.certificate))
-    if evaluation.tilted is not None and evaluation.as_few is not None:
-        found |= {"tilted_base": _plain(evaluation.tilted), "as_few_samples": _plain(evaluation.as_few)}
-    return found
+    """Everything, with all steps, for `files.plain`."""
+    found = {"figures": evaluation.figures, "certificate": evaluation.certificate}
+    found |= {"tilted_base": evaluation.tilted, "as_few_samples": evaluation.as_few}
+    return {name: _tree(value) for name, value in found.items() if value is not None}
 
 
-def _certificate(certificate: Certificate) -> Iterator[tuple[str, Any]]:
-    for name, value in vars(certificate).items():
-        if isinstance(value, AtBeta):
-            yield name, {k: _plain(v._asdict() if k == "log_z" else v) for k, v in vars(value).items()}
-        else:
-            yield name, _plain(value)
-
-
-def _plain(value: Any) -> Any:
+def _tree(value: Any) -> Any:
+    if isinstance(value, Certificate | AtBeta):
+        return {name: _tree(v) for name, v in vars(value).items() if v is not None}
     if isinstance(value, Estimate):
-        return {"value": _plain(value.value), "std_error": _plain(value.error)}
+        return {"value": value.value, "std_error": value.error}
+    if isinstance(value, LogZ):
+        return value._asdict()
     if isinstance(value, Mapping):
-        return {name: _plain(v) for name, v in value.items()}
-    if isinstance(value, np.ndarray | tuple | list):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value.item() if isinstance(value, np.generic) else value
+        return {name: _tree(v) for name, v in value.items()}
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -1,0 +1,128 @@
+"""Which models are to be sampled, and how: as the user says, else as the run or the LoRA file says, else a default."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from nabla_gfn_jax.checkpoints.hub import files_read
+from nabla_gfn_jax.checkpoints.lora_file import read_about
+from nabla_gfn_jax.diffusion.schedule import Sampler
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.inference.sampling import Sampling
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.runs import loras, manifest
+
+_DEFAULTS: dict[str, Any] = {
+    "model": "emoji",
+    "model_dtype": "float32",
+    "sampler": "ddpm",
+    "num_steps": 50,
+    "guidance": 5.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubjectOptions(Checked):
+    """What `sample` and `evaluate` have in common. What is not given is the run's, or in the LoRA file's header."""
+
+    workdir: Path | None = option(None, "a run's folder: its LoRAs, sampled as in training", file="existing")
+    model: str | None = option(None, "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub")
+    model_dtype: Literal["float32", "bfloat16"] | None = option(None, "numbers that the base model computes with")
+    sampler: Sampler | None = option(None, "how an image is sampled")
+    steps: int | None = option(None, "sampling steps", minimum=1, maximum=999)
+    guidance: float | None = option(None, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
+    batch: int = option(0, "images sampled together; 0: as many as are likely to fit", minimum=0)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A base model and LoRAs on it."""
+
+    model: str
+    model_dtype: str
+    how: Sampling
+    loras: dict[str, Path]  # files by a name for the table
+    prompts: str | None  # the set that the LoRAs were trained on, and their reward and β
+    reward: str | None
+    beta: float | None
+    model_files: dict[str, str]  # SHA-256 of the files of the base model that they were trained on
+
+
+def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float = 1.0) -> Subject:
+    """What the options name: the LoRA files, or all of the workdir's. Says on stderr where options contradict a run.
+
+    Raises `UserError` if the workdir holds no run, or the files' headers contradict each other and no option decides.
+    """
+    known: dict[str, Any] = {}
+    found = {str(file): file for file in files}
+    if options.workdir is not None:
+        run = manifest.read(options.workdir)
+        known = {"model_dtype": run.config.get("model_dtype")} | run.about_lora(0)
+        if not files:
+            found = {f"lora/{path.name}": path / loras.DIFFUSERS for path in loras.saved(options.workdir).values()}
+    elif files:
+        known = _agreed({str(file): read_about(file) for file in files}, _given(options))
+    for name, value in _given(options).items():
+        if known.get(name) not in (None, value):
+            print(f"{name} is {value}, as given; in training it was {known[name]}", file=sys.stderr)
+    settled = _DEFAULTS | {name: value for name, value in known.items() if value is not None} | _given(options)
+    inputs = settled.get("inputs", {})
+    return Subject(
+        model=settled["model"],
+        model_dtype=settled["model_dtype"],
+        how=Sampling(
+            sampler=settled["sampler"],
+            steps=settled["num_steps"],
+            guidance=settled["guidance"],
+            eta=eta,
+            seed=options.seed,
+        ),
+        loras=found,
+        prompts=settled.get("prompts"),
+        reward=settled.get("reward"),
+        beta=settled.get("beta"),
+        model_files={name: digest for name, digest in inputs.items() if name.startswith("model/")},
+    )
+
+
+def hashes_of(folder: Path, reward: Iterable[Path] = ()) -> dict[str, str]:
+    """SHA-256 of the files of the base model in `folder` and of a reward, by the manifest's names for them."""
+    files: dict[str, Path | Sequence[str]] = {f"model/{file.relative_to(folder)}": file for file in files_read(folder)}
+    files |= {f"reward/{file.name}": file for file in reward}
+    return {name: described["sha256"] for name, described in manifest.describe_inputs(files).items()}
+
+
+def warn_of_another_base(subject: Subject, files: Mapping[str, str]) -> None:
+    """Says on stderr if the LoRAs were trained on another base model than the one whose files these hashes are of."""
+    trained_on = subject.model_files
+    changed = sorted(name for name, digest in trained_on.items() if files.get(name) != digest)
+    if subject.loras and changed:
+        differ = f"{len(changed)} of its files differ, {changed[0]} among them"
+        print(f"the LoRA was trained on another base model than {subject.model}: {differ}", file=sys.stderr)
+
+
+def _given(options: SubjectOptions) -> dict[str, Any]:
+    """What the user said, under the manifest's names."""
+    given = {name: getattr(options, name) for name in ("model", "model_dtype", "sampler", "guidance")}
+    return {name: value for name, value in (given | {"num_steps": options.steps}).items() if value is not None}
+
+
+def _agreed(headers: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """What all headers say that say anything."""
+    agreed: dict[str, Any] = {}
+    for name in ("model", "sampler", "num_steps", "guidance", "prompts", "reward", "beta", "inputs"):
+        said = {file: about[name] for file, about in headers.items() if name in about}
+        values = list(said.values())
+        if any(value != values[0] for value in values):
+            if name in _DEFAULTS and name not in given:
+                each = " and ".join(f"{value} in {file}" for file, value in said.items())
+                raise UserError(f"the LoRA files differ in {name}: {each}; say which by --{_OPTION.get(name, name)}")
+        elif values:
+            agreed[name] = values[0]
+    return agreed
+
+
+_OPTION = {"num_steps": "steps"}

@@ -1,0 +1,167 @@
+"""`evaluate` and `sample` on runs and LoRA files of the tiny model: whose settings they take, and what they leave."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_run import brightness
+
+from nabla_gfn_jax import evaluate, sample
+from nabla_gfn_jax.base_models.diffusers_folder import load_folder
+from nabla_gfn_jax.checkpoints.lora_file import save_lora
+from nabla_gfn_jax.inference.sampling import ImageSampler
+from nabla_gfn_jax.inference.subject import hashes_of
+from nabla_gfn_jax.inference.table import show
+from nabla_gfn_jax.metrics import tilt
+from nabla_gfn_jax.metrics.tilt import Estimate
+from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.runs import evaluations
+from nabla_gfn_jax.runs.workdir import claim
+
+ABOUT = {"reward": "brightness", "algorithm": "residual_nabla_db", "beta": 30.0, "sampler": "sde_dpm_solver"}
+ABOUT |= {"num_steps": 3, "guidance": 1.5}
+SAID = {"sampler": "sde_dpm_solver", "steps": 3, "guidance": 1.5, "eta": 1.0, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def reward(monkeypatch):
+    monkeypatch.setitem(REWARDS, "brightness", lambda: brightness(1.0))
+    monkeypatch.setattr(tilt, "REPLICATES", 20)
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """A workdir as a run leaves it, with two LoRAs, and prompts of which no drawing is known."""
+    folder = tmp_path_factory.mktemp("run")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a sonnet\nan ode\n")
+    fresh = init_lora(jax.random.key(0), load_folder(tiny_model).params["unet"], rank=2)
+    about = ABOUT | {"model": str(tiny_model), "prompts": str(prompts)}
+    with claim(folder / "run", {"model_dtype": "float32"}, about=about) as workdir:
+        workdir.record_inputs({name: tiny_model / name.removeprefix("model/") for name in hashes_of(tiny_model)})
+        for updates, scale in ((4, 0.3), (8, 1.0)):
+            lora = jax.tree.map(lambda a, s=scale: s * jax.random.normal(jax.random.key(a.size), a.shape), fresh)
+            workdir.save_lora(updates, lora)
+    return folder / "run"
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """How many images were sampled of which LoRA's: (has a LoRA, first, num) of each call."""
+    calls, images = [], ImageSampler.images
+
+    def spy(self, lora, num, **options):
+        calls.append((lora is not None, options.get("first", 0), num))
+        return images(self, lora, num, **options)
+
+    monkeypatch.setattr(ImageSampler, "images", spy)
+    return calls
+
+
+def picture(file):
+    with Image.open(file) as opened:
+        return np.asarray(opened)
+
+
+def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
+    out = tmp_path / "out.json"
+    evaluate.main(["evaluate", f"--workdir={run}", "--num=5", f"--out={out}"])
+    printed = capsys.readouterr()
+    first = printed.out.splitlines()[0]
+    assert first.startswith("not measured: coverage (no drawing is called 'a sonnet'")
+    for text in ("gap, β = 30", "lora/00004", "lora/00008", "efficiency", "spent, from the first steps"):
+        assert text in printed.out
+    assert "as given" not in printed.err
+    assert sampled == [(False, 0, 5), (True, 0, 5), (True, 0, 5)]
+    rows = evaluations.read(run)
+    assert [row["model"] for row in rows] == ["base", "lora/00004", "lora/00008"]
+    assert all(row["sampling"] == SAID for row in rows)
+    assert all(row["prompts"] == ["a sonnet", "an ode"] for row in rows)
+    base, small, large = (row["certificate"] for row in rows)
+    assert base["spent"] == base["needed"] == base["exponent"] == {"value": 0.0, "std_error": 0.0}
+    assert 0 < small["spent"]["value"] < large["spent"]["value"]
+    assert large["needed"]["value"] <= large["spent"]["value"]
+    assert len(large["spent_by_step"]) == 3
+    assert sum(large["spent_by_step"]) == pytest.approx(large["spent"]["value"], rel=1e-5)
+    assert large["at_beta"]["beta"] == 30.0
+    assert json.loads(out.read_text())["lora/00008"]["certificate"] == large
+
+    evaluate.main(["evaluate", f"--workdir={run}", "--num=4", "--base_num=7", "--lora_scale=0"])
+    assert sampled[3:] == [(False, 5, 7), (True, 0, 4), (True, 0, 4)]  # of the base model, only what was not kept
+    again = evaluations.read(run)[-1]
+    assert again["model"] == "lora/00008 x 0"
+    assert again["certificate"]["spent"]["value"] == 0.0
+    assert (again["certificate"]["samples"], again["certificate"]["base_samples"]) == (8, 14)
+
+
+def test_what_the_user_says_goes_and_is_said(run, tmp_path, capsys):
+    evaluate.main(["evaluate", f"--workdir={run}", "--num=2", "--guidance=4", "--beta=0", "--reward=none"])
+    printed = capsys.readouterr()
+    assert "guidance is 4.0, as given; in training it was 1.5" in printed.err
+    assert "not measured: nats (no reward was named)" in printed.out
+    assert evaluations.read(run)[-1]["sampling"]["guidance"] == 4.0
+
+
+def test_a_lora_file_says_how_it_was_trained(run, tmp_path, capsys, sampled):
+    file = run / "lora/00008/kohya.safetensors"
+    out = tmp_path / "pictures.png"
+    sample.main(["sample", f"--lora={file}", "--num=3", f"--out={out}"])
+    assert sampled == [(True, 0, 3)]
+    assert "another base model" not in capsys.readouterr().err
+    assert picture(out).shape[1] > 3 * 8
+    sample.main(["sample", f"--workdir={run}", "--num=3", f"--out={tmp_path / 'same.png'}"])
+    np.testing.assert_array_equal(picture(out), picture(tmp_path / "same.png"))
+
+
+def test_files_that_contradict_each_other_need_a_word(run, tiny_model, tmp_path, capsys):
+    other = tmp_path / "other.safetensors"
+    lora = init_lora(jax.random.key(0), load_folder(tiny_model).params["unet"], rank=2)
+    save_lora(other, lora, ABOUT | {"model": str(tiny_model), "guidance": 3.0, "inputs": {"model/unet": "0" * 64}})
+    files = [f"--lora={run / 'lora/00004/diffusers.safetensors'}", f"--lora={other}"]
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["evaluate", *files, "--num=2"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "differ in guidance: 1.5" in error
+    assert "--guidance" in error
+    sample.main(["sample", f"--lora={other}", "--prompt=an ode", "--num=1", f"--out={tmp_path / 'one.png'}"])
+    assert "trained on another base model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--num_prompts=1000"], "num_prompts"),
+        (["--lora=/nowhere"], "/nowhere"),
+        (["--workdir=/tmp"], "manifest.json"),
+        (["--reward=beauty"], "beauty"),
+        (["--numbr=3"], "numbr"),
+        (["--num=0"], "num"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(flags, named, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(["evaluate", *flags])
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert named in lines[0]
+
+
+def test_rows_survive_one_that_was_cut_short(tmp_path):
+    evaluations.append(tmp_path, {"model": "base", "value": float("inf")})
+    file = tmp_path / evaluations.NAME
+    file.write_text(file.read_text() + '{"model": "lo')
+    evaluations.append(tmp_path, {"model": "lora"})
+    assert evaluations.read(tmp_path) == [{"model": "base", "value": "inf"}, {"model": "lora"}]
+
+
+def test_figures_have_two_digits_of_their_error():
+    shown = {Estimate(0.43219, 0.00712): "0.4322 ± 0.0071", Estimate(5.2211, 0.07): "5.221 ± 0.070"}
+    shown |= {Estimate(123.4, 12.0): "123 ± 12", Estimate(0.0, 0.0): "0", Estimate(float("inf")): "beyond"}
+    shown |= {Estimate(float("nan")): "-", Estimate(125.3): "125"}
+    for estimate, text in shown.items():
+        assert show(estimate) == text
