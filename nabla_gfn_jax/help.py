@@ -1,5 +1,6 @@
 """What `--help` prints."""
 
+import os
 import shutil
 import sys
 import textwrap
@@ -24,8 +25,9 @@ def print_help(
 ) -> NoReturn:
     """Prints what the command does, its options, and the fields of a config with the values they have, and exits."""
     width = max(80, min(shutil.get_terminal_size().columns, 100))
-    usage = f"usage: {_program(command)} [--OPTION=VALUE ...]"
-    lines = [usage + " [--config.FIELD=VALUE ...]" * (fields is not None), "", *_paragraphs(about, width), "options:"]
+    usage = [f"usage: {_program(command)}", *(f"[{_flag(n, o)}]" for n, o in options.items() if o.option.positional)]
+    usage += ["[--OPTION=VALUE ...]", *["[--config.FIELD=VALUE ...]"] * (fields is not None)]
+    lines = [" ".join(usage), "", *_paragraphs(about, width), "options:"]
     for name, leaf in options.items():
         lines += _entry(_flag(name, leaf), leaf, leaf.default, width)
     lines += _entry("--help", None, None, width, "print this and exit")
@@ -34,7 +36,10 @@ def print_help(
         lines += ["", f"fields of a config, as --config.FIELD=VALUE, in [] what {config} says:"]
         for name, leaf in fields.items():
             lines += _entry(name, leaf, _value(tree or {}, name, leaf.default), width)
-    print("\n".join(lines))
+    try:
+        print("\n".join(lines), flush=True)
+    except BrokenPipeError:  # `--help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
@@ -44,7 +49,7 @@ def _program(command: str) -> str:
     if file.suffix != ".py":
         return command
     package = [p.name for p in file.parents if (p / "__init__.py").is_file()]
-    return f"python -m {'.'.join([*reversed(package), file.stem])}"
+    return f"python -m {'.'.join([*reversed(package), file.stem]).removesuffix('.__main__')}"
 
 
 def _paragraphs(text: str, width: int) -> list[str]:
