@@ -138,7 +138,7 @@ def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> PerSample
     return jax.lax.scan(of_step, jnp.zeros(len(rollout.keys)), steps)[0]
 
 
-def clipped(c: Latents, largest: float) -> Latents:
+def clipped(c: Latents, largest: float | PerSample) -> Latents:
     """Each sample's c, shrunk to a root mean square of `largest` where it has more."""
     size = jnp.sqrt(jnp.square(c).reshape(len(c), -1).mean(axis=1))
     return expand(jnp.where(size > largest, largest / size, 1.0), c) * c

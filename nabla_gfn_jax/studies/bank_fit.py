@@ -1,0 +1,279 @@
+"""How much of a known teacher does a LoRA take up? Fits on one frozen bank of base paths, judged by held-out nats.
+
+    python -m nabla_gfn_jax.studies.bank_fit --out=runs/bank_fit
+
+Base paths are sampled once, with the adjoint of every step. Sampled again with probability ∝ R^β they are paths of the
+target P_base · R^β, so the adjoint's mean is the exact teacher, whatever the policy (algorithms/path_regression.py).
+What stands between such a teacher and the target is then the clip, the fit and what the LoRA can express:
+
+- *gain*: KL(target ‖ base) − KL(target ‖ policy) on held-out paths, in nats, with the credit clipped as it was in
+  training, and as it is (exact, but its early steps have heavy tails); at most the needed nats. By tenth of the path.
+- the certificate of the policy's own samples (docs/nats.md).
+
+A GPU does the default in some minutes; a CPU wants fewer paths and updates.
+"""
+
+import functools
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float
+
+from nabla_gfn_jax.algorithms.base import Model, Rollout
+from nabla_gfn_jax.algorithms.credit import adjoint_credit
+from nabla_gfn_jax.algorithms.path_regression import clipped
+from nabla_gfn_jax.base_models.base import BaseModel, predictor
+from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.command_line import parse
+from nabla_gfn_jax.compilation import use_compilation_cache
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.diffusion.chain import expand
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.inference.paths import sample_paths
+from nabla_gfn_jax.metrics import certificate
+from nabla_gfn_jax.models.lora import TARGETS
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.rewards import Reward, load_reward
+from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
+
+TENTHS = 10
+AVERAGE = 0.99  # decay of the running mean of the LoRA, which is what is judged
+REPORT = 50  # updates between two losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """The teacher, the fits, and where their results go."""
+
+    out: Path = option(meaning="folder for results.jsonl")
+    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
+    reward: str = option("valence", "the reward")
+    prompts: str = option("a_face", "a prompt set")
+    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
+    guidance: float = option(2.0, "classifier-free guidance", minimum=0, maximum=100)
+    num_steps: int = option(50, "sampling steps; tenths of them are reported", minimum=10, maximum=999)
+    paths: int = option(8192, "base paths of the bank", minimum=2)
+    held_out: int = option(2048, "base paths to judge on, and samples of each policy", minimum=2)
+    together: int = option(512, "paths sampled together", minimum=1)
+    clip_quantile: float = option(
+        0.8, "quantile of the credit's size at each step that it is clipped to", above=0, maximum=1
+    )
+    layers: tuple[Literal["attention", "all"], ...] = option(("attention", "all"), "layers with a LoRA: a fit for each")
+    rank: int = option(8, "rank of the LoRA", minimum=1)
+    rates: tuple[float, ...] = option((3e-4, 1e-3), "learning rates, with cosine decay to 0: a fit for each", above=0)
+    updates: int = option(400, "updates of a fit", minimum=1)
+    batch: int = option(768, "transitions of an update", minimum=1)
+    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
+
+
+class Bank(NamedTuple):
+    """Base paths with their credit for β = 1; leaves (T, N, …) unless said."""
+
+    x: Latents
+    base_output: Latents
+    credit: Latents  # c = σ a, the adjoint at the step's end
+    prompt_id: PromptIds  # (N,)
+    log_reward: Float[Array, " paths"]
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The base model, its reward and its prompts."""
+
+    base: BaseModel
+    reward: Reward
+    options: Options
+    prompts: tuple[str, ...] = field(default=())
+
+    @functools.cached_property
+    def frozen(self) -> Params:
+        """Arguments of what is compiled: as constants they would be compiled in."""
+        table = {
+            "base": self.base.encode_prompts(self.prompts),
+            "reward": self.reward.encode_prompts(list(self.prompts)),
+        }
+        return jax.device_put({"base": self.base.frozen_params, "reward": self.reward.params, "table": table})
+
+    def model(self, frozen: Params) -> Model:
+        def log_reward(z: Latents, prompt_id: PromptIds) -> Array:
+            features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
+            return self.reward.score(frozen["reward"], self.base.decode(frozen["base"], z), features)
+
+        predict = predictor(self.base, frozen["base"], frozen["table"]["base"], self.options.guidance)
+        return Model(self.base.chain(self.options.num_steps), predict, log_reward, {})
+
+    def keys(self, stream: int, start: int, count: int) -> tuple[PRNGKeys, PromptIds]:
+        """Of samples `start` and after; their prompts in turn."""
+        numbers = jnp.arange(start, start + count)
+        key = jax.random.fold_in(jax.random.key(self.options.seed), stream)
+        return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)
+
+    def bank(self, stream: int, count: int) -> Bank:
+        """Base paths and their credit, some at a time."""
+
+        @jax.jit
+        def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> Bank:
+            model = self.model(frozen)
+            path = sample(model.predict, None, model.chain, keys, self.base.latent_shape, ids)
+            reward = model.log_reward(path.samples, ids)
+            credit = adjoint_credit(model, Rollout(path, reward, ids, keys), 1.0).gradient
+            c = model.chain.sigma.reshape((-1,) + (1,) * (credit.ndim - 1)) * credit
+            return Bank(path.latents[:-1], path.outputs, c, ids, reward)
+
+        parts = [part(self.frozen, *self.keys(stream, *span)) for span in spans(count, self.options.together)]
+        return Bank(
+            *(jnp.concatenate(leaves, axis=0 if leaves[0].ndim == 1 else 1) for leaves in zip(*parts, strict=True))
+        )
+
+    def policy_paths(self, pairs: Params | None, count: int) -> certificate.Paths:
+        """What the certificate needs of samples of the policy, or of the base model."""
+
+        @jax.jit
+        def part(frozen: Params, pairs: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
+            base = self.model(frozen)
+            adapted = self.model(frozen | {"base": adapt(frozen["base"], pairs)})
+            predict = lambda lora, *where: (base if lora is None else adapted).predict(None, *where)  # noqa: E731
+            found = sample_paths(predict, pairs, base.chain, keys, self.base.latent_shape, ids)
+            return base.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
+
+        parts = [part(self.frozen, pairs or {}, *self.keys(1, *span)) for span in spans(count, self.options.together)]
+        return certificate.Paths(*(np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(4)))
+
+
+def spans(count: int, size: int) -> list[tuple[int, int]]:
+    """(start, length) of parts of at most `size`."""
+    return [(start, min(size, count - start)) for start in range(0, count, size)]
+
+
+def init_pairs(params: Params, layers: str, rank: int, key: Array) -> Params:
+    """Low-rank pairs by the UNet's layer: down ~ N(0, 1/rank²), up 0; a convolution's kernel is read as a matrix."""
+    pairs = {}
+    for number, (path, kernel) in enumerate(sorted(flatten_dict(params["unet"]).items())):
+        if path[-1] == "kernel" and (layers == "all" or path[-2] in TARGETS):
+            inputs, outputs = int(np.prod(kernel.shape[:-1])), kernel.shape[-1]
+            down = jax.random.normal(jax.random.fold_in(key, number), (inputs, rank)) / rank
+            pairs["/".join(path)] = {"down": down, "up": jnp.zeros((rank, outputs))}
+    return pairs
+
+
+def adapt(params: Params, pairs: Params) -> Params:
+    """The parameters with the pairs' products added, in float32, as these studies have them."""
+    flat = {"/".join(path): leaf for path, leaf in flatten_dict(params["unet"]).items()}
+    for name, pair in pairs.items():
+        flat[name] = flat[name] + (pair["down"] @ pair["up"]).reshape(flat[name].shape)
+    return params | {"unet": unflatten_dict({tuple(name.split("/")): leaf for name, leaf in flat.items()})}
+
+
+def clip_of(bank: Bank, beta: float, quantile: float) -> Float[Array, " steps"]:
+    """For each step the quantile over paths of the root mean square of β c."""
+    size = jnp.sqrt(jnp.square(bank.credit).reshape(*bank.credit.shape[:2], -1).mean(axis=-1))
+    return jnp.quantile(abs(beta) * size, quantile, axis=1)
+
+
+def nats(bench: Bench, frozen: Params, pairs: Params, bank: Bank, c: Latents, steps: Array, picked: Array) -> Array:
+    """δ·c − ‖δ‖²/2 of each transition (step, path): what it gains over the base model's."""
+    model = bench.model(frozen | {"base": adapt(frozen["base"], pairs)})
+    x, base_output, step = bank.x[steps, picked], bank.base_output[steps, picked], bench.model(frozen).chain[steps]
+    output = model.predict(None, x, step.at, bank.prompt_id[picked])
+    delta = expand(step.mean_o / step.sigma, output) * (output - base_output)
+    return (delta * (c - 0.5 * delta)).reshape(len(x), -1).sum(axis=1)
+
+
+def fit(bench: Bench, bank: Bank, clip: Array, layers: str, rate: float) -> tuple[Params, list[float]]:
+    """Adam on transitions of target paths; the running mean of the pairs, and the loss as it fell."""
+    o = bench.options
+    pairs = init_pairs(bench.base.params, layers, o.rank, jax.random.key(o.seed))
+    optimizer = optax.adam(optax.cosine_decay_schedule(rate, o.updates))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: Any, frozen: Params, bank: Bank, key: Array) -> tuple[Any, Array]:
+        pairs, average, moments = state
+        picked = jax.random.categorical(jax.random.fold_in(key, 0), o.beta * bank.log_reward, shape=(o.batch,))
+        steps = jax.random.randint(jax.random.fold_in(key, 1), (o.batch,), 0, o.num_steps)
+        c = o.beta * bank.credit[steps, picked]
+        c = clipped(c, clip[steps])
+
+        def loss(pairs: Params) -> Array:
+            return -o.num_steps * nats(bench, frozen, pairs, bank, c, steps, picked).mean()
+
+        value, gradient = jax.value_and_grad(loss)(pairs)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
+            change, moments = optimizer.update(gradient, moments, pairs)
+        pairs = optax.apply_updates(pairs, change)
+        return (pairs, optax.incremental_update(pairs, average, 1 - AVERAGE), moments), value
+
+    state, losses = (pairs, jax.tree.map(jnp.copy, pairs), optimizer.init(pairs)), list[Array]()
+    for number in range(o.updates):
+        state, value = update(state, bench.frozen, bank, jax.random.fold_in(jax.random.key(o.seed + 1), number))
+        losses.append(value)
+    return state[1], [float(jnp.stack(losses[i : i + REPORT]).mean()) for i in range(0, o.updates, REPORT)]
+
+
+def gains(bench: Bench, pairs: Params, held_out: Bank, clip: Array) -> dict[str, list[float]]:
+    """By tenth of the path, on held-out paths of the target: nats gained, with the credit clipped and as it is."""
+    o, count = bench.options, len(held_out.log_reward)
+    picked = jax.random.categorical(jax.random.key(o.seed + 2), o.beta * held_out.log_reward, shape=(count,))
+
+    @jax.jit
+    def at(frozen: Params, pairs: Params, bank: Bank, k: Array, rows: Array) -> tuple[Array, Array]:
+        steps, c = jnp.broadcast_to(k, rows.shape), o.beta * bank.credit[k, rows]
+        of = functools.partial(nats, bench, frozen, pairs, bank, steps=steps, picked=rows)
+        return of(c=clipped(c, clip[k])).mean(), of(c=c).mean()
+
+    size = min(o.together, count)
+    rows = picked[: count // size * size].reshape(-1, size)
+    found = np.array(
+        [
+            np.mean([at(bench.frozen, pairs, held_out, jnp.int32(k), r) for r in rows], axis=0)
+            for k in range(o.num_steps)
+        ]
+    )
+    tenths = [part.sum(axis=0) for part in np.array_split(found, TENTHS)]
+    return {name: [float(t[i]) for t in tenths] for i, name in enumerate(("clipped", "as_it_is"))}
+
+
+@exit_on_user_error
+def main(argv: list[str]) -> None:
+    """Bank → clip → a fit for each kind of layers and rate → held-out nats and certificate, a line of JSON each."""
+    options = parse(argv, Options, __doc__)
+    prompts = prompt_set(options.prompts).train
+    use_compilation_cache()
+    bench = Bench(load_model(options.model, jnp.float32), load_reward(options.reward), options, prompts)
+    bank, held_out = bench.bank(2, options.paths), bench.bank(3, options.held_out)
+    clip = clip_of(bank, options.beta, options.clip_quantile)
+    base = certificate.Paths.of_base(np.asarray(bank.log_reward), np.asarray(bank.prompt_id))
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "results.jsonl").open("w") as file:
+        for layers in options.layers:
+            for rate in options.rates:
+                start = time.time()
+                pairs, losses = fit(bench, bank, clip, layers, rate)
+                seconds, gain = time.time() - start, gains(bench, pairs, held_out, clip)
+                judged = certificate.certify(bench.policy_paths(pairs, options.held_out), base, options.beta)
+                row = {"layers": layers, "rate": rate, "seconds": seconds, "losses": losses, "gain": gain}
+                print(line(layers, rate, gain, judged), flush=True)
+                row["certificate"] = json.loads(json.dumps(asdict(judged), default=np.ndarray.tolist))
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def line(layers: str, rate: float, gain: dict[str, list[float]], found: certificate.Certificate) -> str:
+    """A fit's result, for people."""
+    gap = found.at_beta.gap.value if found.at_beta else float("nan")
+    gained = f"held-out gain {sum(gain['clipped']):.3f} clipped, {sum(gain['as_it_is']):.3f} as it is"
+    reached = f"exponent {found.exponent.value:.2f}, needed {found.needed.value:.3f}, spent {found.spent.value:.3f}"
+    return f"{layers:9} rate {rate:g}: {gained}; {reached}, gap {gap:.3f}"
+
+
+if __name__ == "__main__":
+    main(sys.argv)
