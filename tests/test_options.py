@@ -27,6 +27,7 @@ from nabla_gfn_jax.training.build import check_heads
 COMMANDS = {name: f"nabla_gfn_jax.{name}:Options" for name in ("train", "sample", "evaluate", "plan", "pretrain")}
 COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
+    "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
 }
@@ -173,6 +174,20 @@ WRONG_FLAGS = {
         "only": (3,),
         "seed": SEED,
     },
+    "bank_fit": {
+        "out": ("", *PATH),
+        **dict.fromkeys(("model", "prompts"), TEXT),
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
+        "guidance": (-1.0, 101.0, *NUMBERS),
+        "num_steps": (9, 1000, *COUNT),
+        **dict.fromkeys(("paths", "held_out"), (1, *COUNT)),
+        **dict.fromkeys(("together", "rank", "updates", "batch"), COUNT),
+        "clip_quantile": (0.0, 1.1, *NUMBERS),
+        "layers": ((), ("linear",), "all"),
+        "rates": ((), (0.0,), (1e-3, math.nan), 1e-3),
+        "seed": SEED,
+    },
     "fit": {"emoji": PATH},
     "benchmarks": {"benchmark": ((), ("speed",), "unet")},
 }
@@ -268,7 +283,7 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    given = {"out": "out"} if command == "mixture2d" else {}  # it must be
+    given = {"out": "out"} if command in ("mixture2d", "bank_fit") else {}  # it must be
     for name, values in WRONG_FLAGS[command].items():
         for value in values:
             refused(options_of(command), given, name, value, prefix="--")

@@ -43,7 +43,7 @@ from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import TARGETS
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import Reward, load_reward
+from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 TENTHS = 10
@@ -57,7 +57,7 @@ class Options(Checked):
 
     out: Path = option(meaning="folder for results.jsonl")
     model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
-    reward: str = option("valence", "the reward")
+    reward: str = option("valence", "a reward", choices=REWARDS)
     prompts: str = option("a_face", "a prompt set")
     beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
     guidance: float = option(2.0, "classifier-free guidance", minimum=0, maximum=100)
