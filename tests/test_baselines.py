@@ -52,7 +52,17 @@ def assert_gradient(gradient, oracle):
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_keeps_the_protocol(name):
     needed = {"beta": 1.0} if name in ("residual_nabla_db", "path_regression") else {}
-    assert isinstance(ALGORITHMS[name](**needed), Algorithm)
+    algorithm = ALGORITHMS[name](**needed)
+    assert isinstance(algorithm, Algorithm)
+    params = {"lora": LORA}
+    if algorithm.heads():
+        algorithm = ALGORITHMS[name](**needed, credit="adjoint")  # without the head
+
+    def metrics(weight):
+        data = jax.tree.map(lambda a: a[0], algorithm.batch({"lora": PARAMS["lora"]}, MODEL, rollout(), 1).data)
+        return algorithm.value_and_grad(params, MODEL, data, weight)[0][1]
+
+    assert jax.eval_shape(metrics, ONES).keys() == algorithm.columns.keys()  # which the log's table is made of
 
 
 # ---------------------------------------------------------------- DRaFT

@@ -47,6 +47,10 @@ class Ddpo(Checked):
     min_count: int = option(16, "rewards of a prompt below which the epoch's mean and std are used", minimum=1)
 
     on_policy: ClassVar[bool] = True
+    columns: ClassVar[dict[str, str]] = {
+        "loss_policy": "the clipped policy gradient's loss",
+        "ratios_clipped": "fraction of the ratios of densities that are clipped",
+    }
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {}

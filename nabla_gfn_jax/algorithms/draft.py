@@ -41,6 +41,7 @@ class Draft(Checked, Unweighted):
     lv_samples: int = option(0, "how often DRaFT-LV noises each sample; 0: DRaFT-K", minimum=0)
 
     on_policy: ClassVar[bool] = True
+    columns: ClassVar[dict[str, str]] = {"loss_reward": "the loss, a decreasing function of log R"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

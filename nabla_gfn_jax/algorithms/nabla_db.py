@@ -54,6 +54,12 @@ class ResidualNablaDB(Checked, Unweighted):
     uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
 
     on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
+    columns: ClassVar[dict[str, str]] = {
+        "loss_forward": "the forward term ‖s_θ − [κ s_# + G + g_φ]‖², times σ² if variance weighted",
+        "loss_reverse": "the reverse term, which trains g_φ; 0 without g_φ",
+        "loss_terminal": "‖g_φ(y, 0)‖² at clean samples; 0 without g_φ",
+        "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
+    }
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {"correction": "vector"} if self._corrects else {}
@@ -206,7 +212,6 @@ def _pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, P
         sums = {name: value.sum() for name, value in terms(output, heads).items()}
         return jnp.asarray(sum(sums.values())), sums
 
-    names = ("loss_forward", "loss_reverse", "loss_terminal", "loss_reg")
     (_, sums), (cotangent, heads) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.output, heads)
-    zeros = dict.fromkeys(names, jnp.zeros((), jnp.float32))
+    zeros = dict.fromkeys(ResidualNablaDB.columns, jnp.zeros((), jnp.float32))
     return zeros | sums, {"lora": at_x.to_lora(cotangent), **heads}

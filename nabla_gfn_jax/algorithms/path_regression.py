@@ -58,6 +58,10 @@ class PathRegression(Checked):
     output_regularisation: float = option(0.0, "λ, the weight of ‖ε_θ − ε_θ†‖²", minimum=0)
 
     on_policy: ClassVar[bool] = True
+    columns: ClassVar[dict[str, str]] = {
+        "loss_paths": "the weighted regression of the policy's steps, in nats a path, up to a constant",
+        "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
+    }
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {}

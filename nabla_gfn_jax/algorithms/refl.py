@@ -41,6 +41,7 @@ class Refl(Checked, Unweighted):
     margin: float = option(2.0, "log reward above which a sample has no gradient", infinite=True)
 
     on_policy: ClassVar[bool] = True
+    columns: ClassVar[dict[str, str]] = {"loss_reward": "the loss, a decreasing function of log R"}
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {}

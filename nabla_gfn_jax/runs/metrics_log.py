@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.checkpoints.files import write_whole
 from nabla_gfn_jax.errors import UserError
 
@@ -27,31 +28,28 @@ class Column(NamedTuple):
     meaning: str
 
 
+def _columns_of_algorithms() -> tuple[Column, ...]:
+    """What `columns` of the algorithms' classes say of the numbers that only some of them have."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for algorithm, cls in ALGORITHMS.items():
+        for name, meaning in getattr(cls, "columns", {}).items():
+            found.setdefault(name, (meaning, []))[1].append(algorithm)
+    return tuple(Column(name, "", UPDATE, f"{text} ({', '.join(names)})") for name, (text, names) in found.items())
+
+
 COLUMNS = (
-    Column("epoch", "", EPOCH, "counts from 0, which only samples, to one after the last, which only samples too"),
+    Column("epoch", "", EPOCH, "its number; the one after the last only samples"),
     Column("step", "updates", POLICY, "how many updates it had seen; 0: the base model, or the LoRA started from"),
     Column("updates", "updates", EPOCH, "how many updates have been made when it ends"),
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
-    Column(
-        "loss",
-        "",
-        UPDATE,
-        "what is minimised, on the samples of the epoch before, or of this one if the algorithm is on-policy",
-    ),
-    Column("loss_forward", "", UPDATE, "its term of the forward matching"),
-    Column("loss_reverse", "", UPDATE, "its term of the reverse matching, which trains g_φ alone"),
-    Column("loss_terminal", "", UPDATE, "its term that makes g_φ vanish on clean samples"),
-    Column("loss_reg", "", UPDATE, "its term that keeps the predictions near those made when sampling, times λ"),
-    Column("loss_paths", "", UPDATE, "path regression's: of the weighted paths"),
-    Column("loss_reward", "", UPDATE, "DRaFT's and ReFL's: of the reward itself"),
-    Column("loss_policy", "", UPDATE, "DDPO's: of clipped ratios times advantages"),
-    Column("ratios_clipped", "", UPDATE, "DDPO's: share of steps whose ratio left its interval"),
+    Column("loss", "", UPDATE, "what is minimised, a mean over the epoch's optimizer steps"),
+    *_columns_of_algorithms(),
     Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before it is clipped"),
-    Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before it is clipped"),
+    Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before it is clipped, where there is a g_φ"),
     Column("seconds", "s", EPOCH, "duration"),
-    Column("images_per_second", "1/s", EPOCH, "images sampled, and trained on, a second"),
-    Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device"),
+    Column("images_per_second", "1/s", EPOCH, "images sampled in the epoch, by its duration"),
+    Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device, by its duration"),
     Column("device_memory_gib", "GiB", EPOCH, "the most that a device, or a CPU's process, has held so far"),
 )
 
