@@ -108,6 +108,8 @@ def _options_of(options: type[Options], known: Mapping[str, Leaf], typed: Typed)
     tree: dict[str, Any] = {}
     for flag in typed:
         leaf = known[flag]
+        if leaf.optional and "" in typed[flag]:
+            raise UserError(f"{flag} is empty; leave it out, or give {leaf.allowed}")
         several = leaf.option.repeated or leaf.option.positional
         name = flag.removeprefix("--")
         tree[name] = [leaf.read(text) for text in typed[flag]] if several else leaf.read(_once(flag, typed[flag]))
@@ -161,5 +163,8 @@ def _group(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
     """The group of a field, made where there is none, and the field's own name."""
     *groups, last = name.split(".")
     for part in groups:
-        tree = tree.setdefault(part, {})
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"{part} = {inner!r} is not allowed; it must be a group of fields")
+        tree = inner
     return tree, last

@@ -173,7 +173,8 @@ def leaves(cls: type, tree: Mapping[str, Any] | None = None, prefix: str = "") -
     """
     found: dict[str, Leaf] = {}
     for field, hint in _fields(cls):
-        name, inside = prefix + field.name, (tree or {}).get(field.name, {})
+        name, inside = prefix + field.name, (tree or {}).get(field.name)
+        inside = inside if isinstance(inside, Mapping) else {}
         if "registry" in field.metadata:
             chosen = _name_leaf(name, field)
             found[chosen.name] = chosen

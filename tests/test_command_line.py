@@ -28,6 +28,7 @@ class Options(Checked):
     beta: float = option(1.0, "exponent", minimum=-1e9)
     word: tuple[str, ...] = option(("a face",), "a word", repeated=True)
     fast: bool = option(False, "be fast")
+    file: Path | None = option(None, "a file")
     name: tuple[str, ...] = option((), "names", positional=True, empty=True)
 
 
@@ -64,6 +65,8 @@ def test_an_option_that_is_repeated_replaces_its_default():
         (("--num=many",), "--num = 'many' is not allowed; it must be a whole number of 1 or more"),
         (("--num=",), "--num = '' is not allowed"),
         (("--=3",), "-- is unknown"),
+        (("--file=",), "--file is empty; leave it out, or give a path"),
+        (("--file", ""), "--file is empty"),
         (("--beta=nan",), "--beta = nan is not allowed; it must be a number of -1e+09 or more"),
     ],
 )
@@ -158,13 +161,17 @@ def test_a_config_with_the_names_of_before(tmp_path):
         ("def get_config():\n\n    return missing", "fails in line 3: NameError: name 'missing'"),
         ("import nothing.there", "fails in line 1: ModuleNotFoundError"),
         ("def get_config(:", "fails in line 1: SyntaxError"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'training': 3})",
+            "training = 3 is not allowed; it must be a group of fields",
+        ),
     ],
 )
 def test_a_config_that_fails(tmp_path, text, said):
     file = tmp_path / "mine.py"
     file.write_text(text)
     with pytest.raises(UserError) as caught:
-        load_config(file)
+        run(f"--config={file}", "--config.training.clip=1")
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
