@@ -71,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.logging.samples_every = 20
     c.logging.checkpoint_every = 10
     c.logging.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
+    c.logging.judged_images = 0  # of each held-out prompt, by which saved LoRAs are judged in nats (docs/nats.md)
     c.logging.tensorboard = False
     c.logging.wandb = False
 

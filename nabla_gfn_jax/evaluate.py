@@ -9,7 +9,7 @@ WORKDIR/evaluations.jsonl, and keeps there what it measured of the base model's 
 
 import sys
 from collections import ChainMap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
@@ -18,7 +18,7 @@ from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
-from nabla_gfn_jax.inference.evaluation import EVERY_CONCEPT, Evaluator, prompts_to_judge
+from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, EVERY_CONCEPT, Evaluator, describe, prompts_to_judge
 from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
@@ -64,16 +64,10 @@ def main(argv: list[str]) -> None:
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
     hashes = hashes_of(resolve_model(subject.model), reward.files if reward else ())
-    what = {
-        "base_model": subject.model,
-        "model_dtype": subject.model_dtype,
-        "sampling": asdict(subject.how),
-        "prompts": prompts,
-        "reward": reward_name,
-        "inputs": hashes,
-    }
+    what = describe(subject.model, subject.model_dtype, sampler, reward_name, hashes)
     warn_of_another_base(subject, hashes)
-    base = evaluator.base_states(max(options.num, options.base_num), options.workdir, what, progress="base")
+    kept = options.workdir / BASE_SAMPLES if options.workdir else None
+    base = evaluator.base_states(max(options.num, options.base_num), kept, what, progress="base")
     models = {"base": None} | {
         name + f" x {scale:g}" * (scale != 1): scaled(lora, scale)
         for name, lora in loras.items()

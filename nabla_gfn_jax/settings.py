@@ -79,6 +79,9 @@ class Logging(Checked):
     samples_every: int = option(20, "how often a grid of samples is written", unit="epochs", minimum=1, free=True)
     checkpoint_every: int = option(10, "how often the run is saved", unit="epochs", minimum=1, free=True)
     keep_loras: int = option(0, "how many of the newest LoRA files to keep; 0: all", minimum=0, free=True)
+    judged_images: int = option(
+        0, "images of each held-out prompt by which every saved LoRA is judged in nats; 0: none", minimum=0, free=True
+    )
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
 

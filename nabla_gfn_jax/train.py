@@ -21,6 +21,7 @@ from nabla_gfn_jax.runs.metrics_log import MetricsLog
 from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import about, build, check, inputs, length
+from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Programs, first_progress, restored, run
 from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
 
@@ -71,7 +72,8 @@ def finetune(settings: Settings, workdir: Workdir, *, profile: bool) -> None:
             wandb=settings.logging.wandb,
             write=is_first(),
         )
-        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile)) as outputs:
+        judge = Judge(settings, trainer, workdir) if settings.logging.judged_images else None
+        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, judge)) as outputs:
             outputs.resumes(progress)
             run(programs, plan, progress, first, outputs)
 

@@ -97,6 +97,23 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     assert (again["certificate"]["samples"], again["certificate"]["base_samples"]) == (8, 14)
 
 
+def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeypatch, sampled):
+    fields = {"logging.judged_images": 3, "training.num_epochs": 1, "algorithm.beta": 7.0}
+    command(tmp_path, *(f"--config.{name}={value}" for name, value in fields.items()))
+    (row,) = evaluations.read(tmp_path)
+    assert row["model"] == "lora/00002"
+    assert row["certificate"]["at_beta"]["beta"] == 7.0
+    assert sampled == [(False, 0, 3), (True, 0, 3)]
+    monkeypatch.setitem(REWARDS, "1.0", lambda: brightness(1.0))
+    evaluate.main(["evaluate", f"--workdir={tmp_path}", "--num=3"])
+    assert sampled[2:] == [(True, 0, 3)]  # the base model's samples were kept
+    again = evaluations.read(tmp_path)[-1]
+    assert {name: again[name] for name in ("inputs", "prompts", "sampling")} == {
+        name: row[name] for name in ("inputs", "prompts", "sampling")
+    }
+    assert again["certificate"]["spent"]["value"] == pytest.approx(row["certificate"]["spent"]["value"], rel=1e-4)
+
+
 def test_what_the_user_says_goes_and_is_said(run, tmp_path, capsys):
     evaluate.main(["evaluate", f"--workdir={run}", "--num=2", "--guidance=4", "--beta=0", "--reward=none"])
     printed = capsys.readouterr()

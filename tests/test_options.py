@@ -72,6 +72,7 @@ WRONG = {
     "logging.samples_every": COUNT,
     "logging.checkpoint_every": COUNT,
     "logging.keep_loras": NATURAL,
+    "logging.judged_images": NATURAL,
     "logging.tensorboard": SWITCH,
     "logging.wandb": SWITCH,
 }

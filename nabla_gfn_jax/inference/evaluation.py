@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Params
 
+BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
 EVERY_CONCEPT = "every_concept"  # of the emoji model: a caption for each
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
@@ -112,6 +113,20 @@ def choose_metrics(
         except NotAvailable as reason:
             reasons[metric.name] = str(reason)
     return chosen, reasons
+
+
+def describe(
+    model: str, model_dtype: str, sampler: ImageSampler, reward: str, inputs: Mapping[str, str]
+) -> dict[str, Any]:
+    """What figures depend on but the LoRA and the number of images; `inputs`: SHA-256 of the files that were read."""
+    return {
+        "base_model": model,
+        "model_dtype": model_dtype,
+        "sampling": asdict(sampler.how),
+        "prompts": list(sampler.prompts),
+        "reward": reward,
+        "inputs": dict(inputs),
+    }
 
 
 def _write_states(file: Path, states: States) -> None:

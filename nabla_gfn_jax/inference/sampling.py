@@ -14,7 +14,7 @@ from nabla_gfn_jax.base_models.base import BaseModel, Table, predictor
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics.base import Batch, PathStatistics
-from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, place, split
+from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys
 
 CPU_BATCH = 32  # the most images sampled together on a CPU: what its cores must divide
@@ -44,7 +44,8 @@ class ImageSampler:
     def __init__(self, model: BaseModel, prompts: Sequence[str], how: Sampling, batch: int = 0):
         """`batch`: images sampled together on all devices; 0: as many as are likely to fit."""
         self.prompts, self.chain = tuple(prompts), model.chain(how.steps, sampler=how.sampler, eta=how.eta)
-        self._model, self._how, self._mesh = model, how, all_devices()
+        self.how, self._mesh = how, all_devices()
+        self._model = model.on(self._mesh.devices.flat[0].platform, remat=False)
         self._batch = -(-(batch or self._likely_batch()) // self._mesh.size) * self._mesh.size
         self._params, self._table = place((model.frozen_params, model.encode_prompts(self.prompts)), self._mesh)
         inputs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
@@ -75,10 +76,11 @@ class ImageSampler:
             for start in range(0, len(prompt), size):
                 count = min(size, len(prompt) - start)
                 rows = start + np.minimum(np.arange(size), count - 1)  # the last batch is filled up
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self._how.seed), noise[rows])
+                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.how.seed), noise[rows])
                 program = self._programs[nats and lora is not None]
-                results = program(self._params, lora, self._table, keys, prompt[rows].astype(np.int32))
-                images, *paths = (np.asarray(result)[:count] for result in results)
+                given = place((keys, prompt[rows].astype(np.int32)), self._mesh, SPLIT)
+                results = program(self._params, lora, self._table, *given)
+                images, *paths = (gather(result, self._mesh)[:count] for result in results)
                 yield Batch(images, prompt[rows][:count], PathStatistics(*paths) if paths else None)
                 bar.update(count)
 
@@ -96,7 +98,7 @@ class ImageSampler:
         def run(
             params: Params, lora: Params | None, table: Table, keys: PRNGKeys, prompt: Int[Array, " batch"]
         ) -> tuple[Images, ...]:
-            predict = predictor(model, params, table, self._how.guidance)
+            predict = predictor(model, params, table, self.how.guidance)
             paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, nats=nats)
             images = self._decode(params, paths.latents)
             return (images, paths.spent, paths.log_ratio) if nats else (images,)

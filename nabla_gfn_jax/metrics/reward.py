@@ -8,7 +8,7 @@ import numpy as np
 
 from nabla_gfn_jax.metrics.base import Batch, Samples, Weighting
 from nabla_gfn_jax.metrics.tilt import Estimate
-from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, place, split
+from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
 from nabla_gfn_jax.rewards.reward import Reward
 
 
@@ -36,8 +36,8 @@ class LogReward:
         self._rows = max(self._rows, -(-count // self._mesh.size) * self._mesh.size)
         rows = np.minimum(np.arange(self._rows), count - 1)
         features = jax.tree.map(lambda a: a[batch.prompt[rows]], self._features)
-        log_reward = self._score(self._params, batch.images[rows], features)
-        return Samples(batch.prompt, {"log_reward": np.asarray(log_reward, np.float64)[:count]})
+        log_reward = self._score(self._params, *place((batch.images[rows], features), self._mesh, SPLIT))
+        return Samples(batch.prompt, {"log_reward": gather(log_reward, self._mesh)[:count].astype(np.float64)})
 
     def compute(self, state: Samples, weighting: Weighting | None = None) -> dict[str, Estimate]:
         state = state.by_prompt()

@@ -8,6 +8,7 @@ from nabla_gfn_jax.processes import is_first
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.runs.metrics_log import MetricsLog, read
 from nabla_gfn_jax.runs.workdir import Workdir
+from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Plan, Progress, Row
 from nabla_gfn_jax.training.profiling import Trace
 
@@ -24,9 +25,17 @@ class WorkdirOutputs:
     """Metrics, images, LoRA files, checkpoints and the trace of one run; the first process alone writes files."""
 
     def __init__(
-        self, workdir: Workdir, plan: Plan, first: int, log: MetricsLog, checkpoints: Checkpoints, profile: bool
+        self,
+        workdir: Workdir,
+        plan: Plan,
+        first: int,
+        log: MetricsLog,
+        checkpoints: Checkpoints,
+        profile: bool,
+        judge: Judge | None = None,
     ):
         self._workdir, self._log, self._checkpoints, self._keep = workdir, log, checkpoints, plan.keep_loras
+        self._judge = judge
         self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         total = plan.epochs + 2
         self._bar = tqdm(initial=first, total=total, unit="epoch", dynamic_ncols=True, disable=not is_first())
@@ -52,6 +61,8 @@ class WorkdirOutputs:
         """LoRA first: a checkpoint that is there has its LoRA. By all processes: a checkpoint is written together."""
         self._workdir.save_lora(updates, progress.state.params["lora"], keep=self._keep)
         self._checkpoints.save(epoch, progress.tree())
+        if self._judge is not None:
+            self._judge(updates, progress.state.params["lora"])
 
     def resumes(self, progress: Progress) -> None:
         """The run goes on from here: the LoRA of a checkpoint is there, also if somebody removed it."""
