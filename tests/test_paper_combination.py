@@ -304,25 +304,26 @@ def test_each_sample_is_rewarded_for_its_own_prompt(trained):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_update_is_that_of_the_equations(trained, number):
-    """In the first, LoRA and g_φ are zero; in the second neither, and λ's term is not. bfloat16 adds noise to the
-    squares, most where 1/σ² is large; the gradient tells a neighbour's prompt from the sample's own.
+    """In the first, LoRA and g_φ are zero; in the second they are not, and λ's term is not.
+
+    The tolerances are twice what bfloat16 leaves. A neighbour's prompt in place of a sample's own exceeds them.
     """
     update = trained.updates[number]
     right = expected(trained, update, trained.prompts)
     wrong = expected(trained, update, others(trained.prompts))
     ours = update.metrics
     assert ours.keys() == right.keys()
-    norms = ("grad_norm_lora", "grad_norm_correction")
-    for name in (*norms, "loss_terminal"):
-        assert ours[name] == pytest.approx(right[name], rel=0.04, abs=1e-6), name
-    for name in ("loss_forward", "loss_reverse", "loss"):
-        assert 0.96 * right[name] < ours[name] < right[name] + 0.4, name
-    assert max(abs(wrong[name] / right[name] - 1) for name in norms) > 0.08
-    if number:
-        assert ours["loss_reg"] == pytest.approx(right["loss_reg"], rel=0.25)
-        assert min(right["loss_reg"], right["loss_terminal"]) > 1e-3
+    tolerances = {"grad_norm_correction": 0.03, "grad_norm_lora": 0.15, "loss_terminal": 0.01}
+    tolerances |= {"loss_forward": 0.1, "loss_reverse": 0.15, "loss": 0.1}
+    for name, tolerance in tolerances.items():
+        assert ours[name] == pytest.approx(right[name], rel=tolerance, abs=1e-6), name
+    assert abs(wrong["grad_norm_correction"] / right["grad_norm_correction"] - 1) > 0.05
+    if number == 0:
+        assert ours["loss_reg"] < 1e-9
     else:
-        assert ours["loss_reg"] == 0.0
+        assert ours["loss_reg"] == pytest.approx(right["loss_reg"], rel=0.15)
+        assert wrong["loss_reg"] > 2 * right["loss_reg"]
+        assert min(right["loss_reg"], right["loss_terminal"]) > 1e-3
 
 
 def test_a_run_logs_the_same_update(trained):
