@@ -141,7 +141,6 @@ def test_a_device_for_each_core_that_the_batch_can_use(monkeypatch, batch):
     assert set_to == {"jax_num_cpu_devices": {1: 1, 6: 6, 7: 1, 16: 4}[batch]}
 
 
-def test_sums_do_not_depend_on_how_they_are_split():
-    """`distance` is what the first test says: it sees a difference of 1e-4."""
+def test_the_distance_that_these_tests_bound_sees_a_difference_of_1e_4():
     tree = {"a": jnp.ones(3), "b": jnp.zeros(2)}
     assert distance(jax.tree.map(lambda x: x * 1.0001, tree), tree) == pytest.approx(1e-4, rel=1e-2)

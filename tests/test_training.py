@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -14,9 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_run
 from safetensors.numpy import load_file
 from test_metrics_log import scalars
 from test_parallel import without_images
+from tiny_run import brightness
 
 from nabla_gfn_jax import train
 from nabla_gfn_jax.algorithms import ALGORITHMS
@@ -48,6 +51,7 @@ class Run:
     workdir: Path
     printed: str
     compiled: tuple[str, ...]  # programs by name, each time one was
+    seconds: float
 
 
 @contextmanager
@@ -73,11 +77,11 @@ def whole(command, tmp_path_factory):
 
     def run(credit: str = CREDIT) -> Run:
         if credit not in made:
-            workdir, printed = tmp_path_factory.mktemp(credit), io.StringIO()
+            workdir, printed, start = tmp_path_factory.mktemp(credit), io.StringIO(), time.monotonic()
             with redirect_stdout(printed), compilations() as compiled:
                 more = (f"--config.algorithm.credit={credit}", "--config.logging.tensorboard=True", "--profile")
                 command(workdir, *more, reward=REWARD)
-            made[credit] = Run(workdir, printed.getvalue(), tuple(compiled))
+            made[credit] = Run(workdir, printed.getvalue(), tuple(compiled), time.monotonic() - start)
         return made[credit]
 
     return run
@@ -221,8 +225,9 @@ def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(whole):
     run = whole()
     log = rows(run.workdir)
     for row in log:
-        assert row["images_per_second"] == pytest.approx(16 / row["seconds"])
+        assert row["images_per_second"] * row["seconds"] == pytest.approx(16)
         assert row["device_memory_gib"] > 0.05  # on a CPU the process's
+    assert 0 < sum(row["seconds"] for row in log) < run.seconds
     work = [row["flops_per_second"] * row["seconds"] for row in log]
     assert work[0] < work[1] == pytest.approx(work[2], rel=1e-6)
     assert work[-1] == pytest.approx(work[0], rel=1e-6)  # the first and the last only sample
@@ -317,17 +322,21 @@ def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys
     assert str(weights) in capsys.readouterr().err
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(command, tmp_path, capsys):
+def test_a_number_that_is_none_stops_a_run_and_keeps_its_last_checkpoint(command, tmp_path, capsys, monkeypatch):
+    """First in a run that has a checkpoint, whose reward then breaks; then in a run without any."""
     command(tmp_path, "--config.training.num_epochs=1")
-    before = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    with pytest.raises(SystemExit):
-        command(tmp_path, "--config.reward=nan", "--config.training.num_epochs=1", reward="1.0")
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+    lora = sorted(p.name for p in (tmp_path / "lora").iterdir())
     capsys.readouterr()
-    nan = tmp_path / "nan"
-    with pytest.raises(SystemExit) as stop:
-        command(nan, reward="nan")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiny_run, "brightness", lambda scale: brightness(float("nan")))
+        with pytest.raises(SystemExit) as stop:
+            command(tmp_path, "--config.training.num_epochs=3")
     assert stop.value.code == 2
     assert "reward_mean" in capsys.readouterr().err
-    assert rows(nan)[0]["reward_mean"] is None
-    assert not any((nan / "checkpoints").glob("[0-9]*"))
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == before
+    assert rows(tmp_path)[-1]["reward_mean"] is None
+    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == lora
+    with pytest.raises(SystemExit):
+        command(tmp_path / "new", reward="nan")
+    assert not any((tmp_path / "new/checkpoints").glob("[0-9]*"))
