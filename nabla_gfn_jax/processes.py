@@ -52,7 +52,7 @@ def join(options: ProcessOptions) -> None:
 
 def meet(where: str) -> None:
     """Waits until all processes are here, before what they do together: collectives give each other half a minute, and
-    compiling may take one process longer than that. `where` names the place, once in a run.
+    compiling may take one process longer than that. `where` is the barrier's name; use each once per run.
     """
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * _COMPILING)

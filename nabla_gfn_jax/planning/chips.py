@@ -15,7 +15,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device. `memory` is what a program may have of it; of a GPU nine tenths, its allocator's share to be set."""
+    """One device. `memory` is what a program may use: for GPUs 90 % of it, with XLA_PYTHON_CLIENT_MEM_FRACTION=.9."""
 
     kind: Literal["tpu", "gpu"]
     memory: float  # bytes
