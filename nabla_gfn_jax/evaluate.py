@@ -34,14 +34,14 @@ class Options(SubjectOptions):
 
     lora: tuple[Path, ...] = option((), "a LoRA file, not the run's", repeated=True, empty=True, file="existing")
     lora_scale: tuple[float, ...] = option((1.0,), "strengths at which each LoRA is judged", minimum=-100, maximum=100)
-    prompts: str | None = option(None, f"the held-out prompts of a prompt set, or {EVERY_CONCEPT}")
+    prompts: str | None = option(None, f"the held-out prompts of a set, or {EVERY_CONCEPT} [the run's, or a_face]")
     num_prompts: int = option(0, "how many prompts of the set; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
     base_num: int = option(0, "images of the base model for each prompt, if more than num", minimum=0)
-    reward: str | None = option(None, "the reward; none: none", choices=ChainMap(REWARDS, {"none": None}))
-    beta: float | None = option(
-        None, "the exponent of the reward that the LoRAs were trained for", minimum=-1e9, maximum=1e9
+    reward: str | None = option(
+        None, "the reward; none: no reward [the run's, or valence]", choices=ChainMap(REWARDS, {"none": None})
     )
+    beta: float | None = option(None, "the β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
     out: Path | None = option(None, "a JSON file for all figures", file="output")
 
 

@@ -26,7 +26,9 @@ class Options(SubjectOptions):
 
     lora: Path | None = option(None, "a LoRA file, in place of the run's last", file="existing")
     lora_scale: float = option(1.0, "strength of the LoRA; 0: none", minimum=-100, maximum=100)
-    prompt: tuple[str, ...] = option((), "what to sample, a row of images each", repeated=True, empty=True)
+    prompt: tuple[str, ...] = option(
+        (), "what to sample, a row of images each [the run's, or a face]", repeated=True, empty=True
+    )
     num: int = option(16, "images for each prompt", minimum=1)
     eta: float = option(1.0, "noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
     out: Path = option(Path("samples.png"), "the picture to write", file="output", endings=PICTURES)

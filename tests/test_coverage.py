@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from nabla_gfn_jax.emoji import drawings as emoji
+from nabla_gfn_jax.inference.evaluation import EVERY_CONCEPT, prompts_to_judge
 from nabla_gfn_jax.metrics import coverage
 from nabla_gfn_jax.metrics.base import Batch, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.coverage import Coverage
@@ -79,6 +80,14 @@ def test_every_concept_has_a_caption_that_describes_it():
     known = coverage.atlas()
     for number, caption in enumerate(coverage.concept_captions()):
         assert number in known.captioned(caption)
+
+
+def test_some_of_all_captions_are_the_same_for_a_seed():
+    some = prompts_to_judge(EVERY_CONCEPT, 5, seed=1)
+    assert len(set(some)) == 5
+    assert set(some) <= set(coverage.concept_captions())
+    assert some == prompts_to_judge(EVERY_CONCEPT, 5, seed=1) != prompts_to_judge(EVERY_CONCEPT, 5, seed=2)
+    Coverage().prepare(some)
 
 
 @pytest.mark.skipif(not (emoji.default_folder() / "pictures.npz").exists(), reason="the drawings are not downloaded")

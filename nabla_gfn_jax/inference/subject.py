@@ -28,11 +28,17 @@ class SubjectOptions(Checked):
     """What `sample` and `evaluate` have in common. What is not given is the run's, or in the LoRA file's header."""
 
     workdir: Path | None = option(None, "a run's folder: its LoRAs, sampled as in training", file="existing")
-    model: str | None = option(None, "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub")
-    model_dtype: Literal["float32", "bfloat16"] | None = option(None, "numbers that the base model computes with")
-    sampler: Sampler | None = option(None, "how an image is sampled")
-    steps: int | None = option(None, "sampling steps", minimum=1, maximum=999)
-    guidance: float | None = option(None, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    model: str | None = option(
+        None, "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub [the run's, or emoji]"
+    )
+    model_dtype: Literal["float32", "bfloat16"] | None = option(
+        None, "type of the base model's numbers [the run's, or float32]"
+    )
+    sampler: Sampler | None = option(None, "how an image is sampled [the run's, or ddpm]")
+    steps: int | None = option(None, "sampling steps [the run's, or 50]", minimum=1, maximum=999)
+    guidance: float | None = option(
+        None, "classifier-free guidance scale; 1: none [the run's, or 5]", minimum=0, maximum=100
+    )
     seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
     batch: int = option(0, "images sampled together; 0: as many as are likely to fit", minimum=0)
 
