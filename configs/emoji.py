@@ -64,6 +64,9 @@ def get_config() -> ConfigDict:
     c.training.micro_batches = 2
     c.training.updates_per_epoch = 4
     c.training.learning_rate = 1e-3
+    c.training.decline = "constant"  # of the learning rate; or "cosine", "linear"
+    c.training.adam_epsilon = 1e-8
+    c.training.average = 0.0  # decay of a running mean of the LoRA, which is then what is saved; 0: none
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_correction = 1e-2
     c.training.remat = False

@@ -55,6 +55,13 @@ class Training(Checked):
     )
     updates_per_epoch: int = option(1, "optimizer steps on each epoch's trajectories", minimum=1)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
+    decline: Literal["constant", "cosine", "linear"] = option(
+        "constant", "how the learning rate falls to 0 over the run's updates"
+    )
+    adam_epsilon: float = option(1e-8, "added to the root of AdamW's second moment", above=0)
+    average: float = option(
+        0.0, "decay of a running mean of the LoRA, which is then what is saved; 0: none", minimum=0, maximum=0.99999
+    )
     weight_decay_lora: float = option(1e-4, "AdamW's weight decay of the LoRA", minimum=0)
     weight_decay_correction: float = option(1e-2, "AdamW's weight decay of g_φ", minimum=0)
     remat: bool = option(False, "recompute activations in place of keeping them: less memory", free=True)

@@ -13,14 +13,14 @@ from pathlib import Path
 from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
-from nabla_gfn_jax.options import flatten, free_names, option
+from nabla_gfn_jax.options import flatten, option
 from nabla_gfn_jax.parallel import place, use_cpu_cores
 from nabla_gfn_jax.processes import ProcessOptions, ending_together, is_first, join
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.runs.metrics_log import MetricsLog
 from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
-from nabla_gfn_jax.training.build import about, build, check, inputs, length
+from nabla_gfn_jax.training.build import about, build, check, free_fields, inputs, length
 from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Programs, first_progress, restored, run
 from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
     join(options)
     with ending_together():
         check(settings)
-        with claim(path, flatten(settings), free_names(settings), about(settings), write=is_first()) as workdir:
+        with claim(path, flatten(settings), free_fields(settings), about(settings), write=is_first()) as workdir:
             if not is_finished(workdir, length(settings)):
                 finetune(settings, workdir, profile=options.profile)
         if is_first():

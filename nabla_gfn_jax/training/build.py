@@ -7,6 +7,7 @@ from typing import Any
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
+from nabla_gfn_jax import options
 from nabla_gfn_jax.base_models.base import BaseModel, Table
 from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
 from nabla_gfn_jax.checkpoints.hub import files_read
@@ -20,7 +21,7 @@ from nabla_gfn_jax.runs.manifest import Input
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.loop import Plan
 from nabla_gfn_jax.training.prompts import make_table
-from nabla_gfn_jax.training.state import make_optimizer
+from nabla_gfn_jax.training.state import learning_rate, make_optimizer
 from nabla_gfn_jax.training.trainer import Trainer
 from nabla_gfn_jax.typing import Params
 
@@ -40,6 +41,12 @@ def build(settings: Settings) -> Trainer:
         reward = load_reward(settings.reward)
         table = make_table(base, reward, prompts)
     return assemble(settings, mesh, base, reward, table, len(prompts))
+
+
+def free_fields(settings: Settings) -> frozenset[str]:
+    """What may change on a resume: the fields that change no number of the run. A rate that falls counts its epochs."""
+    counted = frozenset() if settings.training.decline == "constant" else {"training.num_epochs"}
+    return options.free_names(settings) - counted
 
 
 def length(settings: Settings) -> Plan:
@@ -72,11 +79,13 @@ def assemble(
         guidance=settings.sampling.guidance,
         optimizer=make_optimizer(
             algorithm.heads(),
-            c.learning_rate,
+            learning_rate(c.learning_rate, c.decline, c.num_epochs * c.updates_per_epoch),
             decay_lora=c.weight_decay_lora,
             decay_heads=c.weight_decay_correction,
             clip=c.clip,
+            epsilon=c.adam_epsilon,
         ),
+        average=c.average,
         head_options=asdict(settings.correction),
         mesh=mesh,
         micro_batches=c.micro_batches,

@@ -144,6 +144,8 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
         last, before = epoch == plan.epochs + 1, per_epoch * max(epoch - 1, 0)
         programs.meter.start()
         params = jax.tree.map(jnp.copy, progress.state.params)  # the epoch's own: the update overwrites them
+        if last:
+            params |= {"lora": progress.state.policy}
         progress, numbers = one(programs, epoch, params, progress, update=not last)
         if last or (epoch > 0 and (epoch - 1) % plan.images_every == 0):
             outputs.images(before, programs.images(params))

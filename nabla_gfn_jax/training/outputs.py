@@ -59,16 +59,16 @@ class WorkdirOutputs:
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """LoRA first: a checkpoint that is there has its LoRA. By all processes: a checkpoint is written together."""
-        self._workdir.save_lora(updates, progress.state.params["lora"], keep=self._keep)
+        self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
         self._checkpoints.save(epoch, progress.tree())
         if self._judge is not None:
-            self._judge(updates, progress.state.params["lora"])
+            self._judge(updates, progress.state.policy)
 
     def resumes(self, progress: Progress) -> None:
         """The run goes on from here: the LoRA of a checkpoint is there, also if somebody removed it."""
         updates = int(progress.state.step)
         if updates > 0 and updates not in self._workdir.loras():
-            self._workdir.save_lora(updates, progress.state.params["lora"], keep=self._keep)
+            self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
 
     def close(self) -> None:
         self._bar.close()

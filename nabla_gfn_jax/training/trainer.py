@@ -59,6 +59,7 @@ class Trainer:
     updates_per_epoch: int = 1
     images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     start_from: Params | None = None  # a LoRA
+    average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
 
     @cached_property
     def heads(self) -> dict[str, HeadNetwork]:
@@ -70,7 +71,8 @@ class Trainer:
         key = jax.random.key(seed)
         lora = self.start_from or self.base.init_lora(stream(key, "lora"), rank)
         params: Params = {"lora": lora} | {name: h.init(stream(key, name)) for name, h in self.heads.items()}
-        return TrainState(params=params, optimizer=self.optimizer.init(params), step=jnp.zeros((), jnp.int32))
+        average = jax.tree.map(jnp.copy, lora) if self.average else None
+        return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
 
     @property
     def frozen_params(self) -> Params:
@@ -158,7 +160,10 @@ class Trainer:
             updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics |= {f"grad_norm_{name}": optax.tree.norm(part) for name, part in gradient.items()}
-        return TrainState(params=params, optimizer=moments, step=state.step + 1), metrics
+        average = state.average
+        if average is not None:
+            average = optax.incremental_update(params["lora"], average, 1.0 - self.average)
+        return TrainState(params, moments, state.step + 1, average), metrics
 
 
 def _head(
