@@ -2,6 +2,8 @@
 
 Both sides of a line run in one process, in turns, on the same weights and inputs, and are first checked to compute the
 same; times are medians. `unet` wants 12 GB and ten minutes.
+
+`python -m benchmarks accelerator`, with options of its own, measures the true sizes on an accelerator.
 """
 
 import importlib
@@ -27,6 +29,9 @@ class Options(Checked):
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Prints the rows of each benchmark as they come."""
+    if argv[1:2] == ["accelerator"]:
+        importlib.import_module("benchmarks.accelerator.command").main(argv[1:])
+        return
     names = parse(argv, Options, __doc__).benchmark
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads would keep XLA's cores
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the PyTorch statements of the same mathematics

@@ -74,7 +74,7 @@ class Theirs:
         self.lora = [p for p in self.pipe.unet.parameters() if p.requires_grad]
         flow, u = ours.config.correction, self.pipe.unet.config
         levels = len(flow.block_out_channels)
-        self.flow = diffusers.UNet2DConditionModel(
+        self.correction = diffusers.UNet2DConditionModel(
             sample_size=u.sample_size,
             in_channels=u.in_channels,
             out_channels=u.in_channels,
@@ -84,7 +84,7 @@ class Theirs:
             **dataclasses.asdict(flow),
         )
         state = to_state_dict(ours.state.params["correction"])
-        self.flow.load_state_dict({name: torch.tensor(np.array(a)) for name, a in state.items()})
+        self.correction.load_state_dict({name: torch.tensor(np.array(a)) for name, a in state.items()})
         self.network = oracle_of("lite0", LITE0).requires_grad_(False)
         head = load_file(DATA / "valence.safetensors")
         self.kernel, self.bias = (torch.tensor(head[name].astype(np.float32)) for name in ("kernel", "bias"))

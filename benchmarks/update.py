@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from benchmarks.emoji import Ours, Theirs
+from benchmarks.naive_loss import Batch, Networks, batch_of, loss_terms
 from benchmarks.timing import compare
+from nabla_gfn_jax.algorithms.transitions import flatten
 from nabla_gfn_jax.diffusion.schedule import alphas_cumprod
 
 
@@ -43,7 +45,7 @@ class TorchUpdate:
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": model.lora, "weight_decay": decay.weight_decay_lora},
-                {"params": list(model.flow.parameters()), "weight_decay": decay.weight_decay_correction},
+                {"params": list(model.correction.parameters()), "weight_decay": decay.weight_decay_correction},
             ],
             lr=decay.learning_rate,
         )
@@ -66,75 +68,28 @@ class TorchUpdate:
             self.optimizer.step()
         return {"loss": loss, "grad_norm_lora": norms[0], "grad_norm_correction": norms[1]}
 
-    def _loss(self, c: dict[str, torch.Tensor]) -> torch.Tensor:
-        algorithm, last = self.config.algorithm, c["t_next"] == 0
-        x, y = c["x"].requires_grad_(), c["y"].requires_grad_()
-        sigma, a, a_next = (c[name][:, None, None, None] for name in ("sigma", "a", "a_next"))
-
-        def mean(eps: torch.Tensor) -> torch.Tensor:
-            return a_next.sqrt() * clean(eps, x, a) + (1 - a_next - sigma**2).sqrt() * eps
-
-        def clean(eps: torch.Tensor, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-            return (x - (1 - a).sqrt() * eps) / a.sqrt()
-
-        def pull(value: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-            return torch.autograd.grad(value.sum(), at, retain_graph=True)[0].detach()
-
-        def log_p(eps: torch.Tensor) -> torch.Tensor:
-            return -((c["y"].detach() - mean(eps)) ** 2 / (2 * sigma**2))
-
-        eps = self._predict(x, c["t"], c)
-        reverse = pull(log_p(eps), x)
-        guess_x = algorithm.beta * pull(c["a"] * self.model.log_reward(clean(eps, x, a)), x)
-        self.model.pipe.unet.disable_adapters()
-        base = self._predict(x, c["t"], c)
-        base_reverse = pull(log_p(base), x)
-        self.model.pipe.unet.enable_adapters()
-        eps_y = self._predict(y, c["t_next"], c)
-        clean_y = torch.where(last[:, None, None, None], y, clean(eps_y, y, a_next))
-        guess_y = algorithm.beta * pull(c["a_next"] * self.model.log_reward(clean_y), y)
-
-        flow_x, flow_y = (
-            self.model.flow(z.detach(), t, c["context"]).sample for z, t in ((x, c["t"]), (y, c["t_next"]))
+    def _loss(self, c: Batch) -> torch.Tensor:
+        networks = Networks(
+            self._predict,
+            lambda z, c: self.model.log_reward(z),
+            lambda x, t, c: self.model.correction(x, t, c["context"]).sample,
         )
-        change = (mean(eps) - mean(base)).detach() + (mean(eps) - mean(eps).detach())
-        weight = c["sigma"] ** 2 if algorithm.variance_weighted else 1.0
-        credit = guess_y + torch.where(last[:, None, None, None], 0.0, flow_y)
-        forward = weight * _mean_square(change / sigma**2 - credit)
-        backward = _mean_square(reverse - base_reverse + guess_x + flow_x)
-        terminal = _mean_square(flow_y)
-        return (forward + torch.where(last, terminal, backward)).mean()
+        return sum(loss_terms(networks, self.config.algorithm, c).values()).mean()
 
-    def _predict(self, x: torch.Tensor, t: torch.Tensor, c: dict[str, torch.Tensor]) -> torch.Tensor:
+    def _predict(self, x: torch.Tensor, t: torch.Tensor, c: Batch, base: bool) -> torch.Tensor:
         """ε, guided, of a v-prediction model."""
         context = torch.cat([c["negative"], c["context"]])
+        (self.model.pipe.unet.disable_adapters if base else self.model.pipe.unet.enable_adapters)()
         v, with_prompt = self.model.pipe.unet(torch.cat([x, x]), torch.cat([t, t]), context).sample.chunk(2)
         v = v + self.config.sampling.guidance * (with_prompt - v)
         a = self.alpha_bars[t][:, None, None, None]
         return a.sqrt() * v + (1 - a).sqrt() * x
 
 
-def _mean_square(a: torch.Tensor) -> torch.Tensor:
-    return (a**2).flatten(1).mean(1)
-
-
-def _part(ours: Ours, transitions: Any, i: int, parts: int) -> dict[str, torch.Tensor]:
+def _part(ours: Ours, transitions: Any, i: int, parts: int) -> Batch:
     """One of the parts of an epoch's trajectories: its ordinary transitions and its last ones, in a row."""
-
-    def rows(of: Any) -> dict[str, np.ndarray]:
-        image = lambda z: np.moveaxis(z, -1, -3)  # noqa: E731
-        step, table = jax.tree.map(np.asarray, ours.trainer.chain[of.index]), ours.trainer.table["base"]
-        context = np.asarray(table.context)[of.prompt_id]
-        found = {"x": image(of.x), "y": image(of.y), "t": step.at.time, "t_next": step.to.time}
-        found |= {"a": step.at.signal, "a_next": step.to.signal, "sigma": step.sigma}
-        return found | {"context": context, "negative": np.broadcast_to(table.empty, context.shape)}
-
-    ordinary, last = rows(transitions.ordinary), rows(transitions.last)
-    joined = {}
-    for name in ordinary:
-        a, b = ordinary[name][0], last[name][0]  # the epoch's one draw
-        size = len(b) // parts
-        a, b = a[i * size : (i + 1) * size], b[i * size : (i + 1) * size]
-        together = np.concatenate([a.reshape(-1, *a.shape[2:]), b])
-        joined[name] = torch.tensor(together.astype(np.int64 if together.dtype == np.int32 else together.dtype))
-    return joined
+    ordinary, last = jax.tree.map(lambda a: a[0], (transitions.ordinary, transitions.last))  # the epoch's one draw
+    size = len(last.x) // parts
+    ordinary, last = jax.tree.map(lambda a: a[i * size : (i + 1) * size], (ordinary, last))
+    whole = jax.tree.map(lambda a, b: np.concatenate([a, b]), flatten(ordinary), last)
+    return batch_of(whole, ours.trainer.chain, ours.trainer.table["base"])

@@ -30,6 +30,7 @@ COMMANDS |= {
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
+    "accelerator": "benchmarks.accelerator.command:Options",
 }
 NUMBERS = (math.nan, math.inf, "many")
 COUNT = (0, -1, 1.5, *NUMBERS)  # wrong for a whole number of 1 or more
@@ -194,6 +195,13 @@ WRONG_FLAGS = {
     },
     "fit": {"emoji": PATH},
     "benchmarks": {"benchmark": ((), ("speed",), "unet")},
+    "accelerator": {
+        "out": ("", *PATH),
+        "seconds": POSITIVE,
+        "only": (("speed",), ("environment", "Update"), "unet"),
+        "small": SWITCH,
+        "jobs": NATURAL,
+    },
 }
 
 

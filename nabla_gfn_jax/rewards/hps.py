@@ -47,10 +47,10 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
     return Reward(visual, _prompt_encoder(text, params, tokenize), _scorer(config), files)
 
 
-def abstract() -> Reward:
+def abstract(config: OpenCLIPConfig = VIT_H_14) -> Reward:
     """The reward without its weights: shapes in the place of arrays."""
-    features = jax.ShapeDtypeStruct((VIT_H_14.embed_dim,), jnp.float32)
-    return abstract_reward(_shapes(VIT_H_14)["visual"], features, _scorer(VIT_H_14))
+    features = jax.ShapeDtypeStruct((config.embed_dim,), jnp.float32)
+    return abstract_reward(_shapes(config)["visual"], features, _scorer(config))
 
 
 def _shapes(config: OpenCLIPConfig) -> Params:
