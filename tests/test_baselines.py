@@ -58,11 +58,12 @@ def test_every_algorithm_keeps_the_protocol(name):
     if algorithm.heads():
         algorithm = ALGORITHMS[name](**needed, credit="adjoint")  # without the head
 
-    def metrics(weight):
-        data = jax.tree.map(lambda a: a[0], algorithm.batch({"lora": PARAMS["lora"]}, MODEL, rollout(), 1).data)
+    def metrics(sampled, weight):
+        data = first_update(algorithm.batch(params, MODEL, sampled, 1))
         return algorithm.value_and_grad(params, MODEL, data, weight)[0][1]
 
-    assert jax.eval_shape(metrics, ONES).keys() == algorithm.columns.keys()  # which the log's table is made of
+    # The log's table is made of the columns. `rollout()` is called here: what it samples is kept for the other tests.
+    assert jax.eval_shape(metrics, rollout(), ONES).keys() == algorithm.columns.keys()
 
 
 # ---------------------------------------------------------------- DRaFT
