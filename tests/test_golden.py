@@ -5,6 +5,7 @@ coefficients, losses and gradients in float64. So these tests measure what float
 """
 
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -76,8 +77,14 @@ def recorded(prediction, chain) -> Rollout:
     return Rollout(Trajectory(latents, jnp.stack(outputs)), jnp.zeros(BATCH), IDS, KEYS)
 
 
-@pytest.mark.parametrize("prediction", PREDICTIONS)
-@pytest.mark.parametrize("credit", [pytest.param("lookahead", marks=pytest.mark.slow), "guess", "adjoint"])
+FAST = (("guess", "epsilon"), ("adjoint", "v_prediction"))  # compiling each takes most of its time
+CASES = [
+    pytest.param(*case, marks=() if case in FAST else pytest.mark.slow)
+    for case in itertools.product(("lookahead", "guess", "adjoint"), PREDICTIONS)
+]
+
+
+@pytest.mark.parametrize(("credit", "prediction"), CASES)
 def test_losses_and_gradients(credit, prediction):
     """Within float32: as κ = 1.5, all but the adjoint keep s_# = (μ − y)/σ², where μ and y nearly cancel at the end."""
     here = single(prediction)
