@@ -5,8 +5,9 @@
 
 `emoji.py` with another algorithm, at β = 8. An epoch's eight updates take six steps each of every trajectory, nearly
 all of its fifty. `credit_clip` is about the 80 % quantile of the adjoint's size at the early steps, where a few paths
-would carry all of it (docs/credit.md). A full run has not been compared on the emoji model yet; docs/exact_target.md
-has both credits in the plane.
+would carry all of it. Expect after 160 updates, 12 minutes on two busy cores: an exponent of 1.2, spent .15 nats, a gap
+of .83 where the base model's is .99 (docs/credit.md). `:innovation` has not been run on the emoji model;
+docs/exact_target.md has both credits in the plane.
 """
 
 from ml_collections import ConfigDict
