@@ -17,7 +17,7 @@ import functools
 import json
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -93,7 +93,7 @@ class Bench:
     base: BaseModel
     reward: Reward
     options: Options
-    prompts: tuple[str, ...] = field(default=())
+    prompts: tuple[str, ...]
 
     @functools.cached_property
     def frozen(self) -> Params:
@@ -105,6 +105,8 @@ class Bench:
         return jax.device_put({"base": self.base.frozen_params, "reward": self.reward.params, "table": table})
 
     def model(self, frozen: Params) -> Model:
+        """The base model with the parameters `frozen`, as algorithms see one."""
+
         def log_reward(z: Latents, prompt_id: PromptIds) -> Array:
             features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
             return self.reward.score(frozen["reward"], self.base.decode(frozen["base"], z), features)
@@ -135,8 +137,8 @@ class Bench:
             *(jnp.concatenate(leaves, axis=0 if leaves[0].ndim == 1 else 1) for leaves in zip(*parts, strict=True))
         )
 
-    def policy_paths(self, pairs: Params | None, count: int) -> certificate.Paths:
-        """What the certificate needs of samples of the policy, or of the base model."""
+    def policy_paths(self, pairs: Params, count: int) -> certificate.Paths:
+        """What the certificate needs of `count` samples of the policy."""
 
         @jax.jit
         def part(frozen: Params, pairs: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
@@ -146,7 +148,7 @@ class Bench:
             found = sample_paths(predict, pairs, base.chain, keys, self.base.latent_shape, ids)
             return base.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
 
-        parts = [part(self.frozen, pairs or {}, *self.keys(1, *span)) for span in spans(count, self.options.together)]
+        parts = [part(self.frozen, pairs, *self.keys(1, *span)) for span in spans(count, self.options.together)]
         return certificate.Paths(*(np.concatenate([np.asarray(p[i]) for p in parts]) for i in range(4)))
 
 
