@@ -80,5 +80,5 @@ def batch_of(transition: Transition, chain: Chain, table: TextFeatures) -> Batch
     found |= {"t": np.asarray(step.at.time, np.int64), "t_next": np.asarray(step.to.time, np.int64)}
     found |= {"a": step.at.signal, "a_next": step.to.signal, "sigma": step.sigma}
     context = np.asarray(table.context, np.float32)[np.asarray(transition.prompt_id)]
-    found |= {"context": context, "negative": np.broadcast_to(np.asarray(table.empty, np.float32), context.shape)}
+    found |= {"context": context, "negative": np.broadcast_to(np.asarray(table.negative, np.float32), context.shape)}
     return {name: torch.from_numpy(np.array(a)) for name, a in found.items()}

@@ -56,7 +56,10 @@ def main(argv: list[str]) -> None:
     reward_name = options.reward or subject.reward or "valence"
     reward = None if reward_name == "none" else load_reward(reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
-    loras = {name: load_lora(file, model.params["unet"]) for name, file in subject.loras.items()}
+    loras = {
+        name: load_lora(file, model.params["unet"], model.params["text_encoder"])
+        for name, file in subject.loras.items()
+    }
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
     beta = subject.beta if options.beta is None else options.beta

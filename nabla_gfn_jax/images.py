@@ -1,10 +1,12 @@
-"""Grids of images as PNG files."""
+"""Images as files: in a grid, or each of its own."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from nabla_gfn_jax.errors import UserError
 
@@ -34,3 +36,21 @@ def save_grid(
         Image.fromarray(canvas.repeat(zoom, 0).repeat(zoom, 1)).save(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be written ({error}); choose another --out or --workdir") from error
+
+
+def save_each(
+    folder: Path, images: UInt8[np.ndarray, "count height width 3"], texts: Iterable[Mapping[str, str]]
+) -> None:
+    """Writes each image as `folder`/0000.png and so on, with `texts` of each, by keyword, in the file.
+
+    Raises `UserError` if a file cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+            info = PngInfo()
+            for keyword, value in text.items():
+                info.add_itxt(keyword, value)
+            Image.fromarray(image).save(folder / f"{number:04d}.png", pnginfo=info)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error}); choose another folder") from error

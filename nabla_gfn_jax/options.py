@@ -42,7 +42,7 @@ class Option:
         repeated: whether the flag is given once for each element of a tuple, which otherwise has commas.
         positional: whether the elements of a tuple are given without a flag.
         free: whether the value changes no number of a run.
-        file: of a path: one that exists, or one to be written.
+        file: of a path: one that exists, a file to be written, or a folder to write into.
         endings: how the name of a file to be written may end.
     """
 
@@ -57,7 +57,7 @@ class Option:
     repeated: bool = False
     positional: bool = False
     free: bool = False
-    file: Literal["", "existing", "output"] = ""
+    file: Literal["", "existing", "output", "folder"] = ""
     endings: tuple[str, ...] = ()
 
 
@@ -344,6 +344,8 @@ def _check_file(leaf: Leaf, file: Path) -> None:
         return
     if leaf.option.endings and file.suffix not in leaf.option.endings:
         raise UserError(f"{leaf.name} = {file} is not allowed; it must be {leaf.allowed}")
-    folder = next(p for p in file.absolute().parents if p.exists())
-    if file.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+    into_folder = leaf.option.file == "folder"
+    places = [file.absolute(), *file.absolute().parents] if into_folder else file.absolute().parents
+    folder = next(p for p in places if p.exists())
+    if (file.is_dir() and not into_folder) or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise UserError(f"{leaf.name} = {file} cannot be written; name a file in a folder that can be")

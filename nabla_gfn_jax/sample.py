@@ -2,7 +2,7 @@
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
@@ -10,9 +10,10 @@ from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data.prompts import prompt_set
-from nabla_gfn_jax.errors import exit_on_user_error
-from nabla_gfn_jax.images import PICTURES, save_grid
-from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, all_images, scaled
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.images import PICTURES, save_each, save_grid
+from nabla_gfn_jax.inference.recipes import recipes
+from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, all_images, combined, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
@@ -24,14 +25,39 @@ ROWS = 4  # prompts of a run's set, if none is given
 class Options(SubjectOptions):
     """What is sampled, and how. What is not given is the run's, or in the LoRA file's header."""
 
-    lora: Path | None = option(None, "a LoRA file, in place of the run's last", file="existing")
-    lora_scale: float = option(1.0, "strength of the LoRA; 0: none", minimum=-100, maximum=100)
+    lora: tuple[Path, ...] = option(
+        (),
+        "a LoRA, file or folder, in place of the run's last; several are added",
+        repeated=True,
+        empty=True,
+        file="existing",
+    )
+    lora_scale: tuple[float, ...] = option(
+        (1.0,), "strength of the LoRA, or of each; 0: none", minimum=-100, maximum=100
+    )
+    lora_from_step: int = option(1, "first step that the LoRA takes part in; the base model's before", minimum=1)
+    lora_until_step: int | None = option(None, "last step that the LoRA takes part in [the last of all]", minimum=1)
     prompt: tuple[str, ...] = option(
         (), "what to sample, a row of images each [the run's, or a face]", repeated=True, empty=True
     )
+    negative: str = option("", "a prompt that guidance leads away from", empty=True)
+    height: int | None = option(None, "height of an image [the model's]", unit="pixels", minimum=8, maximum=4096)
+    width: int | None = option(None, "width of an image [the model's]", unit="pixels", minimum=8, maximum=4096)
     num: int = option(16, "images for each prompt", minimum=1)
     eta: float = option(1.0, "noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
     out: Path = option(Path("samples.png"), "the picture to write", file="output", endings=PICTURES)
+    each: Path | None = option(
+        None, "a folder for each image as a PNG of its own, with prompt, seed and settings in it", file="folder"
+    )
+
+    def strengths(self, loras: int) -> tuple[float, ...]:
+        """Of each of so many LoRAs. Raises `UserError` if other many are given."""
+        if len(self.lora_scale) == 1:
+            return self.lora_scale * loras
+        if len(self.lora_scale) != loras:
+            given = ", ".join(f"{scale:g}" for scale in self.lora_scale)
+            raise UserError(f"--lora_scale = {given} is not allowed; give one, or one for each LoRA, of which {loras}")
+        return self.lora_scale
 
 
 @exit_on_user_error
@@ -40,17 +66,35 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
-    subject = find_subject(options, [options.lora] if options.lora else [], options.eta)
+    subject = find_subject(options, options.lora, options.eta)
+    files = dict(list(subject.loras.items())[0 if options.lora else -1 :])  # of a run's, the last
+    strengths = options.strengths(len(files))
+    how = replace(
+        subject.how,
+        negative=options.negative,
+        lora_from_step=options.lora_from_step,
+        lora_until_step=options.lora_until_step,
+    )
     prompts = options.prompt or (prompt_set(subject.prompts).held_out[:ROWS] if subject.prompts else ("a face",))
     model = load_model(subject.model, DTYPES[subject.model_dtype])
+    if options.height or options.width:
+        height, width, _ = model.image_shape
+        model = model.sized(options.height or height, options.width or width)
     warn_of_another_base(subject, hashes_of(resolve_model(subject.model)) if subject.model_files else {})
-    *_, (name, file) = [("the base model", None), *subject.loras.items()]
-    lora = None if file is None else scaled(load_lora(file, model.params["unet"]), options.lora_scale)
+    unet, text_encoder = model.params["unet"], model.params["text_encoder"]
+    loras = [
+        scaled(load_lora(file, unet, text_encoder), strength)
+        for file, strength in zip(files.values(), strengths, strict=True)
+    ]
+    lora = combined(loras) if loras else None
 
-    images = all_images(ImageSampler(model, prompts, subject.how, options.batch).images(lora, options.num))
+    images = all_images(ImageSampler(model, prompts, how, options.batch).images(lora, options.num))
     columns = math.ceil(math.sqrt(options.num)) if len(prompts) == 1 else options.num
     save_grid(options.out, images, columns=columns, zoom=max(1, 128 // images.shape[1]))
-    print(f"{len(images)} images of {name} in {options.out}")
+    print(f"{len(images)} images of {' and '.join(files) or 'the base model'} in {options.out}")
+    if options.each:
+        drawn = dict(zip(files, strengths, strict=True))
+        save_each(options.each, images, recipes(subject.model, drawn, how, prompts, options.num, images.shape[1:3]))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ class Sampling(Checked):
 class Lora(Checked):
     """What is trained of the UNet."""
 
-    rank: int = option(8, "rank of the update of each adapted layer", minimum=1, maximum=1024)
-    start_from: Path | None = option(None, "LoRA file that training starts from", file="existing")
+    rank: int = option(8, "rank of the update of each adapted layer, if none is started from", minimum=1, maximum=1024)
+    start_from: Path | None = option(None, "LoRA file that training starts from, at its own ranks", file="existing")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from nabla_gfn_jax.runs.workdir import claim
 ABOUT = {"reward": "brightness", "algorithm": "residual_nabla_db", "beta": 30.0, "sampler": "sde_dpm_solver"}
 ABOUT |= {"num_steps": 3, "guidance": 1.5}
 SAID = {"sampler": "sde_dpm_solver", "steps": 3, "guidance": 1.5, "eta": 1.0, "seed": 0}
+SAID |= {"negative": "", "lora_from_step": 1, "lora_until_step": None}
 
 
 @pytest.fixture(autouse=True)

@@ -185,6 +185,7 @@ def test_every_misfit_is_named_together(case, tmp_path):
     query = LAYER.replace("to_k", "to_q")
     output = LAYER.replace("to_k", "to_out.0")
     state["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = np.zeros((3, 24), np.float32)
+    state["unet.norm.lora_A.weight"] = np.zeros(3, np.float32)
     state["unet.conv_in.lora_A.weight"] = np.zeros((3, 4, 3, 3), np.float32)
     del state[f"unet.{LAYER}.lora_B.weight"]
     state[f"unet.{value}.lora_A.weight"] = np.zeros((RANK, 768), np.float32)
@@ -198,7 +199,8 @@ def test_every_misfit_is_named_together(case, tmp_path):
     assert "\n" not in message
     for part in (
         "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight belongs to no",
-        "unet.conv_in.lora_A.weight belongs to no",
+        "conv_in has no up matrix",
+        "unet.norm.lora_A.weight belongs to no",
         f"{LAYER} has no up matrix",
         f"{value} has down (3, 768)",
         f"{query} has down (4, 32)",
@@ -207,7 +209,7 @@ def test_every_misfit_is_named_together(case, tmp_path):
         assert part in message
 
 
-@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "no tensors", "not ours", "rslora"])
+@pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "no tensors", "not ours", "header"])
 def test_bad_files_are_named(damage, case, tmp_path):
     file = tmp_path / "lora.safetensors"
     save_lora(file, case.lora)
@@ -223,7 +225,7 @@ def test_bad_files_are_named(damage, case, tmp_path):
     elif damage == "not ours":
         file.write_bytes(b"PK\x03\x04" + bytes(200))
     else:
-        save_file(load_file(file), file, metadata={"lora_adapter_metadata": '{"unet.use_rslora": true}'})
+        save_file(load_file(file), file, metadata={"lora_adapter_metadata": "{'"})
     with pytest.raises(UserError) as error:
         load_lora(file, case.params)
     assert str(file) in str(error.value)

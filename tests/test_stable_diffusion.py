@@ -106,7 +106,7 @@ def test_guidance_asks_once_with_a_doubled_batch():
     x, empty, context = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((3, 2, 2, 4), (5, 6), (7, 5, 6)))
     ids = jnp.asarray([6, 0, 2])
     level = model.chain(50)[jnp.asarray([0, 24, 49])].at
-    predict = predictor(model, {"unet": {"scale": 0.5}}, TextFeatures(context=context, empty=empty), GUIDANCE)
+    predict = predictor(model, {"unet": {"scale": 0.5}}, TextFeatures(context=context, negative=empty), GUIDANCE)
     times = np.asarray([981, 501, 1])
     without, asked = (np.asarray(c).mean(axis=(-2, -1)) + times for c in (empty, context[ids]))
     guided = np.broadcast_to(0.5 * (without + GUIDANCE * (asked - without))[:, None, None, None], x.shape)
@@ -130,8 +130,8 @@ def test_each_prompt_is_encoded_once_and_the_order_kept(tmp_path):
     assert asked == [["", "a cat", "two dogs"]]
     expected, negative = pipe.encode_prompt(prompts, "cpu", 1, True)
     assert relative(table.context, expected) < 1e-5
-    assert relative(table.empty, negative[0]) < 1e-5
-    np.testing.assert_array_equal(table.context[1], table.empty)
+    assert relative(table.negative, negative[0]) < 1e-5
+    np.testing.assert_array_equal(table.context[1], table.negative)
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), table)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), model.abstract_table(4)) == shapes
 

@@ -93,7 +93,6 @@ WRONG_OF_PRETRAINING = {
     "text_encoder.num_hidden_layers": COUNT,
     "text_encoder.num_attention_heads": (*COUNT, 7),
 }
-SCALE = (-101.0, 101.0, *NUMBERS)
 SAMPLING = {
     "workdir": PATH,
     "model": (3,),
@@ -117,8 +116,12 @@ WRONG_FLAGS = {
     },
     "sample": SAMPLING
     | {
-        "lora": PATH,
-        "lora_scale": SCALE,
+        "lora": ("file", (3,), ("",)),
+        "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
+        **dict.fromkeys(("lora_from_step", "lora_until_step"), COUNT),
+        "negative": (3,),
+        **dict.fromkeys(("height", "width"), (7, 4097, 64.5, *NUMBERS)),
+        "each": PATH,
         "prompt": ("a cat", (3,)),
         "eta": (-0.1, 1.1, *NUMBERS),
         "out": ("", *PATH),

@@ -54,8 +54,8 @@ class BaseModel(Protocol):
     def chain(self, num_steps: int, *, sampler: Sampler = "ddpm", eta: float = 1.0) -> Chain:
         """The steps of a sampler. Raises `UserError` for one that the model does not have."""
 
-    def encode_prompts(self, prompts: Sequence[str]) -> Table:
-        """The prompts' table, row by row, on the host."""
+    def encode_prompts(self, prompts: Sequence[str], *, negative: str = "", lora: Params | None = None) -> Table:
+        """The prompts' table, row by row, on the host; guidance leads away from `negative`. `lora`: the encoder's."""
 
     def abstract_table(self, num_prompts: int) -> Table:
         """Its shapes."""

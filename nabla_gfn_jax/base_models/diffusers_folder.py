@@ -120,8 +120,8 @@ def save_folder(
 def abstract_params(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Params:
     """Shapes of all parameters, as the configs imply them, without allocating any."""
     key = jax.random.key(0)
-    c, size = unet.config, unet.config.sample_size
-    latent = jnp.zeros((1, size, size, c.in_channels))
+    c = unet.config
+    latent = jnp.zeros((1, *c.latent_size, c.in_channels))
     context = jnp.zeros((1, 1, c.cross_attention_dim))
     image = jnp.zeros((1, 8 * vae.config.downscale, 8 * vae.config.downscale, vae.config.in_channels))
     return {

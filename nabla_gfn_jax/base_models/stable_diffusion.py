@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand, stable_diffusion_chain
 from nabla_gfn_jax.diffusion.schedule import Sampler
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextModel
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer
@@ -24,10 +25,10 @@ _ENCODED_TOGETHER = 64  # prompts
 
 @flax.struct.dataclass
 class TextFeatures:
-    """What the UNet attends to: each prompt's, and for guidance those of ""."""
+    """What the UNet attends to: each prompt's, and for guidance those of the negative one, "" unless one is given."""
 
     context: Float[Array | np.ndarray, "prompts tokens width"]
-    empty: Float[Array | np.ndarray, "tokens width"]
+    negative: Float[Array | np.ndarray, "tokens width"]
 
 
 @dataclass(frozen=True)
@@ -48,28 +49,36 @@ class StableDiffusion:
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of one latent."""
-        c = self.unet.config
-        return (c.sample_size, c.sample_size, c.in_channels)
+        return (*self.unet.config.latent_size, self.unet.config.in_channels)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        side = self.unet.config.sample_size * self.vae.config.downscale
-        return (side, side, 3)
+        height, width = (side * self.vae.config.downscale for side in self.unet.config.latent_size)
+        return (height, width, 3)
+
+    def sized(self, height: int, width: int) -> "StableDiffusion":
+        """The model for images of another size in pixels. Raises `UserError` for one that it cannot draw."""
+        factor = self.vae.config.downscale
+        multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if height % multiple or width % multiple:
+            raise UserError(f"a picture of {height} x {width} pixels cannot be drawn; take multiples of {multiple}")
+        config = replace(self.unet.config, sample_size=(height // factor, width // factor))
+        return replace(self, unet=self.unet.clone(config=config))
 
     def chain(self, num_steps: int, *, sampler: Sampler = "ddpm", eta: float = 1.0) -> Chain:
         return stable_diffusion_chain(self.scheduler, num_steps, eta, sampler)
 
-    def encode_prompts(self, prompts: Sequence[str]) -> TextFeatures:
+    def encode_prompts(self, prompts: Sequence[str], *, negative: str = "", lora: Params | None = None) -> TextFeatures:
         """Each prompt is encoded once, a few at a time. Repeated ones have equal rows."""
-        unique = list(dict.fromkeys(["", *prompts]))
+        unique = list(dict.fromkeys([negative, *prompts]))
         rows = {prompt: row for row, prompt in enumerate(unique)}
         apply = jax.jit(self.text_encoder.apply)
         together = min(_ENCODED_TOGETHER, len(unique))
         ids = np.asarray(self.tokenizer(unique + [""] * (-len(unique) % together)))
-        variables = {"params": self.params["text_encoder"]}
+        variables = {"params": self.params["text_encoder"], "lora": lora or {}}
         parts = [apply(variables, ids[start : start + together]) for start in range(0, len(ids), together)]
         features = np.concatenate([np.asarray(part) for part in parts])
-        return TextFeatures(context=features[[rows[prompt] for prompt in prompts]], empty=features[0])
+        return TextFeatures(context=features[[rows[prompt] for prompt in prompts]], negative=features[0])
 
     def abstract_table(self, num_prompts: int) -> TextFeatures:
         text = self.text_encoder
@@ -97,7 +106,7 @@ class StableDiffusion:
             return jnp.concatenate([a, a])
 
         context = table.context[prompt_id]
-        context = jnp.concatenate([jnp.broadcast_to(table.empty[None], context.shape), context])
+        context = jnp.concatenate([jnp.broadcast_to(table.negative[None], context.shape), context])
         variables = {"params": params["unet"]} if lora is None else {"params": params["unet"], "lora": lora}
         seen = expand(level.input_scale, x) * x
         output: Latents = self.unet.apply(variables, double(seen), double(level.time), context)  # type: ignore[assignment]

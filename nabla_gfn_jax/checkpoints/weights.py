@@ -16,6 +16,7 @@ from nabla_gfn_jax.checkpoints.hashes import read_sha256
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.user_cache import user_cache
 
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # how the names of PyTorch's own files end
 _WAIT = 600  # seconds for another program that converts the same file
 
 
@@ -26,7 +27,7 @@ def read_state_dict(path: Path) -> Mapping[str, np.ndarray]:
     programs may ask at once: one converts, the others wait for its copy. Raises `UserError` naming a file that is
     missing, damaged or holds no tensors.
     """
-    if path.suffix == ".safetensors":
+    if path.suffix not in PICKLED:
         return TensorFiles(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -1,12 +1,14 @@
 """Sampling that keeps of each path only what it ends at, and how far it went from the base model's on the way."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PyTree
+import numpy as np
+from jaxtyping import Array, Bool, Float, PyTree
 
-from nabla_gfn_jax.diffusion.chain import Chain
+from nabla_gfn_jax.diffusion.chain import Chain, Level
 from nabla_gfn_jax.diffusion.sampler import Predict, draw_noise
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
@@ -28,8 +30,11 @@ def sample_paths(
     condition: PyTree[Any],
     *,
     nats: bool = True,
+    active: Bool[np.ndarray, " steps"] | None = None,
 ) -> Paths:
     """Samples as `diffusion.sampler.sample` does, number for number, in the memory of one state.
+
+    `active`: the steps that the policy takes; the others are the base model's. None: all are the policy's.
 
     For `nats` the base model is evaluated at each state beside the policy, which doubles the cost; every σ must be
     above 0. `lora` None is the base model.
@@ -39,10 +44,17 @@ def sample_paths(
     compare = nats and lora is not None
     across = tuple(range(1, 1 + len(shape)))
 
-    def step(x: Latents, inputs: tuple[Array, Chain]) -> tuple[Latents, tuple[Array, Array]]:
-        index, now = inputs
+    def output_at(x: Latents, level: Level, on: Array | None) -> Latents:
+        if on is None or lora is None:
+            return predict(lora, x, level, condition)
+        policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
+        output: Latents = jax.lax.cond(on, policy, base)
+        return output
+
+    def step(x: Latents, inputs: tuple[Array, Chain, Array | None]) -> tuple[Latents, tuple[Array, Array]]:
+        index, now, on = inputs
         level = now.at.each(len(keys))
-        output, noise = predict(lora, x, level, condition), draw_noise(keys, index + 1, shape)
+        output, noise = output_at(x, level, on), draw_noise(keys, index + 1, shape)
         spent = log_ratio = jnp.zeros(keys.shape)
         if compare:
             delta = now.mean_o / now.sigma * (output - predict(None, x, level, condition))
@@ -50,6 +62,6 @@ def sample_paths(
             log_ratio = -spent - (delta * noise).sum(across)
         return now.mean(output, x) + now.sigma * noise, (spent, log_ratio)
 
-    steps = (jnp.arange(chain.num_steps), chain)
+    steps = (jnp.arange(chain.num_steps), chain, None if active is None else jnp.asarray(active))
     latents, (spent, log_ratio) = jax.lax.scan(step, draw_noise(keys, 0, shape), steps)
     return Paths(latents, spent.T, log_ratio.sum(axis=0))

@@ -17,7 +17,11 @@ Tokens = Float[Array, "batch tokens channels"]
 
 
 class Conv(nn.Module):
-    """2-D convolution with bias, torch's padding convention. `padding` is ((top, bottom), (left, right)) or one int."""
+    """2-D convolution with bias, torch's padding convention. `padding` is ((top, bottom), (left, right)) or one int.
+
+    Where the `lora` collection holds a pair for this layer, a convolution by down (k, k, in, r) and then up (r, out)
+    is added, as in `Dense`.
+    """
 
     features: int
     kernel_size: int = 3
@@ -33,7 +37,12 @@ class Conv(nn.Module):
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         padding = ((self.padding,) * 2,) * 2 if isinstance(self.padding, int) else self.padding
-        return convolve(x, kernel, self.stride, padding) + bias.reshape(1, 1, 1, -1)
+        y = convolve(x, kernel, self.stride, padding) + bias.reshape(1, 1, 1, -1)
+        if self.has_variable("lora", "down"):
+            down: Array = self.get_variable("lora", "down").astype(self.dtype)
+            up: Array = self.get_variable("lora", "up").astype(self.dtype)
+            y = y + convolve(x, down, self.stride, padding) @ up
+        return y
 
 
 class Dense(nn.Module):

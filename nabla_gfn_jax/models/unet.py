@@ -28,7 +28,7 @@ from nabla_gfn_jax.typing import Context, Timesteps
 class UNetConfig:
     """What `unet/config.json` says of the architecture. diffusers' `attention_head_dim` is the *number* of heads."""
 
-    sample_size: int = 64
+    sample_size: int | tuple[int, int] = 64
     in_channels: int = 4
     out_channels: int = 4
     down_block_types: tuple[str, ...] = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",)
@@ -74,6 +74,12 @@ class UNetConfig:
             "upcast_attention": (False, True),
         }
         return read_fields(cls, fields, only=only, source="unet/config.json")
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of a latent."""
+        s = self.sample_size
+        return (s, s) if isinstance(s, int) else s
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from nabla_gfn_jax import options
@@ -12,6 +11,7 @@ from nabla_gfn_jax.base_models.base import BaseModel, Table
 from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
 from nabla_gfn_jax.checkpoints.hub import files_read
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import flatten
@@ -91,7 +91,7 @@ def assemble(
         micro_batches=c.micro_batches,
         updates_per_epoch=c.updates_per_epoch,
         images_at_once=c.images_at_once,
-        start_from=starting_lora(settings.lora.start_from, base, settings.lora.rank),
+        start_from=starting_lora(settings.lora.start_from, base),
     )
 
 
@@ -106,15 +106,19 @@ def check_heads(settings: Settings, base: BaseModel) -> None:
         )
 
 
-def starting_lora(file: Path | None, base: BaseModel, rank: int) -> Params | None:
-    """The LoRA in `file`, whose layers are then those that are trained; None for no file. Its rank must be `rank`."""
+def starting_lora(file: Path | None, base: BaseModel) -> Params | None:
+    """The LoRA in `file`, whose layers and ranks are then those that are trained; None for no file.
+
+    Raises `UserError` if it adapts more than the UNet.
+    """
     if file is None:
         return None
-    lora = load_lora(file, base.params["unet"])
-    ranks = sorted({leaf.shape[1] for name, leaf in flatten_dict(lora, sep=".").items() if name.endswith(".down")})
-    if ranks != [rank]:
-        found = " and ".join(str(n) for n in ranks)
-        raise UserError(f"lora.start_from = {file} has rank {found} and lora.rank is {rank}; make them the same")
+    lora = load_lora(file, base.params["unet"], base.params["text_encoder"])
+    if TEXT_ENCODER in lora:
+        raise UserError(
+            f"lora.start_from = {file} adapts the text encoder too, which training leaves as it is; "
+            "start from a LoRA of the UNet alone"
+        )
     return lora
 
 

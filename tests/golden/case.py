@@ -71,7 +71,7 @@ def case(prediction, dtype):
         lora=_random(shapes, 1, dtype, 0.5),
         earlier=_random(shapes, 2, dtype, 0.5),
         phi=_random(phi["params"], 3, dtype),
-        table=TextFeatures(context=context, empty=negative[0]),
+        table=TextFeatures(context=context, negative=negative[0]),
         log_reward=log_reward,
         correction=lambda phi, x, level, prompt_id: unet.apply({"params": phi}, x, level.time, context[prompt_id]),
     )
