@@ -1,5 +1,8 @@
 """The chain: its coefficients against diffusers' schedulers, and against the definitions they come from."""
 
+import json
+
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,26 +122,87 @@ def test_indexing_keeps_the_structure():
     assert chain[3].at.time == 601
 
 
+# Schedulers that folders name, with the fields that their files differ in.
+SCHEDULERS = {
+    "PNDMScheduler": {"skip_prk_steps": True},
+    "EulerDiscreteScheduler": {"timestep_spacing": "leading", "steps_offset": 1},
+    "EulerAncestralDiscreteScheduler": {},
+    "DPMSolverMultistepScheduler": {},
+    "DEISMultistepScheduler": {},
+    "UniPCMultistepScheduler": {},
+    "LMSDiscreteScheduler": {},
+    "HeunDiscreteScheduler": {},
+    "DDPMScheduler": {"clip_sample": False},
+    "DDIMScheduler": {"timestep_spacing": "trailing"},
+    "LCMScheduler": {},
+}
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_noise_schedule_counts_and_not_the_sampler_of_a_file(name):
+    """Each file's chain is that of Stable Diffusion's own file, and so is it after diffusers' `from_config`."""
+    scheduler = getattr(diffusers, name)
+    schedule = {field: CONFIG[field] for field in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
+    original = schedule | {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False}
+    for config in (scheduler(**schedule | SCHEDULERS[name]).config, scheduler.from_config(original).config):
+        ours = stable_diffusion_chain(json.loads(json.dumps(dict(config))), 50)
+        jax.tree.map(np.testing.assert_array_equal, ours, stable_diffusion_chain(CONFIG, 50))
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    "fields", [{"beta_schedule": "linear"}, {"trained_betas": np.linspace(0.001, 0.02, 1000).tolist()}]
+)
+def test_other_schedules_match_diffusers(fields):
+    expected = DDIMScheduler(**CONFIG | fields).alphas_cumprod.numpy()
+    np.testing.assert_allclose(alphas_cumprod(CONFIG | fields), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [7, 50])
+@pytest.mark.parametrize("eta", [0.0, 0.5])  # at 1 diffusers' first step is the root of a rounding error below 0
+def test_a_schedule_that_ends_without_signal_matches_diffusers(num_steps, eta):
+    """From pure noise at 999; the network's part is played by a fixed nonlinear function."""
+    config = CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    oracle, chain = (
+        DDIMScheduler(**config | {"timestep_spacing": "trailing"}),
+        stable_diffusion_chain(config, num_steps, eta),
+    )
+    oracle.set_timesteps(num_steps)
+    np.testing.assert_array_equal(chain.at.time, oracle.timesteps.numpy())
+    assert chain.at.time[0] == 999
+    assert chain.at.signal[0] == 0
+    assert jax.tree.all(jax.tree.map(lambda a: bool(np.isfinite(a).all()), chain))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 3, 2)).astype(np.float32)
+    theirs, ours = torch.from_numpy(x), jnp.asarray(x)
+    for k in range(num_steps):
+        noise = rng.normal(size=x.shape).astype(np.float32)
+        output = torch.tanh(theirs) + 0.3 * torch.roll(theirs, 1, 2)
+        step = oracle.step(output, oracle.timesteps[k], theirs, eta=eta, variance_noise=torch.from_numpy(noise))
+        theirs, output = step.prev_sample, jnp.tanh(ours) + 0.3 * jnp.roll(ours, 1, 2)
+        ours = chain[k].mean(output, ours) + chain[k].sigma * noise
+        # diffusers takes the last variances of small differences in float32
+        assert np.linalg.norm(ours - theirs.numpy()) < 2e-4 * np.linalg.norm(theirs.numpy()), k
+    stable_diffusion_chain(config, num_steps, eta, "sde_dpm_solver")
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
     [
-        ("beta_schedule", "squaredcos_cap_v2"),
-        ("timestep_spacing", "trailing"),
-        ("set_alpha_to_one", True),
-        ("steps_offset", 0),
-        ("clip_sample", True),
-        ("rescale_betas_zero_snr", True),
+        ({"beta_schedule": "squaredcos_cap_v2"}, "beta_schedule"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps"),
+        ({"trained_betas": [0.1]}, "betas are not 1000 numbers"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr .* 'v_prediction' can"),
     ],
 )
-def test_an_unsupported_field_is_named(field, value):
-    with pytest.raises(UserError, match=field):
-        stable_diffusion_chain({**CONFIG, field: value}, 50)
+def test_an_unsupported_schedule_is_named(fields, named):
+    with pytest.raises(UserError, match=named):
+        stable_diffusion_chain({**CONFIG, **fields}, 50)
 
 
 def test_missing_fields_mean_what_they_mean_in_diffusers():
-    without_spacing = {k: v for k, v in CONFIG.items() if k not in ("timestep_spacing", "prediction_type")}
-    stable_diffusion_chain(without_spacing, 50)
-    for field in ("set_alpha_to_one", "beta_start"):
+    stable_diffusion_chain({k: v for k, v in CONFIG.items() if k not in ("prediction_type", "trained_betas")}, 50)
+    for field in ("beta_end", "beta_start"):
         with pytest.raises(UserError, match=field):
             stable_diffusion_chain({k: v for k, v in CONFIG.items() if k != field}, 50)
 
@@ -157,6 +221,9 @@ def test_other_predictions_are_refused():
 CHAINS = {
     "epsilon": stable_diffusion_chain(CONFIG, 50),
     "v_prediction": stable_diffusion_chain(CONFIG | {"prediction_type": "v_prediction"}, 50),
+    "without signal": stable_diffusion_chain(
+        CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, 50
+    ),
     "rectified flow": rectified_flow_chain(50, shift=3.0),
 }
 
@@ -168,9 +235,11 @@ def test_outputs_say_what_they_are_made_of(kind):
     clean, noise = rng.normal(size=(2, 50, 6)).astype(np.float32)
     signal = np.asarray(chain.at.signal, np.float64)[:, None]
     x = np.sqrt(signal) * clean + np.sqrt(1 - signal) * noise
+    velocity = np.sqrt(signal) * noise - np.sqrt(1 - signal) * clean
     output = {
         "epsilon": noise,
-        "v_prediction": np.sqrt(signal) * noise - np.sqrt(1 - signal) * clean,
+        "v_prediction": velocity,
+        "without signal": velocity,
         "rectified flow": noise - clean,
     }[kind]
     output, x = (jnp.asarray(a, jnp.float32) for a in (output, x))

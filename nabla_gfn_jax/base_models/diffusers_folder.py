@@ -1,5 +1,6 @@
 """Stable Diffusion in a folder, in diffusers' layout: read it, write it."""
 
+from collections import ChainMap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
-from nabla_gfn_jax.checkpoints.files import TensorFiles, read_json, write_json, write_safetensors
-from nabla_gfn_jax.checkpoints.hub import WEIGHTS, shards, weights_files
+from nabla_gfn_jax.checkpoints.files import read_json, write_json, write_safetensors
+from nabla_gfn_jax.checkpoints.hub import WEIGHTS, no_weights, shards, weights_files
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict, to_state_dict
 from nabla_gfn_jax.checkpoints.weights import read_state_dict
 from nabla_gfn_jax.errors import UserError
@@ -85,10 +86,11 @@ def _read_weights(folder: Path, part: str) -> tuple[Mapping[str, np.ndarray], Pa
     """A part's tensors and the file that names them."""
     for file in (folder / name for name in weights_files(part)):
         if file.suffix == ".json" and file.is_file():
-            return TensorFiles(*(folder / shard for shard in shards(file))), file
+            return ChainMap(*(read_state_dict(folder / shard) for shard in shards(file))), file  # type: ignore[arg-type]
         if file.is_file():
             return read_state_dict(file), file
-    raise UserError(f"{folder / weights_files(part)[0]} is missing; download the model again")
+    there = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    raise UserError(f"{folder.parent}: {no_weights(part, there)}")
 
 
 def save_folder(

@@ -2,13 +2,16 @@
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from nabla_gfn_jax.checkpoints.files import read_json
+from nabla_gfn_jax.checkpoints.hub_errors import explain
 from nabla_gfn_jax.errors import UserError
 
 FOLDER = "NABLA_GFN_JAX_WEIGHTS"  # environment variable: a folder that holds NAME/FILE
@@ -40,7 +43,9 @@ _TOKENIZER = ("merges.txt", "special_tokens_map.json", "tokenizer.json", "tokeni
 WEIGHTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
 _WEIGHTS_SUFFIXES = (".safetensors", ".bin")
 _IN_CACHE = re.compile(r"/(?:models|datasets)--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
-_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+_SHARD = re.compile(r"(?P<part>\w+)/(?P<stem>.+)-\d+-of-\d+(?P<ending>(?:\.fp16)?\.(?:safetensors|bin))")
+_COMMIT = re.compile("[0-9a-f]{40}")
+_PATIENCE = 5.0  # seconds for the hub to answer
 PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
 
 
@@ -48,19 +53,28 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
     """`file` of the model called `name`: in the user's folder, else in the hub's cache, else downloaded to it.
 
     Without a `revision` the commit is the pinned one, or the newest of a repository that is not pinned. Raises
-    `UserError` that says how to get the file.
+    `UserError`, within seconds, that says how to get the file.
     """
     revision = revision or PINNED.get(repo, "main")
     if os.environ.get(FOLDER):
         own = Path(os.environ[FOLDER]) / name / Path(file).name
         if own.is_file():
             return own
+    where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
+    cached = None
+    with suppress(LocalEntryNotFoundError, FileNotFoundError):
+        cached = Path(hf_hub_download(repo, file, **where, local_files_only=True))
+        if _COMMIT.fullmatch(revision):
+            return cached
     try:
-        return Path(hf_hub_download(repo, file, revision=revision, repo_type=repo_type))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        _listing(repo, revision, repo_type)
+        return Path(hf_hub_download(repo, file, **where))
+    except Exception as error:  # of any HTTP library
+        if cached is not None:
+            return cached
         kind = "" if repo_type == "model" else f" --repo-type {repo_type}"
         raise UserError(
-            f"{file} of {repo} is not here and cannot be downloaded ({type(error).__name__}); run `hf download {repo} "
+            f"{file} of {repo} is not here and cannot be downloaded ({explain(error, repo)}); run `hf download {repo} "
             f"{file} --revision {revision}{kind}` where there is a network, or put it at "
             f"${FOLDER}/{name}/{Path(file).name}"
         ) from error
@@ -69,7 +83,7 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
 def model_folder(model: str) -> Path | None:
     """The snapshot of the model `OWNER/NAME` or `OWNER/NAME@REVISION`, only what is read of it; None for other texts.
 
-    What is in the hub's cache is not asked for again. Raises `UserError` with the command that downloads it.
+    What is in the hub's cache is not asked for again. Raises `UserError`, within seconds, that says what to do.
     """
     match = _MODEL_ID.fullmatch(model)
     if match is None:
@@ -83,18 +97,31 @@ def model_folder(model: str) -> Path | None:
     except LocalEntryNotFoundError:
         pass
     try:
-        wanted = choose_files(HfApi().list_repo_files(repo, revision=revision))
+        listing = _listing(repo, revision)
+        wanted = choose_files(listing)
+        for part in WEIGHTS if "model_index.json" in listing else ():
+            if not any(file.startswith(f"{part}/") and file.endswith(_WEIGHTS_SUFFIXES) for file in wanted):
+                inside = [file.removeprefix(f"{part}/") for file in listing if file.startswith(f"{part}/")]
+                raise UserError(f"model {repo}: {no_weights(part, inside)}")
         small = [file for file in wanted if not file.endswith(_WEIGHTS_SUFFIXES)]
         # Weights come last: where they are there, a download that was cut short had nothing else left to do.
         snapshot_download(repo, revision=revision, allow_patterns=small)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of any HTTP library
         usual = [*_CONFIGS, *(f"tokenizer/{file}" for file in ("merges.txt", "tokenizer_config.json", "vocab.json"))]
         files = " ".join([*usual, *(f"{part}/{stem}.safetensors" for part, stem in WEIGHTS.items())])
         raise UserError(
-            f"model {repo} is not here and cannot be downloaded ({type(error).__name__}); run `hf download {repo} "
+            f"model {repo} is not here and cannot be downloaded ({explain(error, repo)}); run `hf download {repo} "
             f"{files} --revision {revision}` where there is a network, or name a folder"
         ) from error
+
+
+def _listing(repo: str, revision: str, repo_type: str = "model") -> list[str]:
+    """The names of a repository's files. Without a network it fails at once, where a download is tried for long."""
+    found: Any = HfApi().repo_info(repo, revision=revision, repo_type=repo_type, timeout=_PATIENCE)
+    return [file.rfilename for file in found.siblings or []]
 
 
 def choose_files(listing: Sequence[str]) -> list[str]:
@@ -124,20 +151,38 @@ def weights_files(part: str) -> list[str]:
         f"{stem}.fp16.safetensors",
         f"{stem}.safetensors.index.fp16.json",
         f"{old}.bin",
+        f"{old}.bin.index.json",
         f"{old}.fp16.bin",
     ]
 
 
+def no_weights(part: str, files: Collection[str]) -> str:
+    """What to say of a part of a model none of whose `files` are weights that are read."""
+    other = next((file for file in sorted(files) if ".non_ema." in file), None)
+    if other is not None:
+        stem, ending = WEIGHTS[part], Path(other).suffix
+        return f"{part} has weights without EMA alone, {other}; to use them, name them {stem}{ending}"
+    other = next((file for file in sorted(files) if file.endswith((".msgpack", ".onnx", ".h5"))), None)
+    if other is not None:
+        return f"{part} has {other} alone, which is not read; save the model as safetensors with diffusers"
+    return f"{part}/{weights_files(part)[0]} is missing; download the model again"
+
+
 def _is_shard(file: str, part: str, index: str) -> bool:
-    stem = WEIGHTS[part] + (".fp16" if index.endswith(".fp16.json") else "")
-    return file.startswith(f"{part}/{stem}-") and _SHARD.search(file) is not None
+    """Whether the name is one of those that an index called `index` speaks of; fp16 has stood in two places."""
+    stem, _, rest = index.partition(".")
+    kind = ".bin" if rest.startswith("bin") else ".safetensors"
+    match = _SHARD.fullmatch(file)
+    half = [(stem + ".fp16", kind), (stem, ".fp16" + kind)]
+    names = half if ".fp16." in index else [(stem, kind)]
+    return match is not None and match["part"] == part and (match["stem"], match["ending"]) in names
 
 
 def files_read(folder: Path) -> list[Path]:
     """The files that `load_folder` reads of a diffusers folder; shards that an index names, there or not."""
     listing = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    files = [folder / file for file in choose_files(listing) if not _SHARD.search(file)]
-    indices = [file for file in files if ".safetensors.index." in file.name]
+    files = [folder / file for file in choose_files(listing) if not _SHARD.fullmatch(file)]
+    indices = [file for file in files if ".index." in file.name]
     return files + [index.with_name(shard) for index in indices for shard in shards(index)]
 
 

@@ -141,21 +141,26 @@ def stable_diffusion_chain(
     """The `num_steps` steps of a sampler on the noise schedule described by diffusers' `scheduler_config.json`.
 
     Args:
-        config: contents of scheduler/scheduler_config.json (Stable Diffusion's fields; others are ignored).
+        config: contents of scheduler/scheduler_config.json. What it says of a sampler is ignored.
         num_steps: 1 to 999.
         eta: 1 for DDPM, 0 for deterministic DDIM (σ = 0: no scores, so sampling only).
         sampler: which times it visits, see `visited_times`.
 
     Raises:
-        UserError: an argument is out of range or a field has a value this sampler does not implement.
+        UserError: an argument is out of range or the noise schedule is not implemented.
     """
     kind = config.get("prediction_type", "epsilon")
     if kind not in _PREDICTIONS:
         raise UserError(
             f"scheduler_config.json: prediction_type {kind!r} is not supported; {' or '.join(_PREDICTIONS)} is"
         )
-    times = visited_times(sampler, num_steps)
     signal = alphas_cumprod(config)
+    if signal[-1] == 0 and kind == "epsilon":
+        raise UserError(
+            "scheduler_config.json: with rescale_betas_zero_snr the prediction_type cannot be 'epsilon', which says "
+            "nothing of the image where there is no signal; 'v_prediction' can"
+        )
+    times = visited_times(sampler, num_steps, from_the_last=signal[-1] == 0)
     at, to = (_PREDICTIONS[kind](t.astype(np.int32), signal[t]) for t in times)
     return make_chain(at, to, eta)
 

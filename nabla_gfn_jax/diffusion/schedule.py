@@ -23,55 +23,67 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "clip_sample": False,
 }
 
-# What the sampler implements, by the field's name in diffusers' scheduler_config.json. A missing field stands
-# for the value in _DIFFUSERS_DEFAULTS, as it does there.
-_SUPPORTED: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "trained_betas": None,
-    "timestep_spacing": "leading",
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-}
-_DIFFUSERS_DEFAULTS = {
+# diffusers' values of the fields of the noise schedule, where a scheduler_config.json does not state them. Its other
+# fields are of the sampler that it names; the run has its own.
+_DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
     "trained_betas": None,
-    "timestep_spacing": "leading",
-    "steps_offset": 0,
-    "set_alpha_to_one": True,
-    "clip_sample": True,
-    "thresholding": False,
     "rescale_betas_zero_snr": False,
 }
+_SCHEDULES = ("linear", "scaled_linear")
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Float[np.ndarray, "1000"]:
-    """ᾱ[0..999] from a scheduler_config.json's `beta_start`, `beta_end` and `beta_schedule`, float64.
+    """ᾱ[0..999] of the noise schedule in a scheduler_config.json, whatever sampler it names, float64.
+
+    With `rescale_betas_zero_snr` √ᾱ is moved and scaled so that ᾱ[999] = 0 and ᾱ[0] stays (Lin et al. 2024, arXiv
+    2305.08891, algorithm 1).
 
     Raises:
-        UserError: a field is missing or has a value this sampler does not implement.
+        UserError: a field is missing or has a value that is not implemented.
     """
-    for field, supported in _SUPPORTED.items():
-        value = config.get(field, _DIFFUSERS_DEFAULTS[field])
-        if value != supported:
-            raise UserError(f"scheduler_config.json: {field} is {value!r}; only {supported!r} is supported")
+    said = _DEFAULTS | dict(config)
+    if said["num_train_timesteps"] != 1000:
+        raise UserError(_unsupported("num_train_timesteps", said["num_train_timesteps"], "1000"))
+    betas = np.asarray(_betas(said), np.float64)
+    if betas.shape != (1000,) or not ((betas > 0) & (betas < 1)).all():
+        raise UserError("scheduler_config.json: the betas are not 1000 numbers between 0 and 1; it is damaged")
+    signal = np.cumprod(1 - betas)
+    if not said["rescale_betas_zero_snr"]:
+        return signal
+    root = np.sqrt(signal)
+    rescaled: np.ndarray = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
+    return rescaled
+
+
+def _betas(said: Mapping[str, Any]) -> Any:
+    if said["trained_betas"] is not None:
+        return said["trained_betas"]
     for field in ("beta_start", "beta_end"):
-        if field not in config:
+        if field not in said:
             raise UserError(f"scheduler_config.json: {field} is missing; Stable Diffusion's files state it")
-    root_betas = np.linspace(config["beta_start"] ** 0.5, config["beta_end"] ** 0.5, 1000)
-    return np.cumprod(1 - root_betas**2)
+    if said["beta_schedule"] not in _SCHEDULES:
+        raise UserError(_unsupported("beta_schedule", said["beta_schedule"], " or ".join(_SCHEDULES)))
+    power = 2 if said["beta_schedule"] == "scaled_linear" else 1
+    return np.linspace(said["beta_start"] ** (1 / power), said["beta_end"] ** (1 / power), 1000) ** power
 
 
-def visited_times(sampler: Sampler, num_steps: int) -> tuple[Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
+def _unsupported(field: str, value: Any, supported: str) -> str:
+    return f"scheduler_config.json: {field} is {value!r}; only {supported} is supported"
+
+
+def visited_times(
+    sampler: Sampler, num_steps: int, *, from_the_last: bool = False
+) -> tuple[Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
     """The times t of x and t' of y of each step, falling, t' = 0 at the last.
 
     "ddpm": equal steps Δ = 1000 // num_steps up from 1, diffusers' `leading` spacing with offset 1. "sde_dpm_solver":
     from 999 in equal steps to 0, its `linspace` spacing, and to the least noise of the schedule at last
     (`final_sigmas_type="sigma_min"`). Either ends at ᾱ[0] < 1, so the last σ > 0.
+
+    `from_the_last`: "ddpm" too starts at 999, in steps of 1000 / num_steps down, diffusers' `trailing` spacing. A
+    schedule that ends without signal needs it: only there its samples are noise.
 
     Raises:
         UserError: there is no such sampler, or `num_steps` is not in 1 to 999.
@@ -81,6 +93,9 @@ def visited_times(sampler: Sampler, num_steps: int) -> tuple[Int[np.ndarray, " s
         raise UserError(f"num_steps is {num_steps}; choose 1 to {last}")
     if sampler not in get_args(Sampler):
         raise UserError(f"sampler is {sampler!r}; choose one of {', '.join(get_args(Sampler))}")
+    if sampler == "ddpm" and from_the_last:
+        times = np.round((last + 1) * np.arange(num_steps, 0, -1) / num_steps).astype(int) - 1
+        return times, np.maximum(times - (last + 1) // num_steps, 0)
     if sampler == "ddpm":
         spacing = (last + 1) // num_steps
         times = np.arange(num_steps)[::-1] * spacing + 1
