@@ -45,6 +45,7 @@ TEST = [
     "mypy>=1.15,<3",
     "import-linter>=2.3,<3",
     "tensorboardX>=2.6,<3",
+    "pyarrow>=15",
     *PRETRAIN,
 ]
 
@@ -67,6 +68,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "pretrain": PRETRAIN,
+        "prompts": ["pyarrow>=15"],  # of parquet files
         "logging": ["tensorboardX>=2.6,<3", "wandb>=0.19"],
         "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],
         "cuda": [f"jax[cuda12]{JAX}"],

@@ -12,7 +12,7 @@ from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 
-from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
+from nabla_gfn_jax.base_models.names import DTYPES, load_model
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> None:
     evaluator = Evaluator(sampler, reward, beta)
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
-    hashes = hashes_of(resolve_model(subject.model), reward.files if reward else ())
+    hashes = hashes_of(subject.model, reward.files if reward else ())
     what = describe(subject.model, subject.model_dtype, sampler, reward_name, hashes)
     warn_of_another_base(subject, hashes)
     kept = options.workdir / BASE_SAMPLES if options.workdir else None

@@ -5,7 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
+from nabla_gfn_jax.base_models.names import DTYPES, load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
@@ -80,7 +80,7 @@ def main(argv: list[str]) -> None:
     if options.height or options.width:
         height, width, _ = model.image_shape
         model = model.sized(options.height or height, options.width or width)
-    warn_of_another_base(subject, hashes_of(resolve_model(subject.model)) if subject.model_files else {})
+    warn_of_another_base(subject, hashes_of(subject.model) if subject.model_files else {})
     unet, text_encoder = model.params["unet"], model.params["text_encoder"]
     loras = [
         scaled(load_lora(file, unet, text_encoder), strength)

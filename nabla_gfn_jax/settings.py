@@ -104,7 +104,9 @@ class Settings(Checked):
     }
 
     seed: int = option(0, "seed of every random number of the run", minimum=0, maximum=LARGEST_SEED)
-    model: str = option(meaning='the base model: "emoji", a folder in diffusers\' layout, or OWNER/NAME on the hub')
+    model: str = option(
+        meaning='the base model: "emoji", a folder in diffusers\' layout, a file of weights, or OWNER/NAME on the hub'
+    )
     model_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the frozen UNet, VAE and text encoder")
     reward: str = option(meaning="the reward R", choices=REWARDS)
     prompts: str = option(meaning="a prompt set's name, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")

@@ -42,7 +42,7 @@ def run(tiny_model, tmp_path_factory):
     fresh = init_lora(jax.random.key(0), load_folder(tiny_model).params["unet"], rank=2)
     about = ABOUT | {"model": str(tiny_model), "prompts": str(prompts)}
     with claim(folder / "run", {"model_dtype": "float32"}, about=about) as workdir:
-        workdir.record_inputs({name: tiny_model / name.removeprefix("model/") for name in hashes_of(tiny_model)})
+        workdir.record_inputs({name: tiny_model / name.removeprefix("model/") for name in hashes_of(str(tiny_model))})
         for updates, scale in ((4, 0.3), (8, 1.0)):
             lora = jax.tree.map(lambda a, s=scale: s * jax.random.normal(jax.random.key(a.size), a.shape), fresh)
             workdir.save_lora(updates, lora)

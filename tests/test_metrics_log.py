@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.runs import metrics_log
 from nabla_gfn_jax.runs.metrics_log import COLUMNS, MetricsLog
 
@@ -145,3 +146,12 @@ def test_columns_are_documented_once_and_the_page_has_them():
     assert len(names) == len(set(names))
     assert all(column.of and column.meaning for column in COLUMNS)
     assert metrics_log.table() in (Path(__file__).parents[1] / "docs/log.md").read_text()
+
+
+def test_a_logger_that_is_not_installed_is_named_before_any_work(monkeypatch):
+    monkeypatch.setattr("nabla_gfn_jax.runs.metrics_log.find_spec", lambda name: None)
+    metrics_log.check_sinks(tensorboard=False, wandb=False)
+    for option, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        wanted = {"tensorboard": False, "wandb": False} | {option: True}
+        with pytest.raises(UserError, match=rf"logging\.{option} needs {package}; pip install"):
+            metrics_log.check_sinks(**wanted)

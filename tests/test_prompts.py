@@ -6,6 +6,7 @@ has them; where it is set they are read too.
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import jax
@@ -14,7 +15,9 @@ import pytest
 
 from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.data.prompts import PROMPT_SETS, prompt_set
+from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.tokenizer import load_tokenizer
 from nabla_gfn_jax.training.loop import sample_keys
 from nabla_gfn_jax.training.prompts import PromptIds
 
@@ -85,21 +88,76 @@ def test_the_released_files(tmp_path, monkeypatch):
 
 
 def test_files(tmp_path):
-    contents = {"a.txt": "a cat\n\n  a dog \n", "a.json": '["a cat", "a dog"]'}
+    contents = {
+        "a.txt": "# animals\n\na cat\n\n  a dog \n",
+        "windows.txt": "\ufeffa cat\r\n\r\na dog\r\n",
+        "a.json": '["a cat", "a dog"]',
+        "objects.json": '[{"prompt": "a cat", "n": 1}, {"prompt": "a dog", "n": 2}]',
+        "a.csv": "n,prompt\n1,a cat\n2,a dog\n",
+        "a.tsv": "caption\na cat\na dog\n",
+        "a.jsonl": '{"prompt": "a cat"}\n\n{"prompt": "a dog"}\n',
+    }
     for name, text in contents.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "wide.txt").write_bytes(contents["a.txt"].encode("utf-16"))
+    for name in (*contents, "wide.txt"):
         assert prompt_set(str(tmp_path / name)).train == ("a cat", "a dog")
         assert prompt_set(str(tmp_path / name)).held_out == ("a cat", "a dog")
+
+
+def test_parquet(tmp_path):
+    arrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": ["a cat", "a dog"], "n": [1, 3]}), tmp_path / "a.parquet")
+    found = prompt_set(f"{tmp_path}/a.parquet:text,n")
+    assert (found.train, found.weights) == (("a cat", "a dog"), (1.0, 3.0))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"a\.parquet is no parquet file"):
+        prompt_set(f"{tmp_path}/a.parquet:text")
+
+
+def test_parquet_without_its_reader(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "a.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"a\.parquet needs pyarrow; pip install 'nabla_gfn_jax\[prompts\]'"):
+        prompt_set(str(tmp_path / "a.parquet"))
+
+
+def test_weights(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,n\na cat,1\na cow,0\na dog,3\n")
+    found = prompt_set(f"{tmp_path}/a.csv:prompt,n")
+    assert found.weights == (1.0, 0.0, 3.0)
+    assert prompt_set(f"{tmp_path}/a.csv").weights is None
+    drawn = PromptIds(3, found.weights).chosen(sample_keys(jax.random.key(3), 5, 4000))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=3) / 4000, [0.25, 0, 0.75], atol=0.02)
+    for text, said in (
+        ("prompt,n\na cat,-1\n", "a weight in column 'n' is not a number of 0 or more: '-1'"),
+        ("prompt,m\na cat,1\n", "a weight in column 'n' .* no such column; it has prompt, m"),
+        ("prompt,n\na cat,0\n", "gives every prompt the weight 0"),
+    ):
+        (tmp_path / "bad.csv").write_text(text)
+        with pytest.raises(UserError, match=said):
+            prompt_set(f"{tmp_path}/bad.csv:prompt,n")
+
+
+def test_prompts_that_are_cut_are_counted(tmp_path, caplog):
+    train_tokenizer(["a cat"], tmp_path, 600, 8)
+    tokenizer = load_tokenizer(tmp_path)
+    tokenizer(["a cat"])
+    assert not caplog.records
+    tokenizer(["a cat", "a cat " * 9])
+    assert "1 of 2 prompts have more than 8 tokens, of which the text encoder sees the first alone." in caplog.text
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
     asked = []
 
-    def download(repo, file, *, revision, repo_type):
+    def download(repo, file, *, revision, repo_type, local_files_only=False):
         asked.append((repo, file, repo_type))
         return str(tmp_path / Path(file).name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "_listing", lambda *arguments: [])
     (tmp_path / "a.csv").write_text("text,n\na cat,1\n")
     (tmp_path / "a.jsonl").write_text('{"text": "a dog"}\n')
     (tmp_path / "a.json").write_text('[{"text": "a cow"}]')
@@ -117,8 +175,8 @@ BAD = {
     "numbers.json": ("[1, 2]", "is not a list of prompts"),
     "broken.json": ("[", "is no JSON"),
     "object.json": ("{}", "is not a list of prompts"),
-    "table.csv": ("a,b\n", "is a table"),
-    "picture.png": ("x", "cannot be read; use a .txt"),
+    "table.csv": ("a,b\n1,2\n", "is a table; name the column of prompts, as in …/table.csv:COLUMN; it has a, b"),
+    "picture.png": ("x", "cannot be read; use a file that ends in .txt"),
 }
 
 
@@ -162,6 +220,7 @@ def test_without_a_network(monkeypatch, tmp_path):
 
     monkeypatch.setenv(hub.FOLDER, str(tmp_path))
     monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    monkeypatch.setattr(hub, "_listing", unreachable)
     for name in set(PROMPT_SETS) - {"simple_animals", "a_face"}:
         with pytest.raises(UserError, match=r"`hf download .* --repo-type dataset` .*/prompts/"):
             prompt_set(name)

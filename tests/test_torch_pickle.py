@@ -4,7 +4,8 @@ import os
 import pickle
 import subprocess
 import sys
-from collections import OrderedDict
+from argparse import Namespace
+from collections import OrderedDict, defaultdict
 
 import numpy as np
 import pytest
@@ -69,6 +70,18 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, zipped):
     with pytest.raises(UserError, match=r"evil\.pth asks for (posix|nt)\.system"):
         read(file)
     assert not marker.exists()
+
+
+@LAYOUTS
+def test_what_training_programs_keep_beside_is_passed_over(tmp_path, zipped):
+    """NumPy's scalars, lightning's classes as keys, options: nothing of it is made."""
+    kept = {"best": np.float64(3), "args": Namespace(lr=1), "seen": {1, 2}, "counts": defaultdict(list, a=[1])}
+    saved = {"state_dict": {"weight": torch.ones(2)}, "callbacks": kept, "epoch": 3}
+    torch.save(saved, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
+    found = read(tmp_path / "model.ckpt")
+    np.testing.assert_array_equal(found["state_dict"]["weight"], np.ones(2))
+    assert found["epoch"] == 3
+    assert not isinstance(found["callbacks"]["args"], Namespace)
 
 
 def test_plain_hostile_pickle(tmp_path):

@@ -46,7 +46,7 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
         raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
     unet, vae, text_encoder, scheduler = read_architecture(folder, dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
-    _check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
+    check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
     expected = abstract_params(unet, vae, text_encoder)
     params = {part: _load_params(folder, part, expected[part], dtype) for part in WEIGHTS}
     return StableDiffusion(unet, vae, text_encoder, tokenizer, scheduler, params)
@@ -67,9 +67,10 @@ def _load_params(folder: Path, part: str, expected: Params, dtype: Any) -> Param
     return from_state_dict(state, expected, str(source), place=lambda a: jnp.asarray(a, dtype))
 
 
-def _check_parts_fit(
+def check_parts_fit(
     folder: Path, unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, tokenizer: CLIPTokenizer
 ) -> None:
+    """Raises `UserError` if the parts of the model in `folder` belong to different ones."""
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         found = f"{unet.in_channels} in, {unet.out_channels} out, {vae.latent_channels} in the VAE"
         raise UserError(f"{folder}: the channels of a latent differ ({found}); use a plain text-to-image model")

@@ -152,6 +152,11 @@ class TensorFiles(Mapping[str, np.ndarray]):
         with safe_open(self._file_of[name], framework="np") as tensors:
             return tensors.get_tensor(name)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor, which is not read for it."""
+        with safe_open(self._file_of[name], framework="np") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)
 

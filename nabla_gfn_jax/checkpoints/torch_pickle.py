@@ -1,8 +1,9 @@
 """Reads PyTorch's pickled checkpoints (`.pth`, `.pt`, `.bin`) without PyTorch and without running what they hold.
 
-A pickle can call any function it names. This reader knows tensors, their storages and `OrderedDict`, and refuses
-every other name, so a checkpoint from a stranger can at worst be wrong. Both layouts are read: the zip archive of
-PyTorch 1.6 and later, and the older sequence of pickles followed by raw storages.
+A pickle can call any function it names. This reader knows tensors, their storages and `OrderedDict`, puts a thing that
+does nothing in the place of what training programs keep beside, and refuses every other name, so a checkpoint from a
+stranger can at worst be wrong. Both layouts are read: the zip archive of PyTorch 1.6 and later, and the older sequence
+of pickles followed by raw storages.
 """
 
 import pickle
@@ -72,11 +73,37 @@ def _rebuild_parameter(tensor: _Tensor, *unused: Any) -> _Tensor:
     return tensor
 
 
+# Whose objects training programs keep beside the tensors; they are not made, whatever they are.
+_BYSTANDERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "argparse", "numpy", "typing")
+_PLAIN = {
+    ("_codecs", "encode"),
+    ("collections", "defaultdict"),
+    *((module, name) for module in ("builtins", "__builtin__") for name in ("dict", "list", "set")),
+}
 _KNOWN: dict[tuple[str, str], Callable] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
 }
+
+
+class _Bystander:
+    """Stands for an object of a training program that is beside the tensors: takes what is said of it, does nothing."""
+
+    def __init__(self, *said: Any, **more: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        pass
+
+    def append(self, item: Any) -> None:
+        """Nothing."""
+
+    def extend(self, items: Any) -> None:
+        """Nothing."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -89,6 +116,8 @@ class _Unpickler(pickle.Unpickler):
             return _KNOWN[module, name]
         if module == "torch" and name in _DTYPES:
             return np.dtype(_DTYPES[name])  # stands for the storage class; only `persistent_load` sees it
+        if module.partition(".")[0] in _BYSTANDERS or (module, name) in _PLAIN:
+            return _Bystander
         raise UserError(
             f"{self._file} asks for {module}.{name}, and only tensors are read; "
             "save its state_dict alone, or as safetensors"
@@ -105,7 +134,8 @@ def read(file: Path) -> Any:
     """The object `torch.save` wrote: nested dicts, lists and tuples with tensors as read-only numpy arrays.
 
     bfloat16 comes as `ml_dtypes.bfloat16`. Raises `UserError` naming the file if it is missing, truncated, no
-    torch checkpoint, or holds anything but tensors and plain Python values (then also naming that thing).
+    torch checkpoint, or holds anything but tensors, plain Python values and what training programs keep beside (then
+    also naming that thing).
     """
     try:
         if zipfile.is_zipfile(file):

@@ -8,20 +8,17 @@
 | `hpd_photo_paintings` | two of them, as the paper has it | the first 10 of each |
 | `drawbench` | DrawBench (arXiv 2205.11487) but Misspellings and Rare Words | the first 2 of each category |
 | `imagenet_animals` | the 398 animals among ImageNet's classes | none |
-| a path, or `…:COLUMN` | a .txt, .json, .jsonl or .csv file | none |
-| `hub:OWNER/NAME/FILE` or `…:COLUMN` | such a file of a data set | none |
+| a path, or `…:COLUMN`, `…:COLUMN,WEIGHTS` | a file of `prompt_files` | none |
+| `hub:OWNER/NAME/FILE`, or with columns | such a file of a data set on the hub | none |
 """
 
-import csv
-import io
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from nabla_gfn_jax.checkpoints import hub
+from nabla_gfn_jax.data.prompt_files import cell, read_json, read_prompts, read_rows
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import did_you_mean
 
@@ -44,10 +41,14 @@ _FOLDER = "prompts"  # in the user's folder of weights
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order; `held_out` are for evaluation alone, and are `train` where a set has none."""
+    """Prompts in a fixed order; `held_out` are for evaluation alone, and are `train` where a set has none.
+
+    `weights` says how often training draws each of `train`, beside the others; None: all as often.
+    """
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+    weights: tuple[float, ...] | None = None
 
 
 def prompt_set(name: str) -> PromptSet:
@@ -56,16 +57,18 @@ def prompt_set(name: str) -> PromptSet:
         found = PROMPT_SETS[name]()
     elif match := _HUB_FILE.fullmatch(name):
         file = hub.find(_FOLDER, match["file"], repo=match["repo"], repo_type="dataset")
-        found = _without_split(_read(file, match["column"]))
+        found = _from_file(file, match["column"])
     elif local := _local(name):
-        found = _without_split(_read(*local))
+        found = _from_file(*local)
     else:
         names = ", ".join(sorted(PROMPT_SETS))
         near = did_you_mean(name, PROMPT_SETS)
-        kinds = f"a file, FILE:COLUMN of a table, hub:OWNER/NAME/FILE[:COLUMN] or one of {names}"
+        kinds = f"a file, FILE:COLUMN[,WEIGHTS] of a table, hub:OWNER/NAME/FILE[:COLUMN] or one of {names}"
         raise UserError(f"prompts = {name!r} is unknown{near}; use {kinds}")
     if not found.train:
         raise UserError(f"prompts = {name!r} has no prompts")
+    if found.weights is not None and not any(found.weights):
+        raise UserError(f"prompts = {name!r} gives every prompt the weight 0; one at least must be above")
     return found
 
 
@@ -78,12 +81,18 @@ def _local(name: str) -> tuple[Path, str | None] | None:
     return (file, column) if path and column and file.is_file() else None
 
 
+def _from_file(file: Path, columns: str | None) -> PromptSet:
+    prompts, weights = read_prompts(file, columns)
+    return PromptSet(tuple(prompts), tuple(prompts), tuple(weights) if weights else None)
+
+
 def _without_split(prompts: list[str]) -> PromptSet:
     return PromptSet(tuple(prompts), tuple(prompts))
 
 
 def _hpd(*styles: str) -> PromptSet:
-    lists = [_read(hub.find(_FOLDER, f"benchmark/{s}.json", repo="zhwang/HPDv2", repo_type="dataset")) for s in styles]
+    files = [hub.find(_FOLDER, f"benchmark/{s}.json", repo="zhwang/HPDv2", repo_type="dataset") for s in styles]
+    lists = [read_prompts(file)[0] for file in files]
     return PromptSet(
         tuple(p for prompts in lists for p in prompts[_HPD_HELD_OUT:]),
         tuple(p for prompts in lists for p in prompts[:_HPD_HELD_OUT]),
@@ -95,8 +104,8 @@ def _drawbench() -> PromptSet:
     train: list[str] = []
     held_out: list[str] = []
     seen: dict[str, int] = {}
-    for row in _rows(file):
-        prompt, category = _cell(file, row, "Prompts"), _cell(file, row, "Category")
+    for row in read_rows(file):
+        prompt, category = cell(file, row, "Prompts"), cell(file, row, "Category")
         if category in _DRAWBENCH_LEFT_OUT:
             continue
         seen[category] = seen.get(category, 0) + 1
@@ -107,63 +116,11 @@ def _drawbench() -> PromptSet:
 def _imagenet_animals() -> PromptSet:
     """The first name of each class."""
     file = hub.find(_FOLDER, "imagenet-1k-id2label.json", repo="huggingface/label-files", repo_type="dataset")
-    labels = _json(file)
+    labels = read_json(file)
     try:
         return _without_split([labels[str(i)].split(",")[0] for i in range(_IMAGENET_ANIMALS)])
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} does not name ImageNet's classes by number; download it again") from error
-
-
-def _read(file: Path, column: str | None = None) -> list[str]:
-    """A file's prompts in its order: lines of text, a JSON list, or the cells of a column."""
-    if file.suffix in (".csv", ".jsonl"):
-        if column is None:
-            raise UserError(f"{file.name} is a table; name the column of prompts, as in …/{file.name}:COLUMN")
-        prompts: Any = [_cell(file, row, column) for row in _rows(file)]
-    elif file.suffix == ".json":
-        prompts = _json(file)
-        if column is not None and isinstance(prompts, list):
-            prompts = [_cell(file, row, column) for row in prompts]
-    elif file.suffix == ".txt":
-        prompts = [line.strip() for line in _text(file).split("\n") if line.strip()]
-    else:
-        raise UserError(f"prompts of {file.name} cannot be read; use a .txt, .json, .jsonl or .csv file")
-    if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
-        raise UserError(f"{file} is not a list of prompts")
-    return prompts
-
-
-def _rows(file: Path) -> list[Any]:
-    if file.suffix == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(_text(file), newline=""), strict=True))
-        except csv.Error as error:
-            raise UserError(f"{file} is no CSV ({error}); a quote may be left open") from error
-    try:
-        return [json.loads(line) for line in _text(file).split("\n") if line.strip()]  # JSON may hold other line ends
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON lines ({error}); download it again") from error
-
-
-def _cell(file: Path, row: Any, column: str) -> str:
-    if not isinstance(row, dict) or not isinstance(row.get(column), str):
-        has = ", ".join(str(name) for name in row) if isinstance(row, dict) else "no columns"
-        raise UserError(f"{file} has no text in column {column!r} of every row; it has {has}")
-    return row[column]
-
-
-def _json(file: Path) -> Any:
-    try:
-        return json.loads(_text(file))
-    except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}); download it again") from error
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read as text ({error})") from error
 
 
 PROMPT_SETS: dict[str, Callable[[], PromptSet]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from nabla_gfn_jax.checkpoints.hub import files_read
+from nabla_gfn_jax.base_models.names import model_files
 from nabla_gfn_jax.checkpoints.lora_file import read_about
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
@@ -29,7 +29,8 @@ class SubjectOptions(Checked):
 
     workdir: Path | None = option(None, "a run's folder: its LoRAs, sampled as in training", file="existing")
     model: str | None = option(
-        None, "a shipped model, a folder in diffusers' layout, or OWNER/NAME on the hub [the run's, or emoji]"
+        None,
+        "a shipped model, a diffusers folder, a file of weights, or OWNER/NAME on the hub [the run's, or emoji]",
     )
     model_dtype: Literal["float32", "bfloat16"] | None = option(
         None, "type of the base model's numbers [the run's, or float32]"
@@ -94,9 +95,9 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
     )
 
 
-def hashes_of(folder: Path, reward: Iterable[Path] = ()) -> dict[str, str]:
-    """SHA-256 of the files of the base model in `folder` and of a reward, by the manifest's names for them."""
-    files: dict[str, Path | Sequence[str]] = {f"model/{file.relative_to(folder)}": file for file in files_read(folder)}
+def hashes_of(model: str, reward: Iterable[Path] = ()) -> dict[str, str]:
+    """SHA-256 of the files of the base model called `model` and of a reward, by the manifest's names for them."""
+    files: dict[str, Path | Sequence[str]] = {f"model/{name}": file for name, file in model_files(model).items()}
     files |= {f"reward/{file.name}": file for file in reward}
     return {name: described["sha256"] for name, described in manifest.describe_inputs(files).items()}
 

@@ -1,5 +1,6 @@
 """CLIP's byte-pair tokenizer, from the files of a diffusers folder."""
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from nabla_gfn_jax.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
+READER = "the text encoder"
 # Contractions, runs of letters, single digits, runs of other signs (Radford et al. 2021's released files).
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -27,12 +29,19 @@ class CLIPTokenizer:
     start: str = START
     end: str = END
     clean: Callable[[str], str] = str  # what is done to a prompt before `encoder` sees it
+    reader: str = ""  # what to call the network that sees the tokens, in a note of prompts that are cut; "": none
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch tokens"]:
         start, end = self.encoder.token_to_id(self.start), self.encoder.token_to_id(self.end)
         ids = np.full((len(prompts), self.max_length), self.padding_id, np.int32)
         texts = [self.clean(prompt) for prompt in prompts]
-        for row, encoding in enumerate(self.encoder.encode_batch(texts, add_special_tokens=False)):
+        encodings = self.encoder.encode_batch(texts, add_special_tokens=False)
+        cut = [p for p, e in zip(prompts, encodings, strict=True) if len(e.ids) > self.max_length - 2]
+        if cut and self.reader:
+            which = f"{len(cut)} of {len(prompts)} prompts have more than {self.max_length} tokens"
+            rest = f"{self.reader} sees the first alone. The first of them: {cut[0][:60]}…"
+            logging.getLogger(__name__).warning("%s, of which %s", which, rest)
+        for row, encoding in enumerate(encodings):
             text = np.asarray([start, *encoding.ids[: self.max_length - 2], end], np.int32)
             ids[row, : len(text)] = text
         return ids
@@ -50,7 +59,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     if not all(token in vocabulary for token in (START, END, padding)):
         raise UserError(f"{folder}: the vocabulary lacks {START}, {END} or {padding}; download the model again")
     encoder = make_encoder(vocabulary, merges, [START, END])
-    return CLIPTokenizer(encoder, int(settings.get("model_max_length", 77)), vocabulary[padding])
+    return CLIPTokenizer(encoder, int(settings.get("model_max_length", 77)), vocabulary[padding], reader=READER)
 
 
 def make_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,13 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
 
 
+def check_sinks(*, tensorboard: bool, wandb: bool) -> None:
+    """Raises `UserError` if a logger is wanted whose package is not installed; before any work."""
+    for option, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise UserError(f"logging.{option} needs {package}; pip install 'nabla_gfn_jax[logging]'")
+
+
 def _line(row: Mapping[str, Any]) -> str:
     finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
@@ -148,10 +156,8 @@ def _line(row: Mapping[str, Any]) -> str:
 
 def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
     """Begins the folder's event files anew with the rows there are: each is there once, whatever was before."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("logging.tensorboard needs tensorboardX; pip install 'nabla_gfn_jax[logging]'") from None
+    from tensorboardX import SummaryWriter
+
     for file in folder.glob("events.out.tfevents.*"):
         file.unlink()
     writer = SummaryWriter(str(folder), flush_secs=5)
@@ -167,10 +173,8 @@ def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
 
 def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
     """Its server leaves out rows of epochs that it has: a resumed run's are the same numbers."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("logging.wandb needs wandb; pip install 'nabla_gfn_jax[logging]'") from None
+    import wandb
+
     run = wandb.init(
         project="nabla_gfn_jax",
         dir=str(workdir),

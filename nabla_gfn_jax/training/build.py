@@ -8,8 +8,7 @@ from jax.sharding import Mesh
 
 from nabla_gfn_jax import options
 from nabla_gfn_jax.base_models.base import BaseModel, Table
-from nabla_gfn_jax.base_models.names import DTYPES, load_model, resolve_model
-from nabla_gfn_jax.checkpoints.hub import files_read
+from nabla_gfn_jax.base_models.names import DTYPES, load_model, model_files, resolve_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.data.prompts import prompt_set
@@ -18,6 +17,7 @@ from nabla_gfn_jax.options import flatten
 from nabla_gfn_jax.parallel import data_mesh, host_memory
 from nabla_gfn_jax.rewards import Reward, load_reward
 from nabla_gfn_jax.runs.manifest import Input
+from nabla_gfn_jax.runs.metrics_log import check_sinks
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.loop import Plan
 from nabla_gfn_jax.training.prompts import make_table
@@ -27,7 +27,8 @@ from nabla_gfn_jax.typing import Params
 
 
 def check(settings: Settings) -> None:
-    """Raises `UserError` for a model or prompts that are not to be found; loads no weights."""
+    """Raises `UserError` for a model, prompts or an extra that are not to be found; loads no weights."""
+    check_sinks(tensorboard=settings.logging.tensorboard, wandb=settings.logging.wandb)
     resolve_model(settings.model)
     prompts_of(settings)
 
@@ -35,12 +36,12 @@ def check(settings: Settings) -> None:
 def build(settings: Settings) -> Trainer:
     """Loads what the settings name. Raises `UserError` for whatever is wrong, before any long work."""
     mesh = data_mesh(settings.training.trajectories, settings.training.micro_batches)
-    prompts = prompts_of(settings)
+    found = prompt_set(settings.prompts)
     with host_memory():
+        reward = load_reward(settings.reward)  # first: its files are not yet known to be there
         base = load_model(settings.model, DTYPES[settings.model_dtype])
-        reward = load_reward(settings.reward)
-        table = make_table(base, reward, prompts)
-    return assemble(settings, mesh, base, reward, table, len(prompts))
+        table = make_table(base, reward, found.train)
+    return assemble(settings, mesh, base, reward, table, len(found.train), found.weights)
 
 
 def free_fields(settings: Settings) -> frozenset[str]:
@@ -63,7 +64,13 @@ def length(settings: Settings) -> Plan:
 
 
 def assemble(
-    settings: Settings, mesh: Mesh, base: BaseModel, reward: Reward, table: dict[str, Table], num_prompts: int
+    settings: Settings,
+    mesh: Mesh,
+    base: BaseModel,
+    reward: Reward,
+    table: dict[str, Table],
+    num_prompts: int,
+    weights: tuple[float, ...] | None = None,
 ) -> Trainer:
     """A run's trainer from its model, reward and table, whose arrays may be shapes alone, for these devices."""
     c, algorithm = settings.training, settings.algorithm
@@ -92,6 +99,7 @@ def assemble(
         updates_per_epoch=c.updates_per_epoch,
         images_at_once=c.images_at_once,
         start_from=starting_lora(settings.lora.start_from, base),
+        prompt_weights=weights,
     )
 
 
@@ -136,9 +144,10 @@ def about(settings: Settings) -> dict[str, Any]:
 
 def inputs(settings: Settings, reward: Reward) -> dict[str, Input]:
     """What a run reads, by name: files, and the prompts' texts."""
-    folder = resolve_model(settings.model)
-    named: dict[str, Input] = {"prompts": prompts_of(settings)}
-    named |= {f"model/{file.relative_to(folder)}": file for file in files_read(folder)}
+    prompts = prompt_set(settings.prompts)
+    named: dict[str, Input] = {"prompts": prompts.train}
+    named |= {} if prompts.weights is None else {"prompt_weights": [repr(weight) for weight in prompts.weights]}
+    named |= {f"model/{name}": file for name, file in model_files(settings.model).items()}
     named |= {f"reward/{file.name}": file for file in reward.files}
     if settings.lora.start_from is not None:
         named["lora.start_from"] = settings.lora.start_from

@@ -84,7 +84,7 @@ class Programs:
     def __init__(self, trainer: Trainer, plan: Plan, state: TrainState):
         self.trainer, self.meter = trainer, Meter()
         self._key, self._count = jax.random.key(plan.seed), plan.samples
-        self._prompts = PromptIds(trainer.num_prompts)
+        self._prompts = PromptIds(trainer.num_prompts, trainer.prompt_weights)
         traced = trainer.rollout.trace(trainer.frozen, state.params, *self.given(0)[:2])
         self.data = placed(traced.out_info.data, trainer.mesh, BY_UPDATE)
         self.weight = placed(jax.ShapeDtypeStruct((plan.samples,), jnp.float32), trainer.mesh, SPLIT)

@@ -32,11 +32,17 @@ class PromptIds:
     """Which of `number` prompts each sample has."""
 
     number: int
+    weights: tuple[float, ...] | None = None  # how often each, beside the others; None: all as often
 
     def chosen(self, keys: PRNGKeys) -> Int[np.ndarray, " batch"]:
-        """One for each key, uniformly."""
-        choose = lambda key: jax.random.randint(stream(key, "prompt"), (), 0, self.number)  # noqa: E731
-        return np.asarray(jax.vmap(choose)(keys))
+        """One for each key, by the weights."""
+        if self.weights is None:
+            choose = lambda key: jax.random.randint(stream(key, "prompt"), (), 0, self.number)  # noqa: E731
+            return np.asarray(jax.vmap(choose)(keys))
+        place = np.asarray(jax.vmap(lambda key: jax.random.uniform(stream(key, "prompt")))(keys), np.float64)
+        ends = np.cumsum(np.asarray(self.weights, np.float64))
+        found = np.searchsorted(ends, place * ends[-1], side="right")
+        return np.minimum(found, np.flatnonzero(self.weights)[-1]).astype(np.int32)
 
     def cycle(self, count: int) -> Int[np.ndarray, " batch"]:
         """In order, over and over."""

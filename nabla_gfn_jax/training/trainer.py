@@ -59,6 +59,7 @@ class Trainer:
     updates_per_epoch: int = 1
     images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     start_from: Params | None = None  # a LoRA
+    prompt_weights: tuple[float, ...] | None = None  # how often each prompt is drawn; None: all as often
     average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
 
     @cached_property

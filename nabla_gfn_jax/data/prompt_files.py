@@ -1,0 +1,127 @@
+"""Prompts from the files that people keep them in.
+
+| ending | prompts |
+|---|---|
+| `.txt` | a line each; empty lines and those that begin with # are none |
+| `.csv`, `.tsv`, `.jsonl`, `.parquet` | a row each, of the column that is named, or `prompt`, or the only one |
+| `.json` | a list of texts, or of objects as rows |
+
+A second column may hold weights: how often a prompt is to be drawn, beside the others.
+"""
+
+import codecs
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from nabla_gfn_jax.errors import UserError
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+ENDINGS = (".txt", ".json", ".jsonl", ".parquet", *_SEPARATORS)
+_USUAL = "prompt"  # the column that is read where none is named
+
+
+def read_prompts(file: Path, columns: str | None = None) -> tuple[list[str], list[float] | None]:
+    """A file's prompts in its order, and their weights if there are any.
+
+    Args:
+        columns: `PROMPTS` or `PROMPTS,WEIGHTS`, names of columns of a table.
+
+    Raises:
+        UserError: names the file and what is wrong with it.
+    """
+    if file.suffix == ".txt":
+        lines = [line.strip() for line in read_text(file).split("\n")]
+        return [line for line in lines if line and not line.startswith("#")], None
+    if file.suffix not in ENDINGS:
+        raise UserError(f"prompts of {file.name} cannot be read; use a file that ends in {', '.join(ENDINGS)}")
+    found: Any = read_json(file) if file.suffix == ".json" else read_rows(file)
+    if isinstance(found, list) and found and all(isinstance(prompt, str) for prompt in found) and columns is None:
+        return found, None
+    if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
+        raise UserError(f"{file} is not a list of prompts")
+    name, _, weights = (columns or _only_column(file, found)).partition(",")
+    prompts = [cell(file, row, name) for row in found]
+    return prompts, [_weight(file, row, weights) for row in found] if weights else None
+
+
+def _only_column(file: Path, rows: list[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    if _USUAL in names or not names:
+        return _USUAL
+    if len(names) > 1:
+        shown = ", ".join(map(str, names))
+        raise UserError(
+            f"{file.name} is a table; name the column of prompts, as in …/{file.name}:COLUMN; it has {shown}"
+        )
+    return str(names[0])
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """The rows of a table, by column. Raises `UserError` for a file that is none."""
+    if file.suffix in _SEPARATORS:
+        text = io.StringIO(read_text(file), newline="")
+        try:
+            return list(csv.DictReader(text, strict=True, delimiter=_SEPARATORS[file.suffix]))
+        except csv.Error as error:
+            raise UserError(f"{file} is no {file.suffix[1:].upper()} ({error}); a quote may be left open") from error
+    if file.suffix == ".parquet":
+        return _parquet(file)
+    try:
+        # JSON may hold what is a line end to Python alone.
+        return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON lines ({error}); download it again") from error
+
+
+def _parquet(file: Path) -> list[dict[str, Any]]:
+    try:
+        from pyarrow import ArrowException
+        from pyarrow.parquet import read_table
+    except ImportError:
+        raise UserError(f"{file.name} needs pyarrow; pip install 'nabla_gfn_jax[prompts]'") from None
+    try:
+        rows: list[dict[str, Any]] = read_table(file).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise UserError(f"{file} is no parquet file ({str(error).splitlines()[0]}); download it again") from error
+    return rows
+
+
+def cell(file: Path, row: Any, column: str) -> str:
+    """The text in a row's column. Raises `UserError` if there is none."""
+    if not isinstance(row, dict) or not isinstance(row.get(column), str):
+        has = ", ".join(str(name) for name in row) if isinstance(row, dict) else "no columns"
+        raise UserError(f"{file} has no text in column {column!r} of every row; it has {has}")
+    return row[column]
+
+
+def _weight(file: Path, row: dict[str, Any], column: str) -> float:
+    try:
+        weight = float(row[column])
+        if not (math.isfinite(weight) and weight >= 0):
+            raise ValueError
+    except (KeyError, TypeError, ValueError):
+        found = repr(row[column]) if column in row else f"no such column; it has {', '.join(map(str, row))}"
+        raise UserError(f"{file}: a weight in column {column!r} is not a number of 0 or more: {found}") from None
+    return weight
+
+
+def read_json(file: Path) -> Any:
+    """What a JSON file holds. Raises `UserError` if it is none."""
+    try:
+        return json.loads(read_text(file))
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error}); download it again") from error
+
+
+def read_text(file: Path) -> str:
+    """A file's text in UTF-8, or in UTF-16 as Windows marks it. Raises `UserError` if it cannot be read."""
+    try:
+        contents = file.read_bytes()
+        marked = contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return contents.decode("utf-16" if marked else "utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} cannot be read as text ({error}); save it in UTF-8") from error
