@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec
+from typing import NoReturn, ParamSpec
 
 P = ParamSpec("P")
 
@@ -20,7 +20,16 @@ def exit_on_user_error(main: Callable[P, None]) -> Callable[P, None]:
         try:
             main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            _exit(str(error))
+        except Exception as error:  # one that was raised in a callback comes out of JAX as another's text
+            _, raised, text = str(error).rpartition(f"{UserError.__name__}: ")
+            if not raised:
+                raise
+            _exit(text.splitlines()[0])
 
     return wrapper
+
+
+def _exit(text: str) -> NoReturn:
+    print(f"error: {text}", file=sys.stderr)
+    sys.exit(2)

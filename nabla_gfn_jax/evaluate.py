@@ -8,7 +8,6 @@ WORKDIR/evaluations.jsonl, and keeps there what it measured of the base model's 
 """
 
 import sys
-from collections import ChainMap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
-from nabla_gfn_jax.rewards import REWARDS, load_reward
+from nabla_gfn_jax.rewards import RewardNames, load_reward
 from nabla_gfn_jax.runs import evaluations
 
 
@@ -39,7 +38,7 @@ class Options(SubjectOptions):
     num: int = option(512, "images for each prompt", minimum=1)
     base_num: int = option(0, "images of the base model for each prompt, if more than num", minimum=0)
     reward: str | None = option(
-        None, "the reward; none: no reward [the run's, or valence]", choices=ChainMap(REWARDS, {"none": None})
+        None, "the reward; none: no reward [the run's, or valence]", choices=RewardNames("none")
     )
     beta: float | None = option(None, "the β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
     out: Path | None = option(None, "a JSON file for all figures", file="output")

@@ -8,7 +8,7 @@ from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, one_of, option
-from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.rewards import NAMES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class Settings(Checked):
         meaning='the base model: "emoji", a folder in diffusers\' layout, a file of weights, or OWNER/NAME on the hub'
     )
     model_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the frozen UNet, VAE and text encoder")
-    reward: str = option(meaning="the reward R", choices=REWARDS)
+    reward: str = option(meaning="the reward R: a name, FILE.py:FUNCTION, a server, or a weighted sum", choices=NAMES)
     prompts: str = option(meaning="a prompt set's name, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")
     sampling: Sampling
     algorithm: Any = one_of(ALGORITHMS, "the algorithm, whose own options are the group's other fields")

@@ -24,6 +24,7 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards import ABSTRACT, REWARDS
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+UNPINNED = ("zhwang/HPDv2", "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K")
 COMMIT = "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"
 
 
@@ -344,8 +345,8 @@ def test_what_is_read_is_what_is_named(fake_hub):
         assert (fake_hub.source / name).is_file()
 
 
-def test_every_repository_that_is_read_is_pinned_but_one(monkeypatch, tmp_path):
-    """HPDv2's commit is not known here; a run's manifest says which one it read."""
+def test_every_repository_that_is_read_is_pinned_but_three(monkeypatch, tmp_path):
+    """Their commits are not known here; a run's manifest says which one it read."""
     asked = {}
 
     def download(repo, file, *, revision, repo_type, local_files_only=False):
@@ -358,7 +359,9 @@ def test_every_repository_that_is_read_is_pinned_but_one(monkeypatch, tmp_path):
     for load in [*(REWARDS[name] for name in ABSTRACT), *PROMPT_SETS.values()]:
         with suppress(UserError):  # the files are empty
             load()
-    assert asked == {name: commit for name, commit in hub.PINNED.items() if name != SD15} | {"zhwang/HPDv2": "main"}
+    assert asked == {name: commit for name, commit in hub.PINNED.items() if name != SD15} | dict.fromkeys(
+        UNPINNED, "main"
+    )
     assert all(re.fullmatch("[0-9a-f]{40}", commit) for commit in hub.PINNED.values())
 
 

@@ -62,7 +62,7 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
             return own
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     cached = None
-    with suppress(LocalEntryNotFoundError, FileNotFoundError):
+    with suppress(Exception):  # whatever is wrong is said below
         cached = Path(hf_hub_download(repo, file, **where, local_files_only=True))
         if _COMMIT.fullmatch(revision):
             return cached

@@ -5,7 +5,7 @@ import numpy as np
 from nabla_gfn_jax.metrics.base import Batch, PathStatistics, Samples
 from nabla_gfn_jax.metrics.certificate import Certificate, Paths, certify
 from nabla_gfn_jax.metrics.reward import LogReward
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards.reward import TOTAL, Reward
 
 
 class Nats(LogReward):
@@ -35,4 +35,5 @@ class Nats(LogReward):
 
 
 def _paths(state: Samples) -> Paths:
-    return Paths(prompt=state.prompt, **state.values)
+    named = {name: state.values[name] for name in (TOTAL, *PathStatistics._fields)}
+    return Paths(prompt=state.prompt, **named)

@@ -9,17 +9,17 @@ import numpy as np
 from nabla_gfn_jax.metrics.base import Batch, Samples, Weighting
 from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards.reward import TOTAL, Reward
 
 
 class LogReward:
-    """log R(image | prompt), not multiplied by β; its state has "log_reward"."""
+    """log R(image | prompt), not multiplied by β; its state has what `Reward.scores` names."""
 
     def __init__(self, reward: Reward):
         self._reward = reward
         self._mesh = all_devices()
         self._params = place(reward.params, self._mesh)
-        self._score = split(reward.score, self._mesh, (EVERYWHERE, SPLIT, SPLIT), SPLIT)
+        self._score = split(reward.scores, self._mesh, (EVERYWHERE, SPLIT, SPLIT), SPLIT)
         self._features: Any = None
         self._rows = 0  # of a batch, the largest so far: shorter ones are filled up, so that one program serves all
 
@@ -36,10 +36,12 @@ class LogReward:
         self._rows = max(self._rows, -(-count // self._mesh.size) * self._mesh.size)
         rows = np.minimum(np.arange(self._rows), count - 1)
         features = jax.tree.map(lambda a: a[batch.prompt[rows]], self._features)
-        log_reward = self._score(self._params, *place((batch.images[rows], features), self._mesh, SPLIT))
-        return Samples(batch.prompt, {"log_reward": gather(log_reward, self._mesh)[:count].astype(np.float64)})
+        scores = self._score(self._params, *place((batch.images[rows], features), self._mesh, SPLIT))
+        found = {name: gather(score, self._mesh)[:count].astype(np.float64) for name, score in scores.items()}
+        return Samples(batch.prompt, found)
 
     def compute(self, state: Samples, weighting: Weighting | None = None) -> dict[str, Estimate]:
         state = state.by_prompt()
         weighting = weighting or Weighting.equal(state.prompt)
-        return weighting.estimate(lambda weights: {"log_reward": float(weights @ state.values["log_reward"])})
+        scores = {name: values for name, values in state.values.items() if name.startswith(TOTAL)}
+        return weighting.estimate(lambda weights: {name: float(weights @ values) for name, values in scores.items()})

@@ -1,10 +1,19 @@
-"""Rewards by name. A new one is a file with a loader and a line in `REWARDS`."""
+"""Rewards by name: a shipped one, a user's own, a server, or a weighted sum. A new one is a line in `REWARDS`.
 
-from collections.abc import Callable
+A name is one or several terms joined by "+", each `REWARD` or `REWARD:WEIGHT`, a REWARD being a key of `REWARDS`,
+`FILE.py:FUNCTION` (`own`), or the URL of a server (`remote`).
+"""
+
+import math
+from collections.abc import Callable, Collection, Iterator
+from typing import NamedTuple
 
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.rewards import aesthetic, emoji, hps, image_reward
-from nabla_gfn_jax.rewards.reward import Reward
+from nabla_gfn_jax.rewards import aesthetic, clip_score, emoji, hps, image_reward, jpeg, own, remote
+from nabla_gfn_jax.rewards.reward import TOTAL, Reward
+from nabla_gfn_jax.rewards.sums import weighted_sum
+
+__all__ = ["ABSTRACT", "NAMES", "REWARDS", "TOTAL", "Reward", "RewardNames", "load_reward", "terms"]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "valence": emoji.valence,
@@ -12,13 +21,95 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "aesthetic": aesthetic.aesthetic,
     "hps": hps.hps,
     "image_reward": image_reward.image_reward,
+    "pick_score": clip_score.pick_score,
+    "clip": clip_score.clip,
+    "clip_h": clip_score.clip_h,
+    "jpeg": jpeg.jpeg,
 }
 # Without their weights, to plan a run; those not named here come with the package.
 ABSTRACT: dict[str, Callable[[], Reward]] = {
     "aesthetic": aesthetic.abstract,
     "hps": hps.abstract,
     "image_reward": image_reward.abstract,
+    "pick_score": lambda: clip_score.abstract(clip_score.VIT_H),
+    "clip": lambda: clip_score.abstract(clip_score.VIT_L),
+    "clip_h": lambda: clip_score.abstract(clip_score.VIT_H),
 }
+_URL = ("http://", "https://")
+
+
+class Term(NamedTuple):
+    """A part of a reward: its name, what it is called in a log, and its weight."""
+
+    reward: str
+    label: str
+    weight: float
+
+
+class RewardNames(Collection[str]):
+    """Every name that `load_reward` takes, as the choices of an option; it is iterated by kinds.
+
+    Asking for a file that is not there raises the `UserError` that says so.
+    """
+
+    def __init__(self, *more: str):
+        """`more`: other texts that the option allows."""
+        self._more = more
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and (name in self._more or terms(name) is not None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(
+            [*REWARDS, "FILE.py:FUNCTION", "http://SERVER/PATH", "a sum such as hps:1+aesthetic:0.5", *self._more]
+        )
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+NAMES = RewardNames()
+
+
+def terms(name: str) -> list[Term] | None:
+    """The parts of a reward's name; None if one is no reward. Raises `UserError` for a file that does not exist."""
+    parts = [_term(text.strip()) for text in name.split("+")]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):  # or a file whose path has the sign
+        whole = _term(name)
+        found = [whole] if whole else []
+    for term in found:
+        file = own.split(term.reward)
+        if file is not None and not file[0].is_file():
+            raise UserError(f"reward = {term.reward!r}: there is no file {file[0]}")
+    labels = [term.label for term in found]
+    return [t._replace(label=t.reward) if labels.count(t.label) > 1 else t for t in found] or None
+
+
+def _term(text: str) -> Term | None:
+    """`REWARD` or `REWARD:WEIGHT`; None for another text."""
+    weight = 1.0
+    if not _is_reward(text):
+        text, _, said = text.rpartition(":")
+        try:
+            weight = float(said)
+        except ValueError:
+            return None
+    if not _is_reward(text) or not math.isfinite(weight):
+        return None
+    file = own.split(text)
+    return Term(text, file[1] if file else text, weight)
+
+
+def _is_reward(name: str) -> bool:
+    """Whether the text is one reward without a weight."""
+    file = own.split(name)
+    if file is not None:
+        return file[1].isidentifier()
+    server = next((name.removeprefix(start) for start in _URL if name.startswith(start)), None)
+    if server is not None:
+        return "+" not in name and ":" not in server.partition("/")[2]
+    return name in REWARDS
 
 
 def load_reward(name: str, *, weights: bool = True) -> Reward:
@@ -26,6 +117,18 @@ def load_reward(name: str, *, weights: bool = True) -> Reward:
 
     Raises `UserError` if there is none, or its weights are not installed.
     """
-    if name not in REWARDS:
-        raise UserError(f"there is no reward {name!r}; choose one of {', '.join(REWARDS)}")
-    return (REWARDS if weights else REWARDS | ABSTRACT)[name]()
+    found = terms(name)
+    if found is None:
+        raise UserError(f"there is no reward {name!r}; choose one of {', '.join(NAMES)}")
+    if len({term.label for term in found}) < len(found):
+        raise UserError(f"reward = {name!r} names one reward twice; give it once, with the sum of its weights")
+    parts = {term.label: (term.weight, _load(term.reward, weights)) for term in found}
+    (weight, reward), *others = parts.values()
+    return weighted_sum(parts) if others or weight != 1.0 else reward
+
+
+def _load(name: str, weights: bool) -> Reward:
+    if name in REWARDS:
+        return (REWARDS if weights else REWARDS | ABSTRACT)[name]()
+    file = own.split(name)
+    return own.own(*file) if file else remote.remote(name)

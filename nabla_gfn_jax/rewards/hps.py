@@ -1,6 +1,6 @@
 """Human Preference Score v2.1 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP ViT-H-14 finetuned on people's choices."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,10 +14,10 @@ from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig,
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.models.preprocess import clip_normalise, fit_longer_side
 from nabla_gfn_jax.models.tokenizer import vocabulary_files
+from nabla_gfn_jax.rewards.prompt_features import prompt_encoder, unit
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
-_ENCODED_TOGETHER = 32  # prompts
 _UNUSED = "logit_scale"
 
 
@@ -44,7 +44,11 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
     visual = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float32)), params.pop("visual"))
     text = OpenCLIPText(config.text, config.embed_dim)
     files = (file, *vocabulary_files(tokenizer))
-    return Reward(visual, _prompt_encoder(text, params, tokenize), _scorer(config), files)
+
+    def features(params: Params, ids: Int[Array, "batch tokens"]) -> Embeddings:
+        return jnp.asarray(text.apply({"params": params}, ids))
+
+    return Reward(visual, prompt_encoder(features, params, tokenize), _scorer(config), files)
 
 
 def abstract(config: OpenCLIPConfig = VIT_H_14) -> Reward:
@@ -72,7 +76,7 @@ def _scorer(config: OpenCLIPConfig) -> Callable[[Params, Images, Embeddings], Pe
     def score(params: Params, images: Images, prompts: Embeddings) -> PerSample:
         with jax.default_matmul_precision("highest"):
             features = vision.apply({"params": params}, preprocess(images, config.vision.image_size))
-        return jnp.sum(_unit(jnp.asarray(features)) * prompts, axis=-1)
+        return jnp.sum(unit(jnp.asarray(features)) * prompts, axis=-1)
 
     return score
 
@@ -83,35 +87,3 @@ def preprocess(images: Images, size: int) -> Resized:
     As the package's own transform, which leaves an image whose longer side is `size` as it is: here it is padded too.
     """
     return clip_normalise(fit_longer_side(images.astype(jnp.float32), size))
-
-
-def _prompt_encoder(
-    text: OpenCLIPText, params: Params, tokenize: Callable[[Sequence[str]], Int[np.ndarray, "batch tokens"]]
-) -> Callable[[list[str]], Embeddings]:
-    """Prompts to unit features (B, embedding), float32. A prompt is encoded once.
-
-    The weights stay in the host's memory, as stored.
-    """
-    known: dict[str, np.ndarray] = {}
-
-    @jax.jit
-    def run(params: Params, ids: Int[Array, "batch tokens"]) -> Embeddings:
-        exact = jax.tree.map(lambda a: a.astype(jnp.float32), params)
-        with jax.default_matmul_precision("highest"):
-            return _unit(jnp.asarray(text.apply({"params": exact}, ids)))
-
-    def encode(prompts: list[str]) -> Embeddings:
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
-        on_device = jax.device_put(params) if new else None
-        for start in range(0, len(new), _ENCODED_TOGETHER):
-            batch = new[start : start + _ENCODED_TOGETHER]
-            padded = batch + [""] * (_ENCODED_TOGETHER - len(batch))
-            features = np.asarray(run(on_device, tokenize(padded)))
-            known.update(zip(batch, features, strict=False))
-        return jnp.stack([known[prompt] for prompt in prompts])
-
-    return encode
-
-
-def _unit(features: Embeddings) -> Embeddings:
-    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

@@ -10,6 +10,8 @@ from jaxtyping import PyTree
 
 from nabla_gfn_jax.typing import Images, Params, PerSample
 
+TOTAL = "log_reward"  # the name of the reward itself among its scores
+
 
 @dataclass(frozen=True)
 class Reward:
@@ -24,6 +26,10 @@ class Reward:
     encode_prompts: Callable[[list[str]], PyTree[Any]]
     score: Callable[[Params, Images, PyTree[Any]], PerSample]
     files: tuple[Path, ...] = ()
+
+    def scores(self, params: Params, images: Images, features: PyTree[Any]) -> dict[str, PerSample]:
+        """`score` under the name `TOTAL`, and whatever a reward tells apart beside it, for the log."""
+        return {TOTAL: self.score(params, images, features)}
 
 
 def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., PerSample]) -> Reward:

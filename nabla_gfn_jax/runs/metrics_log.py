@@ -44,6 +44,7 @@ COLUMNS = (
     Column("updates", "updates", EPOCH, "how many updates have been made when it ends"),
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
+    Column("reward_mean_PART", "log R", POLICY, "the mean of each part of a reward that is a sum, without its weight"),
     Column("loss", "", UPDATE, "what is minimised, a mean over the epoch's optimizer steps"),
     *_columns_of_algorithms(),
     Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before it is clipped"),

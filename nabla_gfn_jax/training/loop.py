@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.parallel import SPLIT, gather, place, placed
 from nabla_gfn_jax.processes import meet
+from nabla_gfn_jax.rewards import TOTAL
 from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.training.profiling import Meter
 from nabla_gfn_jax.training.prompts import PromptIds
@@ -168,7 +169,9 @@ def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, u
         state, metrics = programs.update(state, progress.data, progress.weight)  # begins while that is sampled
     meet(f"epoch {epoch}")
     scalars = {name: gather(value, trainer.mesh) for name, value in sampled.scalars.items()}
-    numbers = {"reward_mean": scalars["log_reward"].mean(), "reward_std": scalars["log_reward"].std()}
+    numbers = {"reward_mean": scalars[TOTAL].mean(), "reward_std": scalars[TOTAL].std()}
+    parts = {name: value for name, value in scalars.items() if name.startswith(f"{TOTAL}_")}
+    numbers |= {f"reward_mean{name.removeprefix(TOTAL)}": value.mean() for name, value in parts.items()}
     host_weight, stats = trainer.algorithm.weigh(progress.stats, scalars, prompt_id)
     weight = place(host_weight, trainer.mesh, SPLIT)
     if not trainer.algorithm.on_policy:

@@ -21,7 +21,7 @@ from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, predic
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
-from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.rewards import TOTAL, Reward
 from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.training.latent_reward import in_parts, latent_reward
 from nabla_gfn_jax.training.state import TrainState
@@ -101,8 +101,11 @@ class Trainer:
         )
 
     def _score(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> PerSample:
+        return self._scores(frozen, z, prompt_id)[TOTAL]
+
+    def _scores(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> dict[str, PerSample]:
         features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
-        return self.reward.score(frozen["reward"], self.base.decode(frozen["base"], z), features)
+        return self.reward.scores(frozen["reward"], self.base.decode(frozen["base"], z), features)
 
     @cached_property
     def rollout(self) -> Any:
@@ -124,10 +127,10 @@ class Trainer:
     def _rollout(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Sampled:
         model = self.model(frozen)
         trajectory = sample(model.predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id)
-        log_reward = in_parts(partial(self._score, frozen), self.images_at_once, trajectory.samples, prompt_id)
-        rollout = Rollout(trajectory=trajectory, log_reward=log_reward, prompt_id=prompt_id, keys=keys)
+        scores = in_parts(partial(self._scores, frozen), self.images_at_once, trajectory.samples, prompt_id)
+        rollout = Rollout(trajectory=trajectory, log_reward=scores[TOTAL], prompt_id=prompt_id, keys=keys)
         batch = self.algorithm.batch(params, model, rollout, self.updates_per_epoch)
-        return Sampled(data=batch.data, scalars={"log_reward": log_reward, **batch.scalars})
+        return Sampled(data=batch.data, scalars=scores | batch.scalars)
 
     def _images(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Images:
         predict = self.model(frozen).predict

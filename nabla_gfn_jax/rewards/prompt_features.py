@@ -1,0 +1,48 @@
+"""Unit features of prompts from a text tower, each prompt encoded once."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from nabla_gfn_jax.models.open_clip import Embeddings
+from nabla_gfn_jax.typing import Params
+
+_ENCODED_TOGETHER = 32  # prompts
+
+
+def prompt_encoder(
+    tower: Callable[[Params, Int[Array, "batch tokens"]], Embeddings],
+    params: Params,
+    tokenize: Callable[[Sequence[str]], Int[np.ndarray, "batch tokens"]],
+) -> Callable[[list[str]], Embeddings]:
+    """Prompts to unit features (B, embedding), float32, of the tower's output.
+
+    The weights stay in the host's memory, as stored.
+    """
+    known: dict[str, np.ndarray] = {}
+
+    @jax.jit
+    def run(params: Params, ids: Int[Array, "batch tokens"]) -> Embeddings:
+        exact = jax.tree.map(lambda a: a.astype(jnp.float32), params)
+        with jax.default_matmul_precision("highest"):
+            return unit(tower(exact, ids))
+
+    def encode(prompts: list[str]) -> Embeddings:
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in known]
+        on_device = jax.device_put(params) if new else None
+        for start in range(0, len(new), _ENCODED_TOGETHER):
+            batch = new[start : start + _ENCODED_TOGETHER]
+            padded = batch + [""] * (_ENCODED_TOGETHER - len(batch))
+            features = np.asarray(run(on_device, tokenize(padded)))
+            known.update(zip(batch, features, strict=False))
+        return jnp.stack([known[prompt] for prompt in prompts])
+
+    return encode
+
+
+def unit(features: Embeddings) -> Embeddings:
+    """Each feature divided by its length."""
+    return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

@@ -1,0 +1,42 @@
+"""A weighted sum of rewards: log R = Σ wᵢ log Rᵢ, so that R^β = Π Rᵢ^(β wᵢ), a product of experts."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jaxtyping import PyTree
+
+from nabla_gfn_jax.rewards.reward import TOTAL, Reward
+from nabla_gfn_jax.typing import Images, Params, PerSample
+
+
+@dataclass(frozen=True)
+class SumOfRewards(Reward):
+    """A reward whose `scores` has its parts beside it, each as `log_reward_NAME`, not multiplied by its weight."""
+
+    parts: tuple[tuple[str, float, Reward], ...] = ()
+
+    def scores(self, params: Params, images: Images, features: PyTree[Any]) -> dict[str, PerSample]:
+        found = {name: part.score(params[name], images, features[name]) for name, _, part in self.parts}
+        total = sum(weight * found[name] for name, weight, _ in self.parts)
+        return {TOTAL: total, **{f"{TOTAL}_{name}": score for name, score in found.items()}}  # type: ignore[dict-item]
+
+
+def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> SumOfRewards:
+    """The sum of the parts by name, each times its weight. It knows the prompts that all of them know."""
+
+    def encode(prompts: list[str]) -> dict[str, Any]:
+        return {name: part.encode_prompts(prompts) for name, (_, part) in parts.items()}
+
+    def score(params: Params, images: Images, features: PyTree[Any]) -> PerSample:
+        return whole.scores(params, images, features)[TOTAL]
+
+    files = dict.fromkeys(file for _, part in parts.values() for file in part.files)
+    whole = SumOfRewards(
+        params={name: part.params for name, (_, part) in parts.items()},
+        encode_prompts=encode,
+        score=score,
+        files=tuple(files),
+        parts=tuple((name, weight, part) for name, (weight, part) in parts.items()),
+    )
+    return whole
