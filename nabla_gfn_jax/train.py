@@ -6,6 +6,7 @@ one workdir that all of them see.
 """
 
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import about, build, check, free_fields, inputs, length
 from nabla_gfn_jax.training.judge import Judge
-from nabla_gfn_jax.training.loop import Programs, first_progress, restored, run
+from nabla_gfn_jax.training.loop import Programs, Row, first_progress, restored, run
 from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
 
 
@@ -54,8 +55,10 @@ def main(argv: list[str]) -> None:
             )
 
 
-def finetune(settings: Settings, workdir: Workdir, *, profile: bool) -> None:
-    """The run of these settings, from its beginning or from its last checkpoint."""
+def finetune(
+    settings: Settings, workdir: Workdir, *, profile: bool, on_epoch: Callable[[Row], None] | None = None
+) -> None:
+    """The run of these settings, from its beginning or from its last checkpoint. `on_epoch` sees each epoch's row."""
     use_compilation_cache()
     trainer, plan = build(settings), length(settings)
     workdir.record_inputs(inputs(settings, trainer.reward))
@@ -73,7 +76,7 @@ def finetune(settings: Settings, workdir: Workdir, *, profile: bool) -> None:
             write=is_first(),
         )
         judge = Judge(settings, trainer, workdir) if settings.logging.judged_images else None
-        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, judge)) as outputs:
+        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, judge, on_epoch)) as outputs:
             outputs.resumes(progress)
             run(programs, plan, progress, first, outputs)
 

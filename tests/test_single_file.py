@@ -214,6 +214,16 @@ def test_the_model_is_the_folders(name, case, tmp_path):
     assert jax.tree.map(lambda a: a.shape, shapes) == jax.tree.map(lambda a: a.shape, model.params)
 
 
+def test_the_text_encoder_of_the_oldest_files(case, tmp_path):
+    """Which have no `text_model` in its names."""
+    if case.version_2:
+        pytest.skip("of version 1")
+    old = {key.replace(".transformer.text_model.", ".transformer."): array for key, array in case.state.items()}
+    save_file({k: np.ascontiguousarray(a) for k, a in old.items()}, tmp_path / "old.safetensors")
+    found, expected = (load_model(str(path)).params for path in (tmp_path / "old.safetensors", case.folder))
+    jax.tree.map(np.testing.assert_array_equal, found["text_encoder"], expected["text_encoder"])
+
+
 def test_diffusers_reads_the_same_file_to_the_same_model(case, tmp_path):
     """So the names that this test writes are the true ones."""
     if case.version_2:

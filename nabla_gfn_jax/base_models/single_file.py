@@ -34,7 +34,8 @@ PREDICTIONS = ("epsilon", "v_prediction")
 CHOICES = (*PREDICTIONS, "non_ema")  # what may stand behind a file's name
 
 _UNET, _EMA, _VAE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
-_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.text_model.", "cond_stage_model.model."
+_CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
+_WRAPPED = "text_model."  # stands behind `_CLIP` in most files
 _HEAD_WIDTH = 64  # of both text encoders, and of version 2's UNet
 _V_PIXELS, _PIXELS = 768, 512  # of version 2's models that predict v, and of all others
 _WORDS = "openai/clip-vit-large-patch14"  # both versions' vocabulary
@@ -151,7 +152,8 @@ def _unet_state(state: Mapping[str, np.ndarray], expected: Params, non_ema: bool
 def _text_state(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
     """The text encoder's tensors on transformers' names. OpenCLIP's last block is left out, as it is not used."""
     if _OPEN_CLIP not in _prefixes(state):
-        return _Renamed(state, {key.removeprefix(_CLIP): key for key in state if key.startswith(_CLIP)})
+        keys = [key for key in state if key.startswith(_CLIP)]
+        return _Renamed(state, {key.removeprefix(_CLIP).removeprefix(_WRAPPED): key for key in keys})
     last = f"transformer.resblocks.{_blocks(_shapes(state, _OPEN_CLIP)) - 1}."
     found: dict[str, np.ndarray] = {}
     for key in (key.removeprefix(_OPEN_CLIP) for key in state if key.startswith(_OPEN_CLIP)):
@@ -219,6 +221,7 @@ def _vae_config(shapes: Mapping[str, tuple[int, ...]]) -> VAEConfig:
 
 
 def _clip_config(shapes: Mapping[str, tuple[int, ...]]) -> CLIPTextConfig:
+    shapes = {key.removeprefix(_WRAPPED): shape for key, shape in shapes.items()}
     rows, width = shapes["embeddings.token_embedding.weight"]
     return CLIPTextConfig(
         vocab_size=rows,

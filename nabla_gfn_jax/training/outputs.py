@@ -1,5 +1,7 @@
 """Where a run's results go: its workdir, and a progress bar."""
 
+from collections.abc import Callable
+
 import numpy as np
 from tqdm import tqdm
 
@@ -33,9 +35,10 @@ class WorkdirOutputs:
         checkpoints: Checkpoints,
         profile: bool,
         judge: Judge | None = None,
+        on_epoch: Callable[[Row], None] | None = None,
     ):
         self._workdir, self._log, self._checkpoints, self._keep = workdir, log, checkpoints, plan.keep_loras
-        self._judge = judge
+        self._judge, self._on_epoch = judge, on_epoch
         self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         total = plan.epochs + 2
         self._bar = tqdm(initial=first, total=total, unit="epoch", dynamic_ncols=True, disable=not is_first())
@@ -51,6 +54,8 @@ class WorkdirOutputs:
         self._log.write(row)
         shown = {"reward": row["reward_mean"]} | {name: row[name] for name in ("loss",) if name in row}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
+        if self._on_epoch is not None:
+            self._on_epoch(row)
 
     def images(self, updates: int, images: np.ndarray) -> None:
         if is_first():
