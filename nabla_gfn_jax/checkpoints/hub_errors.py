@@ -42,9 +42,10 @@ def explain(error: BaseException, repo: str) -> str:
         return f"its owner asks for your consent; give it at https://huggingface.co/{repo} and run `hf auth login`"
     if "invalid" in text.lower() and status == 401:
         return f"the hub does not know your token; {_LOGIN}"
+    if repo in MIRRORS:
+        return f"it is gone from the hub; {MIRRORS[repo]} has the same files"
     if "RepositoryNotFoundError" in names or status == 401:
-        mirror = f"it is gone from the hub; {MIRRORS[repo]} has the same files" if repo in MIRRORS else ""
-        return mirror or f"the hub shows you no such repository; check its name, or, if it is private, {_LOGIN}"
+        return f"the hub shows you no such repository; check its name, or, if it is private, {_LOGIN}"
     if "RevisionNotFoundError" in names:
         return "it has no such revision; check what stands behind the @"
     if "RemoteEntryNotFoundError" in names or status == 404:
