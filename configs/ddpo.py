@@ -22,7 +22,14 @@ def get_config(variant: str = "") -> ConfigDict:
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")
     c.algorithm = ConfigDict(
-        {"name": "ddpo", "ratio_clip": 1e-4, "advantage_clip": 5.0, "buffer_size": 32, "min_count": 16}
+        {
+            "name": "ddpo",
+            "ratio_clip": 1e-4,
+            "advantage_clip": 5.0,
+            "buffer_size": 32,
+            "min_count": 16,
+            "output_regularisation": 0.0,
+        }
     )
     c.training.updates_per_epoch = 2
     c.training.learning_rate = 3e-4

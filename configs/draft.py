@@ -21,7 +21,9 @@ def get_config(variant: str = "") -> ConfigDict:
         raise UserError(f"there is no variant {variant!r}; use none, or one of lv, emoji")
     c = load_config("emoji" if variant == "emoji" else "aesthetic")
     last_steps = 10 if variant == "emoji" else 1
-    c.algorithm = ConfigDict({"name": "draft", "last_steps": last_steps, "lv_samples": 2 if variant == "lv" else 0})
+    lv = 2 if variant == "lv" else 0
+    c.algorithm = ConfigDict({"name": "draft", "last_steps": last_steps, "lv_samples": lv})
+    c.algorithm.output_regularisation = 0.0
     c.training.updates_per_epoch = 1
     if variant == "emoji":
         c.training.num_epochs = 30

@@ -21,7 +21,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "image_reward")
     margin = 1.0 if variant else 2.0  # valence is a tanh
-    c.algorithm = ConfigDict({"name": "refl", "late_steps": 10, "margin": margin})
+    c.algorithm = ConfigDict({"name": "refl", "late_steps": 10, "margin": margin, "output_regularisation": 0.0})
     c.training.updates_per_epoch = 1
     if variant:
         c.training.num_epochs = 30

@@ -1,5 +1,7 @@
 """DDPO, ReFL and DRaFT against independent statements of their losses in PyTorch, in float64 by autograd."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,15 +31,19 @@ from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.refl import Refl
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import leaves
 
 torch.set_num_threads(1)
 ONES = jnp.ones(BATCH)
 
 
-def of_update(algorithm, weight=ONES, updates=1):
+EARLIER = jax.tree.map(lambda a: 0.7 * a, LORA)  # θ†, which sampled
+
+
+def of_update(algorithm, weight=ONES, updates=1, model=MODEL):
     """The first update's data, and the loss, its terms and the LoRA gradient there, at parameters not those sampled."""
-    data = first_update(jax.jit(lambda r: algorithm.batch(PARAMS, MODEL, r, updates))(rollout()))
-    value = jax.jit(lambda p, d, w: algorithm.value_and_grad({"lora": p}, MODEL, d, w))
+    data = first_update(jax.jit(lambda r: algorithm.batch({"lora": EARLIER}, model, r, updates))(rollout()))
+    value = jax.jit(lambda p, d, w: algorithm.value_and_grad({"lora": p}, model, d, w))
     (loss, terms), gradient = value(LORA, data, weight)
     assert gradient.keys() == {"lora"}
     return data, loss, terms, gradient["lora"]
@@ -49,21 +55,45 @@ def assert_gradient(gradient, oracle):
         assert np.linalg.norm(gradient[name] - expected) < 1e-4 * np.linalg.norm(expected), name
 
 
+def without_gradient(model):
+    """The model, with a reward that fails where its gradient is asked for."""
+
+    @jax.custom_vjp
+    def log_reward(z, prompt_id):
+        return model.log_reward(z, prompt_id)
+
+    def backward(*_):
+        raise AssertionError("a gradient of the reward was asked for")
+
+    log_reward.defvjp(lambda z, prompt_id: (log_reward(z, prompt_id), None), backward)
+    return dataclasses.replace(model, log_reward=log_reward)
+
+
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_every_algorithm_keeps_the_protocol(name):
-    needed = {"beta": 1.0} if name in ("residual_nabla_db", "path_regression") else {}
+    needed = {"beta": 1.0} if "beta" in leaves(ALGORITHMS[name]) else {}
     algorithm = ALGORITHMS[name](**needed)
     assert isinstance(algorithm, Algorithm)
-    params = {"lora": LORA}
-    if algorithm.heads():
-        algorithm = ALGORITHMS[name](**needed, credit="adjoint")  # without the head
+    assert "output_regularisation" in leaves(ALGORITHMS[name])
+    vector = MODEL.heads["correction"]
+    heads = {"vector": vector, "scalar": lambda *a, **b: vector(*a, **b).mean(axis=(1, 2, 3))}
+    model = dataclasses.replace(MODEL, heads={head: heads[kind] for head, kind in algorithm.heads().items()})
+    params = {"lora": LORA} | dict.fromkeys(algorithm.heads(), PARAMS["correction"])
 
     def metrics(sampled, weight):
-        data = first_update(algorithm.batch(params, MODEL, sampled, 1))
-        return algorithm.value_and_grad(params, MODEL, data, weight)[0][1]
+        data = first_update(algorithm.batch(params, model, sampled, 1))
+        (_, terms), gradient = algorithm.value_and_grad(params, model, data, weight)
+        assert gradient.keys() == params.keys()
+        return terms
 
     # The log's table is made of the columns. `rollout()` is called here: what it samples is kept for the other tests.
     assert jax.eval_shape(metrics, rollout(), ONES).keys() == algorithm.columns.keys()
+
+
+def drift(oracle, x, k):
+    """‖ε_θ − ε_θ†‖² at states x of step k, which λ weighs."""
+    t = step(k)[0]
+    return ((oracle.eps(x, t, oracle.lora) - oracle.eps(x, t, _float64(EARLIER)).detach()) ** 2).mean((1, 2, 3))
 
 
 # ---------------------------------------------------------------- DRaFT
@@ -71,29 +101,33 @@ def test_every_algorithm_keeps_the_protocol(name):
 
 @pytest.mark.parametrize("last_steps", [1, 3])
 def test_draft_k(last_steps):
-    _, loss, _, gradient = of_update(Draft(last_steps=last_steps))
+    _, loss, terms, gradient = of_update(Draft(last_steps=last_steps, output_regularisation=3.0))
     oracle, trajectory = _oracle(DEFAULTS), sampled_trajectory()
     x = _float64(trajectory.latents[50 - last_steps])
+    held = 3.0 * drift(oracle, x, 50 - last_steps).mean()
     for k in range(50 - last_steps, 50):
         sampled = oracle.mean(_float64(trajectory.outputs[k]), _float64(trajectory.latents[k]), k)
         shock = _float64(trajectory.latents[k + 1]) - sampled
         x = oracle.mean(oracle.eps(x, step(k)[0], oracle.lora), x, k) + shock
-    expected = -_reward(torch, x, oracle.condition).mean()
+    expected = -_reward(torch, x, oracle.condition).mean() + held
+    np.testing.assert_allclose(terms["loss_reg"], float(held.detach()), rtol=1e-4)
     np.testing.assert_allclose(loss, float(expected.detach()), rtol=1e-4)
     expected.backward()
     assert_gradient(gradient, oracle)
 
 
-def test_draft_lv():
+@pytest.mark.parametrize("held", [0.0, 3.0])
+def test_draft_lv(held):
     """The loss at the noised samples it made, and that they are noised as q(x | x_T) says."""
-    data, loss, _, gradient = of_update(Draft(lv_samples=2))
+    data, loss, _, gradient = of_update(Draft(lv_samples=2, output_regularisation=held))
     oracle = _oracle(DEFAULTS)
     t, _, a, b, _ = step(49)
-    rewards = []
+    rewards, drifts = [], []
     for i in range(2):
         x = _float64(data.start[:, i])
         rewards.append(_reward(torch, oracle.clean(oracle.eps(x, t, oracle.lora), x, a), oracle.condition))
-    expected = -torch.cat(rewards).mean()
+        drifts.append(drift(oracle, x, 49))
+    expected = -torch.cat(rewards).mean() + held * torch.cat(drifts).mean()
     np.testing.assert_allclose(loss, float(expected.detach()), rtol=1e-4)
     expected.backward()
     assert_gradient(gradient, oracle)
@@ -121,15 +155,16 @@ def test_refl():
     data = first_update(algorithm.batch(PARAMS, MODEL, rollout(), 1))
     steps = np.asarray(data.index)
     assert ((steps >= 40) & (steps < 50)).all()
-    oracle, rewards = _oracle(DEFAULTS), []
+    oracle, rewards, drifts = _oracle(DEFAULTS), [], []
     for b, k in enumerate(steps):
         x = _float64(sampled_trajectory().latents[k])
         clean = oracle.clean(oracle.eps(x, step(k)[0], oracle.lora), x, step(k)[2])
         rewards.append(_reward(torch, clean, oracle.condition)[b])
+        drifts.append(drift(oracle, x, k)[b])
     rewards = torch.stack(rewards)
     margin = float(rewards.detach().median())
-    expected = torch.relu(margin - rewards).mean()
-    _, loss, _, gradient = of_update(Refl(late_steps=10, margin=margin))
+    expected = torch.relu(margin - rewards).mean() + 3.0 * torch.stack(drifts).mean()
+    _, loss, _, gradient = of_update(Refl(late_steps=10, margin=margin, output_regularisation=3.0))
     np.testing.assert_allclose(loss, float(expected.detach()), rtol=1e-4)
     expected.backward()
     assert_gradient(gradient, oracle)
@@ -158,7 +193,8 @@ def log_p(oracle, x, y, k, output):
 def test_ddpo(ratio_clip):
     """Over all 50 steps. Where every ratio is clipped, of samples with one sign of advantage, there is no gradient."""
     weight = np.asarray([1.5, -0.5, 0.25], np.float32)
-    _, loss, terms, gradient = of_update(Ddpo(ratio_clip=ratio_clip), jnp.asarray(weight))
+    algorithm = Ddpo(ratio_clip=ratio_clip, output_regularisation=0.3)
+    _, loss, terms, gradient = of_update(algorithm, jnp.asarray(weight))
     oracle, trajectory = _oracle(DEFAULTS), sampled_trajectory()
     losses, outside = [], []
     for k in range(50):
@@ -167,7 +203,7 @@ def test_ddpo(ratio_clip):
         ratio = torch.exp(log_p(oracle, x, y, k, now) - log_p(oracle, x, y, k, before))
         advantage = _float64(weight)
         kept = torch.clamp(ratio, 1 - ratio_clip, 1 + ratio_clip)
-        losses.append(-torch.minimum(advantage * ratio, advantage * kept))
+        losses.append(-torch.minimum(advantage * ratio, advantage * kept) + 0.3 * drift(oracle, x, k))
         outside.append(((ratio - 1).abs() > ratio_clip).double())
     expected = torch.stack(losses).mean()
     np.testing.assert_allclose(loss, float(expected.detach()), rtol=1e-5)

@@ -85,7 +85,7 @@ def test_what_is_not_understood(arguments, said):
         ("--config.workdir=x", "(did you mean --workdir?)"),
         ("--config.training=3", "--config.training is unknown"),
         ("--config.algorithm.tail=3", "--config.algorithm.tail is unknown"),
-        ("--config.algorithm.credit=Lookahead", "must be one of lookahead, guess, adjoint (did you mean lookahead?)"),
+        ("--config.algorithm.credit=Lookahead", "one of lookahead, guess, adjoint, terminal (did you mean lookahead?)"),
         ("--config.flow.norm_num_groups=7", "correction.norm_num_groups = 7 does not divide"),
         ("--config.sampling.num_steps=49", "sampling.num_steps = 49"),
         ("--config=emojy", "config emojy does not exist (did you mean emoji?)"),
@@ -126,7 +126,12 @@ def test_fields_of_the_config_are_overridden():
 def test_another_algorithm_keeps_what_it_shares_and_takes_its_own_options():
     _, settings = run("--config.algorithm.last_steps=3", "--config.algorithm.name=draft")
     flat = {name: value for name, value in options.flatten(settings).items() if name.startswith("algorithm.")}
-    assert flat == {"algorithm.name": "draft", "algorithm.last_steps": 3, "algorithm.lv_samples": 0}
+    assert flat == {
+        "algorithm.name": "draft",
+        "algorithm.last_steps": 3,
+        "algorithm.lv_samples": 0,
+        "algorithm.output_regularisation": 0.0,
+    }
 
 
 def test_another_algorithm_takes_its_own_default_for_what_it_does_not_know():
@@ -219,11 +224,11 @@ def test_help_of_a_run_lists_every_field_with_the_configs_value(capsys):
         assert f" {name} {leaf.option.meaning}" in text, name
     for shown in (
         "seed of every random number of the run; a whole number from 0 to 4294967295 [5]",
-        "guess, adjoint [guess]",
+        "guess, adjoint, terminal [guess]",
     ):
         assert shown in text
     assert "[64,128,256,256]" in text
-    assert "shipped configs: aesthetic, ddpo," in text
+    assert "shipped configs: aesthetic, awm," in text
 
 
 def test_one_name_for_all_commands(capsys):

@@ -18,6 +18,8 @@ PAPER = {"hps": (500_000.0, 5000.0), "aesthetic": (10_000.0, 2000.0), "image_rew
 RUNS = [
     *((name, "") for name in ("emoji", "emoji_animals")),
     *((name, variant) for name in ("ddpo", "draft", "refl") for variant in ("", "emoji")),
+    *((name, variant) for name in ("plain_nabla_db", "terminal", "residual_db", "dag_db") for variant in ("", "emoji")),
+    *((name, variant) for name in ("eam", "ram", "awm", "nft") for variant in ("", "emoji")),
     ("draft", "lv"),
     *(("path_regression", variant) for variant in ("", "innovation")),
     *((name, variant) for name in PAPER for variant in ("", "forward_only", "fast")),

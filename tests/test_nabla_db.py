@@ -340,11 +340,36 @@ def test_adjoint_loss_and_gradient(kappa):
     settings = DEFAULTS | {"credit": "adjoint", "prior_strength": kappa}
     algorithm = ResidualNablaDB(**settings)
     credit = adjoint_credit(MODEL, rollout(), DEFAULTS["beta"])
-    loss = jax.jit(lambda params, transition: algorithm.with_adjoint(params, MODEL, transition))
+    loss = jax.jit(lambda params, transition: algorithm.with_path_credit(params, MODEL, transition))
     for k in (0, 23, PENULTIMATE, 49):
         transition = take(jnp.full(BATCH, k), rollout(), credit)
         expected = _oracle_terms(settings, k, _float64(credit.gradient[k]))
         _assert_equal(*loss(PARAMS, transition), *expected, 1e-4 if kappa == 1 else 3e-4)
+
+
+@pytest.mark.parametrize("gamma", ["alpha_bar", "one"])
+def test_terminal_loss_and_gradient(gamma):
+    """γ of the next time, and the gradient at the path's end as it is; what `batch` makes of a path, step by step."""
+    settings = DEFAULTS | {"credit": "terminal", "gamma": gamma}
+    algorithm, end = ResidualNablaDB(**settings), _float64(sampled_trajectory().samples).requires_grad_()
+    gradient = torch.autograd.grad(_reward(torch, end, _float64(CONDITION)).sum(), end)[0]
+    chosen = first_update(jax.jit(lambda r: algorithm.batch(PARAMS, MODEL, r, 1))(rollout()))
+    loss = jax.jit(lambda params, transition: algorithm.with_path_credit(params, MODEL, transition))
+    for b in range(BATCH):
+        k = int(chosen.ordinary.index[b, 2])
+        one = jax.tree.map(lambda a, b=b: jnp.repeat(a[b : b + 1, 2], BATCH, axis=0), chosen.ordinary)
+        credit = DEFAULTS["beta"] * {"alpha_bar": step(k)[3], "one": 1.0}[gamma] * gradient
+        terms, _ = loss(PARAMS, one)
+        oracle, trajectory = _oracle(settings), sampled_trajectory()
+        x, y, eps = (_float64(a) for a in (trajectory.latents[k], trajectory.latents[k + 1], trajectory.outputs[k]))
+        oracle.condition = oracle.condition[b : b + 1].expand(BATCH, -1)
+        same = [a[b : b + 1].expand(BATCH, -1, -1, -1) for a in (x, y, eps, credit)]
+        expected = oracle.terms(*same[:3], k, same[3])
+        for name, value in expected.items():
+            np.testing.assert_allclose(terms[name], float(value.detach()), rtol=1e-4, err_msg=name)
+    gamma_at_end = {"alpha_bar": step(49)[3], "one": 1.0}[gamma]
+    expected = _oracle_terms(settings, 49, DEFAULTS["beta"] * gamma_at_end * gradient)
+    _assert_equal(*loss(PARAMS, chosen.last), *expected)
 
 
 def test_credit_clip():
@@ -355,4 +380,4 @@ def test_credit_clip():
     clipped = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"}, credit_clip=limit * (1 + 1e-5))
     shrunk = credit.gradient[23] * np.minimum(1, limit / sizes)[:, None, None, None]
     expected = _oracle_terms(DEFAULTS | {"credit": "adjoint"}, 23, _float64(shrunk))
-    _assert_equal(*clipped.with_adjoint(PARAMS, MODEL, transition), *expected)
+    _assert_equal(*clipped.with_path_credit(PARAMS, MODEL, transition), *expected)

@@ -10,6 +10,7 @@ BASELINES = {
     "ddpo": ("algorithm.min_count=2", "ratios_clipped"),
     "refl": ("algorithm.late_steps=3", "loss_reward"),
     "draft": ("algorithm.last_steps=2", "loss_reward"),
+    "nft": ("algorithm.min_count=2", "loss_contrast"),
 }
 
 

@@ -30,6 +30,7 @@ COMMANDS = {name: f"nabla_gfn_jax.{name}:Options" for name in ("train", "sample"
 COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
+    "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
     "accelerator": "benchmarks.accelerator.command:Options",
@@ -126,7 +127,8 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    given = {"out": "out"} if command in ("mixture2d", "bank_fit") else {}  # it must be
+    given = {"mixture2d": {"out": "out"}, "bank_fit": {"out": "out"}, "bench2d": {"out": "out.jsonl"}}  # it must be
+    given = given.get(command, {})
     for name, values in WRONG_FLAGS[command].items():
         for value in values:
             refused(options_of(command), given, name, value, prefix="--")

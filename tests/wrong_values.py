@@ -50,6 +50,14 @@ WRONG = {
     "logging.tensorboard": SWITCH,
     "logging.wandb": SWITCH,
 }
+ADVANTAGES = {"advantage_clip": POSITIVE_OR_INF, "buffer_size": COUNT, "min_count": COUNT}
+BALANCE = {
+    "beta": (1e30, -1e30, *NUMBERS),
+    "gamma": ("foo", "", 1),
+    "transition_fraction": (0.0, -0.1, 1.1, 0.01, *NUMBERS),
+    "uneven_bins": SWITCH,
+    "output_regularisation": NOT_NEGATIVE,
+}
 WRONG_OF_ALGORITHM = {
     "residual_nabla_db": {
         "beta": (1e30, -1e30, *NUMBERS),
@@ -63,13 +71,47 @@ WRONG_OF_ALGORITHM = {
         "transition_fraction": (0.0, -0.1, 1.1, 0.01, *NUMBERS),
         "uneven_bins": SWITCH,
     },
-    "ddpo": {
-        "ratio_clip": POSITIVE_OR_INF,
-        "advantage_clip": POSITIVE_OR_INF,
-        "buffer_size": COUNT,
-        "min_count": COUNT,
+    "plain_nabla_db": {
+        "beta": (1e30, -1e30, *NUMBERS),
+        "output_regularisation": NOT_NEGATIVE,
+        "gamma": ("foo", "", 1),
+        "variance_weighted": SWITCH,
+        "transition_fraction": (0.0, -0.1, 1.1, 0.01, *NUMBERS),
+        "uneven_bins": SWITCH,
     },
-    "refl": {"late_steps": (*COUNT, 51), "margin": (-math.inf, math.nan, "many")},
+    "residual_db": BALANCE,
+    "dag_db": BALANCE,
+    "eam": {"beta": (1e30, -1e30, *NUMBERS), "noisings": COUNT, "output_regularisation": NOT_NEGATIVE},
+    "ram": {
+        "beta": (1e30, -1e30, *NUMBERS),
+        "baseline": ("none", ""),
+        **ADVANTAGES,
+        "noisings": COUNT,
+        "time_power": NOT_NEGATIVE,
+        "output_regularisation": NOT_NEGATIVE,
+    },
+    "awm": {
+        **ADVANTAGES,
+        "advantage_clip": (math.inf, *POSITIVE_OR_INF),
+        "noisings": COUNT,
+        "ratio_clip": POSITIVE_OR_INF,
+        "base_regularisation": NOT_NEGATIVE,
+        "output_regularisation": NOT_NEGATIVE,
+    },
+    "nft": {
+        **ADVANTAGES,
+        "advantage_clip": (math.inf, *POSITIVE_OR_INF),
+        "mixing": POSITIVE,
+        "noisings": COUNT,
+        "base_regularisation": NOT_NEGATIVE,
+        "output_regularisation": NOT_NEGATIVE,
+    },
+    "ddpo": {**ADVANTAGES, "ratio_clip": POSITIVE_OR_INF, "output_regularisation": NOT_NEGATIVE},
+    "refl": {
+        "late_steps": (*COUNT, 51),
+        "margin": (-math.inf, math.nan, "many"),
+        "output_regularisation": NOT_NEGATIVE,
+    },
     "path_regression": {
         "beta": (1e30, -1e30, *NUMBERS),
         "credit": ("guess", ""),
@@ -78,7 +120,7 @@ WRONG_OF_ALGORITHM = {
         "credit_clip": POSITIVE_OR_INF,
         "output_regularisation": NOT_NEGATIVE,
     },
-    "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL},
+    "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL, "output_regularisation": NOT_NEGATIVE},
 }
 FIT = {"steps": COUNT, "batch": COUNT, "learning_rate": POSITIVE, "decay": (-0.1, 1.1, *NUMBERS)}
 BLOCKS = {"block_out_channels": WIDTHS, "layers_per_block": COUNT, "norm_num_groups": (*COUNT, 7)}
@@ -151,6 +193,14 @@ WRONG_FLAGS = {
         "base": ("velocity", ""),
         "only": (3,),
         "seed": SEED,
+    },
+    "bench2d": {
+        "out": ("", *PATH),
+        "only": (3,),
+        "settings": (("mild", "wild"), (), "mild"),
+        "seeds": ((-1,), (), 0),
+        "rates": ((), (0.0,), (1e-3, math.nan), 1e-3),
+        "budget": POSITIVE,
     },
     "bank_fit": {
         "out": ("", *PATH),

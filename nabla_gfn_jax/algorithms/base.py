@@ -12,12 +12,13 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from nabla_gfn_jax.diffusion.chain import Chain, Level
+from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.diffusion.sampler import Predict, Trajectory
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 Metrics = dict[str, Float[Array, ""]]
 Scalars = dict[str, PerSample]
+LAMBDA = "λ, how strongly ε_θ is held at ε_θ†"  # the meaning of the option output_regularisation
 HeadKind = Literal["vector", "scalar"]  # shaped like x, such as g_φ; one number a sample, such as log F
 
 
@@ -118,3 +119,13 @@ class Unweighted:
 def reward_gradient(model: Model, z: Latents, prompt_id: PromptIds) -> Latents:
     """∇_z log R(z), a constant to every parameter."""
     return jax.grad(lambda z: model.log_reward(z, prompt_id).sum())(jax.lax.stop_gradient(z))
+
+
+def mean_square(residual: Latents) -> PerSample:
+    """‖·‖², a mean over latent elements."""
+    return (residual**2).reshape(len(residual), -1).mean(axis=1)
+
+
+def output_change(output: Latents, before: Latents, level: Level) -> PerSample:
+    """‖ε_θ − ε_θ†‖² at a state, from the outputs of the policy and of the parameters θ† that sampled: what λ weighs."""
+    return mean_square(expand(level.noise_o, output) * (output - before))

@@ -1,7 +1,8 @@
 """Credit: the gradient in y of the log reward still to come, which the forward loss asks of the policy.
 
 The paper's lookahead is a one-step guess G, corrected by a learned g_φ (in nabla_db). The adjoint is the
-reward gradient at the end of the trajectory itself, pulled back step by step.
+reward gradient at the end of the trajectory itself, pulled back step by step; the terminal credit is the same without
+pull-backs.
 """
 
 from collections.abc import Callable
@@ -72,3 +73,16 @@ def adjoint_credit(model: Model, rollout: Rollout, beta: float) -> AdjointCredit
     final = beta * reward_gradient(model, trajectory.samples, prompt_id)
     _, credit = jax.lax.scan(backward, final, (trajectory.latents[:-1], model.chain), reverse=True)
     return credit
+
+
+def terminal_credit(model: Model, rollout: Rollout, beta: float) -> AdjointCredit:
+    """β ∇log R(x_T) for every step of its trajectory, as it is (Lee et al. 2026, arXiv 2604.17415)."""
+    final = beta * reward_gradient(model, rollout.trajectory.samples, rollout.prompt_id)
+    return AdjointCredit(jnp.broadcast_to(final, rollout.trajectory.outputs.shape), base_output=None)
+
+
+# Credits that are known once a path has ended, by name.
+PATH_CREDITS: dict[str, Callable[[Model, Rollout, float], AdjointCredit]] = {
+    "adjoint": adjoint_credit,
+    "terminal": terminal_credit,
+}

@@ -4,11 +4,12 @@
     DRaFT-LV    loss = −(1/n) Σ_i log R(x̂_θ(x⁽ⁱ⁾)),  x⁽ⁱ⁾ ~ q(x | x_T), the last step's noising kernel of the sample
 
 K is `last_steps` (algorithm 1; K = T is plain DRaFT). LV (section 4.2) lowers the variance of K = 1 by noising the same
-sample `lv_samples` times. Nothing holds the policy at the base model: it is the baseline that collapses.
+sample `lv_samples` times. Nothing holds the policy at the base model: it is the baseline that collapses. λ, here 0, may
+hold it at the parameters θ† that sampled: λ ‖ε_θ − ε_θ†‖² where gradients begin, at x_{T−K} or at the noised samples.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import flax.struct
@@ -16,7 +17,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout, Unweighted
+from nabla_gfn_jax.algorithms.base import (
+    LAMBDA,
+    Batch,
+    HeadKind,
+    Metrics,
+    Model,
+    Rollout,
+    Unweighted,
+    output_change,
+)
+from nabla_gfn_jax.algorithms.transitions import flatten
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
@@ -29,6 +40,7 @@ class Tail:
     """Where gradients begin, leaves with leading axis B."""
 
     start: Float[Array, "batch starts *shape"]  # DRaFT-K: one, K steps before the end; LV: each noised sample
+    before: Float[Array, "batch starts *shape"] | None  # o_θ† there; None where λ, of DRaFT-LV, is 0
     shocks: Float[Array, "batch steps *shape"]  # σ·noise that each of the K steps drew; LV: none are used
     prompt_id: PromptIds
 
@@ -39,9 +51,13 @@ class Draft(Checked, Unweighted):
 
     last_steps: int = option(1, "K, the number of last sampling steps that are differentiated", minimum=1)
     lv_samples: int = option(0, "how often DRaFT-LV noises each sample; 0: DRaFT-K", minimum=0)
+    output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
-    columns: ClassVar[dict[str, str]] = {"loss_reward": "the loss, a decreasing function of log R"}
+    columns: ClassVar[dict[str, str]] = {
+        "loss_reward": "the loss, a decreasing function of log R",
+        "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
+    }
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,28 +79,37 @@ class Draft(Checked, Unweighted):
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """DRaFT-K: the same states and noise for every update. LV: fresh noise for each."""
-        make = self._noised if self.lv_samples else self._tail
-        return Batch(data=jax.vmap(lambda update: make(model, rollout, update))(jnp.arange(updates)))
+
+        def make(update: Array) -> Tail:
+            return self._noised(params, model, rollout, update) if self.lv_samples else self._tail(model, rollout)
+
+        return Batch(data=jax.vmap(make)(jnp.arange(updates)))
 
     def value_and_grad(
         self, params: Params, model: Model, data: Tail, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         """−mean log R of what the policy reaches from the same states with the same noise."""
         reach = self._denoised if self.lv_samples else self._end
+        level = model.chain[model.chain.num_steps - self.last_steps].at  # of the starts
 
-        def loss(lora: Params) -> Float[Array, ""]:
-            return -reach(lora, model, data).mean()
+        def loss(lora: Params) -> tuple[Float[Array, ""], Metrics]:
+            log_reward, outputs = reach(lora, model, data)
+            terms = {"loss_reward": -log_reward.mean(), "loss_reg": jnp.zeros(())}
+            if data.before is not None:
+                change = output_change(outputs, data.before.reshape(outputs.shape), level)
+                terms["loss_reg"] = self.output_regularisation * change.mean()
+            return terms["loss_reward"] + terms["loss_reg"], terms
 
-        value, lora = jax.value_and_grad(loss)(params["lora"])
-        return (value, {"loss_reward": value}), {"lora": lora}
+        value, lora = jax.value_and_grad(loss, has_aux=True)(params["lora"])
+        return value, {"lora": lora}
 
-    def _tail(self, model: Model, rollout: Rollout, update: Array) -> Tail:
+    def _tail(self, model: Model, rollout: Rollout) -> Tail:
         first = model.chain.num_steps - self.last_steps
         latents, outputs = rollout.trajectory.latents[first:], rollout.trajectory.outputs[first:]
         shocks = latents[1:] - jax.vmap(lambda step, o, x: step.mean(o, x))(model.chain[first:], outputs, latents[:-1])
-        return Tail(start=latents[0][:, None], shocks=jnp.swapaxes(shocks, 0, 1), prompt_id=rollout.prompt_id)
+        return Tail(latents[0][:, None], outputs[0][:, None], jnp.swapaxes(shocks, 0, 1), rollout.prompt_id)
 
-    def _noised(self, model: Model, rollout: Rollout, update: Array) -> Tail:
+    def _noised(self, params: Params, model: Model, rollout: Rollout, update: Array) -> Tail:
         last, samples = model.chain[-1], rollout.trajectory.samples
         shape = (self.lv_samples, *samples.shape[1:])
 
@@ -92,29 +117,37 @@ class Draft(Checked, Unweighted):
             noise = jax.random.normal(jax.random.fold_in(stream(key, "DRaFT-LV"), update), shape)
             return last.noising_scale * sample[None] + last.noising_sigma * noise
 
-        return Tail(
+        tail = Tail(
             start=jax.vmap(of_sample)(rollout.keys, samples),
+            before=None,
             shocks=jnp.zeros((len(samples), 0, *samples.shape[1:])),
             prompt_id=rollout.prompt_id,
         )
+        if not self.output_regularisation:
+            return tail
+        return replace(tail, before=self._outputs(params["lora"], model, tail).reshape(tail.start.shape))
 
-    def _end(self, lora: Params, model: Model, data: Tail) -> PerSample:
-        """log R at the end of the last K steps."""
+    def _end(self, lora: Params, model: Model, data: Tail) -> tuple[PerSample, Latents]:
+        """log R at the end of the last K steps, and the output at the first of them."""
         steps = model.chain[model.chain.num_steps - self.last_steps :]
 
         @jax.checkpoint
-        def step(lora: Params, x: Latents, shock: Latents, now: Chain) -> Latents:
+        def step(lora: Params, x: Latents, shock: Latents, now: Chain) -> tuple[Latents, Latents]:
             output = model.predict(lora, x, now.at.each(len(x)), data.prompt_id)
-            return now.mean(output, x) + shock
+            return now.mean(output, x) + shock, output
 
-        def scanned(x: Latents, inputs: Any) -> tuple[Latents, None]:
-            return step(lora, x, *inputs), None
+        def scanned(x: Latents, inputs: Any) -> tuple[Latents, Latents]:
+            return step(lora, x, *inputs)
 
-        final, _ = jax.lax.scan(scanned, data.start[:, 0], (jnp.swapaxes(data.shocks, 0, 1), steps))
-        return model.log_reward(final, data.prompt_id)
+        final, outputs = jax.lax.scan(scanned, data.start[:, 0], (jnp.swapaxes(data.shocks, 0, 1), steps))
+        return model.log_reward(final, data.prompt_id), outputs[0]
 
-    def _denoised(self, lora: Params, model: Model, data: Tail) -> PerSample:
-        """log R of the clean prediction at each noised sample."""
-        x = data.start.reshape(-1, *data.start.shape[2:])
-        prompt_id, level = jnp.repeat(data.prompt_id, self.lv_samples), model.chain[-1].at.each(len(x))
-        return model.log_reward(level.clean(model.predict(lora, x, level, prompt_id), x), prompt_id)
+    def _denoised(self, lora: Params, model: Model, data: Tail) -> tuple[PerSample, Latents]:
+        """log R of the clean prediction at each noised sample, and the output there."""
+        output, x = self._outputs(lora, model, data), flatten(data.start)
+        prompt_id = jnp.repeat(data.prompt_id, self.lv_samples)
+        return model.log_reward(model.chain[-1].at.clean(output, x), prompt_id), output
+
+    def _outputs(self, lora: Params, model: Model, data: Tail) -> Latents:
+        x = flatten(data.start)
+        return model.predict(lora, x, model.chain[-1].at.each(len(x)), jnp.repeat(data.prompt_id, self.lv_samples))

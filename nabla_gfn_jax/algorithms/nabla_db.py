@@ -20,8 +20,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout, Unweighted, reward_gradient
-from nabla_gfn_jax.algorithms.credit import GAMMAS, Prediction, adjoint_credit, guess_cotangent, score_change
+from nabla_gfn_jax.algorithms.base import (
+    LAMBDA,
+    Batch,
+    HeadKind,
+    Metrics,
+    Model,
+    Rollout,
+    Unweighted,
+    mean_square,
+    output_change,
+    reward_gradient,
+)
+from nabla_gfn_jax.algorithms.credit import GAMMAS, PATH_CREDITS, Prediction, guess_cotangent, score_change
 from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.options import Checked, option
@@ -35,18 +46,22 @@ class ResidualNablaDB(Checked, Unweighted):
     The credits are "lookahead": G + g_φ, the paper's; "guess": G alone, with no φ and no reverse term; "adjoint": the
     reward gradient at the trajectory's end pulled back through the base model, with no φ and the forward term weighted
     by σ². Without that weight the nearly noiseless last steps, where the score is largest, outweigh all others.
+    "terminal": γ_t' times the reward gradient at the trajectory's end as it is, without a pull-back (Lee et al. 2026,
+    arXiv 2604.17415), with no φ and weighted by σ² too. It costs no evaluation, and only at the end it is the adjoint.
     """
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    output_regularisation: float = option(0.0, "λ, how strongly ε_θ is held at ε_θ†", minimum=0)
+    output_regularisation: float = option(0.0, LAMBDA, minimum=0)
     prior_strength: float = option(1.0, "κ, the base model's exponent", minimum=0)
-    credit: Literal["lookahead", "guess", "adjoint"] = option("lookahead", "what each step is told of the reward")
+    credit: Literal["lookahead", "guess", "adjoint", "terminal"] = option(
+        "lookahead", "what each step is told of the reward"
+    )
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
-    variance_weighted: bool = option(False, "weight the forward term by σ², as the adjoint always does")
+    variance_weighted: bool = option(False, "weight the forward term by σ², as adjoint and terminal always do")
     correction_from_forward: bool = option(True, "train φ by the forward term too, as in the paper")
     credit_clip: float = option(
         math.inf,
-        "for the adjoint, the largest σ·(root mean square) of a transition's credit; it biases towards zero",
+        "for adjoint and terminal, the largest σ·(root mean square) of a transition's credit; it biases towards zero",
         above=0,
         infinite=True,
     )
@@ -55,7 +70,7 @@ class ResidualNablaDB(Checked, Unweighted):
 
     on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
     columns: ClassVar[dict[str, str]] = {
-        "loss_forward": "the forward term ‖s_θ − [κ s_# + G + g_φ]‖², times σ² if variance weighted",
+        "loss_forward": "the forward term, the policy's score against its target; times σ² if variance weighted",
         "loss_reverse": "the reverse term, which trains g_φ; 0 without g_φ",
         "loss_terminal": "‖g_φ(y, 0)‖² at clean samples; 0 without g_φ",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
@@ -77,10 +92,10 @@ class ResidualNablaDB(Checked, Unweighted):
         self.bins(num_steps)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update, with their credit if it is the
-        adjoint, which is computed once."""
+        """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update, with their credit if it is one
+        of the path, which is computed once."""
         bins = self.bins(model.chain.num_steps)
-        credit = adjoint_credit(model, rollout, self.beta) if self.credit == "adjoint" else None
+        credit = PATH_CREDITS[self.credit](model, rollout, self.beta) if self.credit in PATH_CREDITS else None
         return Batch(data=jax.vmap(lambda update: select(rollout, bins, credit, update))(jnp.arange(updates)))
 
     def value_and_grad(
@@ -89,9 +104,9 @@ class ResidualNablaDB(Checked, Unweighted):
         """Loss, its four terms (they add up to it) and its gradient; a mean over all transitions."""
         ordinary, last = flatten(data.ordinary), data.last
         total = len(ordinary.x) + len(last.x)
-        if self.credit == "adjoint":
+        if self.credit in PATH_CREDITS:
             both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ordinary, last)
-            parts = [self.with_adjoint(params, model, both)]
+            parts = [self.with_path_credit(params, model, both)]
         else:
             parts = [self.ordinary(params, model, ordinary), self.last(params, model, last)]
         metrics, gradient = jax.tree.map(lambda *leaves: sum(leaves) / total, *parts)
@@ -133,7 +148,7 @@ class ResidualNablaDB(Checked, Unweighted):
                 "loss_reg": self._regularisation(output, transition, step),
             }
 
-        return _pull_back(terms, at_x, params)
+        return pull_back(terms, at_x, params)
 
     def last(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over last transitions, under "lookahead" or "guess": y is the sample, its own x̂."""
@@ -153,25 +168,29 @@ class ResidualNablaDB(Checked, Unweighted):
                 out["loss_terminal"] = mean_square(correction)
             return out
 
-        return _pull_back(terms, at_x, params)
+        return pull_back(terms, at_x, params)
 
-    def with_adjoint(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
-        """Sums over any transitions, under "adjoint"; for κ = 1, σ² ‖(μ_θ − μ_#)/σ² − a_{t+1}‖²."""
+    def with_path_credit(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
+        """Sums over any transitions, under "adjoint" or "terminal"; for κ = 1, σ² ‖(μ_θ − μ_#)/σ² − a_{t+1}‖²."""
         step, adjoint = model.chain[transition.index], transition.adjoint
         assert adjoint is not None
-        size = step.sigma * jnp.sqrt(mean_square(adjoint.gradient))
-        scale = jnp.where(size > self.credit_clip, self.credit_clip / size, 1.0)
+        base_output = adjoint.base_output
+        if base_output is None:
+            base_output = model.predict(None, transition.x, step.at, transition.prompt_id)
+        trust = GAMMAS[self.gamma](step.to.signal) if self.credit == "terminal" else jnp.ones_like(step.sigma)
+        size = trust * step.sigma * jnp.sqrt(mean_square(adjoint.gradient))
+        scale = trust * jnp.where(size > self.credit_clip, self.credit_clip / size, 1.0)
         credit = expand(scale, adjoint.gradient) * adjoint.gradient
         at_x = Prediction(model, params["lora"], transition.x, step.at, transition.prompt_id)
 
         def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
-            residual = self._policy_minus_prior(output, adjoint.base_output, transition, step) - credit
+            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
             return {
                 "loss_forward": self._forward(residual, step),
                 "loss_reg": self._regularisation(output, transition, step),
             }
 
-        return _pull_back(terms, at_x, params)
+        return pull_back(terms, at_x, params)
 
     def _scale(self, level: Level) -> PerSample:
         """β γ_t."""
@@ -182,7 +201,7 @@ class ResidualNablaDB(Checked, Unweighted):
         return guess_cotangent(model, at.output, at.x, level, self._scale(level), prompt_id)
 
     def _forward(self, residual: Latents, step: Chain) -> PerSample:
-        weighted = self.variance_weighted or self.credit == "adjoint"
+        weighted = self.variance_weighted or self.credit in PATH_CREDITS
         return (step.sigma**2 if weighted else 1.0) * mean_square(residual)
 
     def _policy_minus_prior(self, output: Latents, base: Latents, transition: Transition, step: Chain) -> Latents:
@@ -190,8 +209,7 @@ class ResidualNablaDB(Checked, Unweighted):
         return score_change(output, base, step) + (1 - self.prior_strength) * score(base, transition, step)
 
     def _regularisation(self, output: Latents, transition: Transition, step: Chain) -> PerSample:
-        change = expand(step.at.noise_o, output) * (output - transition.output)  # ε_θ − ε_θ†
-        return self.output_regularisation * mean_square(change)
+        return self.output_regularisation * output_change(output, transition.output, step.at)
 
 
 def score(output: Latents, transition: Transition, step: Chain) -> Latents:
@@ -199,12 +217,7 @@ def score(output: Latents, transition: Transition, step: Chain) -> Latents:
     return (step.mean(output, transition.x) - transition.y) / expand(step.sigma, output) ** 2
 
 
-def mean_square(residual: Latents) -> PerSample:
-    """‖·‖², a mean over latent elements."""
-    return (residual**2).reshape(len(residual), -1).mean(axis=1)
-
-
-def _pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, Params]:
+def pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, Params]:
     """Sums of `terms(o_θ(x, t), φ)` over transitions and the gradient of their total in LoRA and φ."""
     heads = {name: phi for name, phi in params.items() if name != "lora"}
 

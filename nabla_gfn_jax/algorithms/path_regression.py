@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout
+from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
@@ -55,7 +55,7 @@ class PathRegression(Checked):
     credit_clip: float = option(
         float("inf"), "largest root mean square of c, over latent elements", above=0, infinite=True
     )
-    output_regularisation: float = option(0.0, "λ, the weight of ‖ε_θ − ε_θ†‖²", minimum=0)
+    output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
@@ -88,6 +88,7 @@ class PathRegression(Checked):
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, with their credit, and log Π p_#/p_θ† of each path."""
         credit = adjoint_credit(model, rollout, self.beta) if self.credit == "adjoint" else innovation(model, rollout)
+        assert credit.base_output is not None
         steps = share_out(rollout.keys, model.chain.num_steps, updates, self.steps)
         data = jax.vmap(lambda steps: take(steps, rollout, credit))(steps)
         return Batch(data=data, scalars={"log_ratio": log_ratio(model.chain, rollout, credit.base_output)})
@@ -105,10 +106,9 @@ class PathRegression(Checked):
             output = model.predict(lora, now.x, step.at, now.prompt_id)
             delta = expand(step.mean_o / step.sigma, output) * (output - now.adjoint.base_output)
             nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
-            drift = expand(step.at.noise_o, output) * (output - now.output)
             terms = {
                 "loss_paths": model.chain.num_steps * (weight * nats).mean(),
-                "loss_reg": self.output_regularisation * jnp.square(drift).mean(),
+                "loss_reg": self.output_regularisation * output_change(output, now.output, step.at).mean(),
             }
             return terms["loss_paths"] + terms["loss_reg"], terms
 

@@ -17,7 +17,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import Batch, HeadKind, Metrics, Model, Rollout, Unweighted
+from nabla_gfn_jax.algorithms.base import (
+    LAMBDA,
+    Batch,
+    HeadKind,
+    Metrics,
+    Model,
+    Rollout,
+    Unweighted,
+    output_change,
+)
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.streams import stream
@@ -29,6 +38,7 @@ class LateState:
     """A state of each trajectory, leaves with leading axis B."""
 
     x: Latents
+    output: Latents  # o_θ† there, by the parameters θ† that sampled
     index: Int[Array, " batch"]  # of its step
     prompt_id: PromptIds
 
@@ -39,9 +49,13 @@ class Refl(Checked, Unweighted):
 
     late_steps: int = option(10, "how many last steps the state is chosen from", minimum=1)
     margin: float = option(2.0, "log reward above which a sample has no gradient", infinite=True)
+    output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
-    columns: ClassVar[dict[str, str]] = {"loss_reward": "the loss, a decreasing function of log R"}
+    columns: ClassVar[dict[str, str]] = {
+        "loss_reward": "the loss, a decreasing function of log R",
+        "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
+    }
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {}
@@ -59,7 +73,8 @@ class Refl(Checked, Unweighted):
 
         def choose(update: Array) -> LateState:
             index = num_steps - 1 - late_offsets(rollout.keys, self.late_steps, update)
-            return LateState(x=rollout.trajectory.latents[index, rows], index=index, prompt_id=rollout.prompt_id)
+            path = rollout.trajectory
+            return LateState(path.latents[index, rows], path.outputs[index, rows], index, rollout.prompt_id)
 
         return Batch(data=jax.vmap(choose)(jnp.arange(updates)))
 
@@ -68,12 +83,17 @@ class Refl(Checked, Unweighted):
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         level = model.chain[data.index].at
 
-        def loss(lora: Params) -> Float[Array, ""]:
-            clean = level.clean(model.predict(lora, data.x, level, data.prompt_id), data.x)
-            return jnp.maximum(self.margin - model.log_reward(clean, data.prompt_id), 0.0).mean()
+        def loss(lora: Params) -> tuple[Float[Array, ""], Metrics]:
+            output = model.predict(lora, data.x, level, data.prompt_id)
+            log_reward = model.log_reward(level.clean(output, data.x), data.prompt_id)
+            terms = {
+                "loss_reward": jnp.maximum(self.margin - log_reward, 0.0).mean(),
+                "loss_reg": self.output_regularisation * output_change(output, data.output, level).mean(),
+            }
+            return terms["loss_reward"] + terms["loss_reg"], terms
 
-        value, lora = jax.value_and_grad(loss)(params["lora"])
-        return (value, {"loss_reward": value}), {"lora": lora}
+        value, lora = jax.value_and_grad(loss, has_aux=True)(params["lora"])
+        return value, {"lora": lora}
 
 
 def late_offsets(keys: PRNGKeys, late_steps: int, update: Array) -> Int[Array, " batch"]:

@@ -15,10 +15,10 @@ from nabla_gfn_jax.typing import Latents, PRNGKeys
 
 @flax.struct.dataclass
 class AdjointCredit:
-    """What the adjoint pass leaves of every step of a trajectory, leaves (T, B, …)."""
+    """What is known of every step of a trajectory once it has ended, leaves (T, B, …)."""
 
     gradient: Latents  # a_{t+1}: the credit at y
-    base_output: Latents  # o_# at x, which the loss then need not evaluate again
+    base_output: Latents | None  # o_# at x, if it is known: the loss then need not evaluate it again
 
 
 @flax.struct.dataclass
