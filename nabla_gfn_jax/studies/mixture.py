@@ -26,6 +26,18 @@ class Mixture(NamedTuple):
         weights = np.exp(log_weights - log_weights.max())
         return Mixture(weights / weights.sum(), self.means + self.std**2 * k, self.std)
 
+    def log_z(self, k: Float[np.ndarray, "2"]) -> float:
+        """log E[exp(k·x)]."""
+        log_weights = np.log(self.weights) + self.means @ k
+        largest = log_weights.max()
+        return float(largest + np.log(np.exp(log_weights - largest).sum()) + self.std**2 * (k @ k) / 2)
+
+    def log_density(self, x: Points) -> Float[Array, " batch"]:
+        """log p(x)."""
+        squares = ((x[:, None] - jnp.asarray(self.means, jnp.float32)[None]) ** 2).sum(-1)
+        logits = jnp.log(jnp.asarray(self.weights, jnp.float32))[None] - squares / (2 * self.std**2)
+        return jax.nn.logsumexp(logits, axis=1) - float(np.log(2 * np.pi * self.std**2))
+
     def noise_prediction(self, x: Points, signal: Float[Array, " batch"]) -> Points:
         """E[ε | x = √ᾱ x₀ + √(1−ᾱ) ε] = −√(1−ᾱ) ∇ log p(x), exactly what a perfectly trained network would say."""
         root, noise = jnp.sqrt(signal)[:, None], jnp.sqrt(1 - signal)[:, None]

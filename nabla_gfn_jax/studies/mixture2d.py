@@ -35,7 +35,7 @@ from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
 from nabla_gfn_jax.studies.mixture import Distance, Mixture, Points, cell_kl, distance, sampled
-from nabla_gfn_jax.typing import Params, PRNGKey, PromptIds, Timesteps
+from nabla_gfn_jax.typing import Params, PerSample, PRNGKey, PromptIds, Timesteps
 
 DATA = Mixture(np.array([0.4, 0.4, 0.2]), np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), 0.3)
 REWARDS = {"mild": np.array([0.5, 0.25]), "doubled": np.array([1.0, 0.5])}
@@ -74,14 +74,14 @@ class Result(NamedTuple):
     mean_reward: float
 
 
-def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion") -> Model:
+def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion", data: Mixture = DATA) -> Model:
     """Exact base + MLP of (x, x̂_#, t), scaled so that its output is of order 1 at every time; log R = k·x."""
     direction = jnp.asarray(k, jnp.float32)
 
     def exact(x: Points, level: Level) -> Points:
         if base == "flow":
-            return DATA.velocity(expand(level.input_scale, x) * x, level.time / 1000)
-        return DATA.noise_prediction(x, level.signal)
+            return data.velocity(expand(level.input_scale, x) * x, level.time / 1000)
+        return data.noise_prediction(x, level.signal)
 
     def predict(lora: Params | None, x: Points, level: Level, condition: PromptIds) -> Points:
         output = exact(x, level)
@@ -93,12 +93,16 @@ def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion") -> Model:
     def correction(phi: Params, x: Points, level: Level, prompt_id: PromptIds) -> Points:
         return mlp(phi, x, level.time)
 
-    return Model(CHAINS[base], predict, lambda z, prompt_id: z @ direction, {"correction": correction})
+    def flow(phi: Params, x: Points, level: Level, prompt_id: PromptIds) -> PerSample:
+        return mlp(phi, x, level.time)[:, 0]
+
+    heads = {"correction": correction, "flow": flow}
+    return Model(CHAINS[base], predict, lambda z, prompt_id: z @ direction, heads)
 
 
-def init_mlp(key: PRNGKey, inputs: int) -> Params:
+def init_mlp(key: PRNGKey, inputs: int, outputs: int = 2, width: int = WIDTH) -> Params:
     """Three hidden layers; the last layer zero, so that training starts from the base model and g_φ = 0."""
-    sizes = [inputs + 2 * FREQUENCIES, WIDTH, WIDTH, WIDTH, 2]
+    sizes = [inputs + 2 * FREQUENCIES, width, width, width, outputs]
     params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         scale = fan_in**-0.5 if i < len(sizes) - 2 else 0.0
@@ -107,7 +111,7 @@ def init_mlp(key: PRNGKey, inputs: int) -> Params:
     return params
 
 
-def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Points:
+def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Float[Array, "batch outputs"]:
     phase = t.astype(jnp.float32)[:, None] / 1000 * (np.pi * 2.0 ** np.arange(-1, FREQUENCIES - 1))[None].astype("f4")
     hidden = jnp.concatenate([inputs, jnp.sin(phase), jnp.cos(phase)], axis=1)
     layers = list(params.values())
