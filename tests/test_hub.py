@@ -304,6 +304,7 @@ def test_every_repository_that_is_read_is_pinned_but_three(monkeypatch, tmp_path
         return str(tmp_path / Path(file).name)
 
     monkeypatch.setattr(hub, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "_listing", lambda *arguments: [])
     monkeypatch.delenv(hub.FOLDER, raising=False)
     for load in [*(REWARDS[name] for name in ABSTRACT), *PROMPT_SETS.values()]:
         with suppress(UserError):  # the files are empty
