@@ -30,7 +30,7 @@ WRITERS = {"diffusers": save_lora, "kohya": save_kohya}
 def case(tmp_path_factory):
     """A pipeline on disk, our UNet from it, a random LoRA, one input, and our output as a function of the LoRA."""
     folder = tmp_path_factory.mktemp("model")
-    oracle.pipeline(folder, **oracle.SD_1_5).save_pretrained(folder)
+    oracle.pipeline(folder, **oracle.TWO_LEVELS).save_pretrained(folder)
     model = load_folder(folder)
     params = model.params["unet"]
     rng = np.random.default_rng(0)
@@ -155,6 +155,42 @@ def test_alpha_of_kohya(case, tmp_path):
     assert relative(case.ours(read), case.theirs(pipe.unet)) < 1e-5
     quarter = {k: a if k[-1] == "down" else a / 4 for k, a in flatten_dict(case.lora).items()}
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-6), read, unflatten_dict(quarter))
+
+
+# Where the UNet attends, as kohya's sd-scripts name it and as diffusers does.
+KOHYA_BLOCKS = {
+    "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0": "down_blocks.0.attentions.0.transformer_blocks.0",
+    "lora_unet_mid_block_attentions_0_transformer_blocks_0": "mid_block.attentions.0.transformer_blocks.0",
+    "lora_unet_up_blocks_1_attentions_0_transformer_blocks_0": "up_blocks.1.attentions.0.transformer_blocks.0",
+    "lora_unet_up_blocks_1_attentions_1_transformer_blocks_0": "up_blocks.1.attentions.1.transformer_blocks.0",
+}
+KOHYA_LAYERS = {
+    **{"attn1_to_q": "attn1.to_q", "attn1_to_k": "attn1.to_k", "attn1_to_v": "attn1.to_v"},
+    **{"attn2_to_q": "attn2.to_q", "attn2_to_k": "attn2.to_k", "attn2_to_v": "attn2.to_v"},
+    **{"attn1_to_out_0": "attn1.to_out.0", "attn2_to_out_0": "attn2.to_out.0"},
+}
+
+
+def test_a_file_with_the_keys_that_kohya_writes(case, tmp_path):
+    """Rank 4, alpha 1, half precision and a header, as sd-scripts leave them. What they mean is stated here: each
+    weight of PyTorch's UNet plus alpha/rank · up · down; so does diffusers read them.
+    """
+    unet, rng, state = open_pipeline(case).unet, np.random.default_rng(0), {}
+    for block, module in KOHYA_BLOCKS.items():
+        for layer, submodule in KOHYA_LAYERS.items():
+            weight = unet.get_submodule(f"{module}.{submodule}").weight
+            down, up = (rng.normal(size=s).astype(np.float16) / 2 for s in ((4, weight.shape[1]), (weight.shape[0], 4)))
+            state |= {f"{block}_{layer}.lora_down.weight": down, f"{block}_{layer}.lora_up.weight": up}
+            state[f"{block}_{layer}.alpha"] = np.asarray(1.0, np.float16)
+            weight.add_(torch.tensor(up.astype(np.float32) @ down.astype(np.float32)) / 4)
+    file = tmp_path / "lora.safetensors"
+    save_file(state, file, metadata={"ss_network_module": "networks.lora", "ss_network_dim": "4"})
+    expected = case.theirs(unet)
+    assert relative(case.ours(load_lora(file, case.params)), expected) < 1e-5
+    pipe = open_pipeline(case)
+    assert relative(case.theirs(pipe.unet), expected) > 0.05
+    pipe.load_lora_weights(file)
+    assert relative(case.theirs(pipe.unet), expected) < 1e-5
 
 
 def test_keys_of_training_scripts_and_mixed_ranks(case, tmp_path):

@@ -293,13 +293,22 @@ def test_a_resume_may_use_less_memory(whole, command, tmp_path, capsys, monkeypa
     assert "a run of 5 epochs is built" in capsys.readouterr().err
 
 
-def test_a_resume_with_other_prompts_in_the_same_file_is_refused(command, tmp_path, capsys):
+def test_a_resume_with_other_prompts_in_the_same_file_is_refused(command, tmp_path, capsys, monkeypatch):
     (tmp_path / "prompts.txt").write_text("a face\n")
-    more = (f"--config.prompts={tmp_path / 'prompts.txt'}", "--config.training.num_epochs=1")
-    command(tmp_path / "run", *more)
+    prompts = f"--config.prompts={tmp_path / 'prompts.txt'}"
+
+    def end(*_):
+        (tmp_path / "run/metrics.jsonl").touch()  # a run that left nothing binds nobody
+        raise UserError("ended after its first epoch")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Programs", end)
+        with pytest.raises(SystemExit):
+            command(tmp_path / "run", prompts)
+    assert "ended" in capsys.readouterr().err
     (tmp_path / "prompts.txt").write_text("an animal\n")
     with pytest.raises(SystemExit):
-        command(tmp_path / "run", *more[:1])
+        command(tmp_path / "run", prompts)
     assert re.search(r"prompts had SHA-256 \w+… and has \w+…; restore it, or", capsys.readouterr().err)
 
 

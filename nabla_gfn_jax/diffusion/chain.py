@@ -160,7 +160,7 @@ def stable_diffusion_chain(
             "scheduler_config.json: with rescale_betas_zero_snr the prediction_type cannot be 'epsilon', which says "
             "nothing of the image where there is no signal; 'v_prediction' can"
         )
-    times = visited_times(sampler, num_steps, from_the_last=signal[-1] == 0)
+    times = visited_times(sampler, num_steps, from_the_last=bool(signal[-1] == 0))
     at, to = (_PREDICTIONS[kind](t.astype(np.int32), signal[t]) for t in times)
     return make_chain(at, to, eta)
 
