@@ -10,6 +10,7 @@ import pytest
 
 from nabla_gfn_jax.models import attention
 from nabla_gfn_jax.models.attention import attend, implementation
+from nabla_gfn_jax.models.pair import Pair, policy
 
 RNG = np.random.default_rng(0)
 
@@ -51,6 +52,20 @@ def test_in_parts_is_attention(monkeypatch, platform, chosen, of_a_query):
     assert distance(parts, by_definition(q, k, v)) < 1e-6
     for ours, theirs in zip(pull(cotangent), pull_whole(cotangent), strict=True):
         assert distance(ours, theirs) < 1e-6
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_what_a_change_of_all_three_does(monkeypatch, parts):
+    """The base's attention and its difference to the changed one, at once and in 7 parts of 5 queries."""
+    q, k, v = (Pair(heads(2, n, 3, 8), 0.5 * heads(2, n, 3, 8)) for n in (35, 11, 11))
+    if parts > 1:
+        monkeypatch.setattr(attention, "_MAX_LENGTHS", 1)
+        monkeypatch.setattr(attention, "_MAX_SCORES", 5 * 2 * 3 * 11 + 1)
+    assert ("length=7" in str(jax.make_jaxpr(attend)(q, k, v))) == (parts == 7)
+    found = jax.jit(attend)(q, k, v)
+    base = by_definition(q.base, k.base, v.base)
+    assert distance(found.base, base) < 1e-6
+    assert distance(found.change, by_definition(*map(policy, (q, k, v))) - base) < 2e-6
 
 
 @pytest.mark.parametrize(

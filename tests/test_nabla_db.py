@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,22 @@ VARIANTS = [
 ]
 
 
+def _predict_change(lora, *where):
+    base = _predict(None, *where)
+    return base, _predict(lora, *where) - base
+
+
+CARRIED = dataclasses.replace(MODEL, predict_change=_predict_change)  # the two networks as one function
+
+
+@pytest.fixture(params=["subtracted", "carried"])
+def both_ways(request, monkeypatch):
+    """The module's model computes what the LoRA changes in either way."""
+    if request.param == "carried":
+        monkeypatch.setitem(globals(), "MODEL", CARRIED)
+
+
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_every_term_and_gradient(variant):
     settings = DEFAULTS | variant
@@ -249,6 +266,21 @@ def test_every_term_and_gradient(variant):
     transition = take(jnp.full(BATCH, 49), rollout())
     last = jax.jit(lambda params, transition: algorithm.last(params, MODEL, transition))
     _assert_equal(*last(PARAMS, transition), *_oracle_terms(settings, 49), rtol)
+
+
+def test_both_ways_give_the_same_update():
+    """Sampled by a weaker LoRA; λ's term from the outputs that were recorded, or from the changes."""
+    algorithm = ResidualNablaDB(**DEFAULTS)
+    sampled_by = PARAMS | {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
+
+    def second_update(model):
+        data = jax.tree.map(lambda a: a[1], algorithm.batch(sampled_by, model, rollout(), 2).data)
+        return algorithm.value_and_grad(PARAMS, model, data, jnp.ones(BATCH))
+
+    subtracted, carried = (jax.jit(partial(second_update, model))() for model in (MODEL, CARRIED))
+    assert float(subtracted[0][1]["loss_reg"]) > 1e-3
+    for ours, theirs in zip(jax.tree.leaves(carried), jax.tree.leaves(subtracted), strict=True):
+        assert np.linalg.norm(ours - theirs) <= 2e-5 * np.linalg.norm(theirs)
 
 
 @pytest.fixture
@@ -335,6 +367,7 @@ def test_the_adjoint_is_the_gradient_through_the_whole_chain():
         assert np.linalg.norm(credit.gradient[start - 1] - expected) < 1e-4 * np.linalg.norm(expected)
 
 
+@pytest.mark.usefixtures("both_ways")
 @pytest.mark.parametrize("kappa", [1.0, 1.5])
 def test_adjoint_loss_and_gradient(kappa):
     settings = DEFAULTS | {"credit": "adjoint", "prior_strength": kappa}

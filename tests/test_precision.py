@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch_oracle as oracle
+from jax.flatten_util import ravel_pytree
 
-from nabla_gfn_jax.base_models.base import predictor
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion, TextFeatures
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
-from nabla_gfn_jax.models import layers
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 
@@ -48,45 +47,86 @@ def rms(a):
     return float(np.sqrt(np.mean(np.square(np.asarray(a, np.float64)))))
 
 
-def test_the_error_of_the_difference(monkeypatch):
-    """By subtraction, and as a derivative in the LoRA's strength at one half, whose rounding is relative to itself."""
-    rng = np.random.default_rng(0)
-    half = random_params(rng)
-    table = TextFeatures(*(jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((BATCH, 8, 32), (8, 32))))
-    x, ids = jnp.asarray(rng.normal(size=(BATCH, 16, 16, 4)), jnp.float32), jnp.arange(BATCH)
-    plain = lambda x, k, stride, padding: jax.lax.conv_general_dilated(  # noqa: E731  ours has no forward mode
-        x, k, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
-    )
-    monkeypatch.setattr(layers, "convolve", plain)
+class Study:
+    """ε_θ − ε_# less a target, and the LoRA's gradient of its mean square, in float32 by subtraction and in bfloat16 by
+    subtraction and carried through the network."""
 
-    def functions(dtype):
-        params = jax.tree.map(lambda a: a.astype(dtype), half)
+    def __init__(self):
+        self.rng = np.random.default_rng(0)
+        self.half = random_params(self.rng)
+        shapes = (BATCH, 8, 32), (8, 32)
+        self.table = TextFeatures(*(jnp.asarray(self.rng.normal(size=s), jnp.float32) for s in shapes))
+        self.x = jnp.asarray(self.rng.normal(size=(BATCH, 16, 16, 4)), jnp.float32)
+        self.start = init_lora(jax.random.key(3), self.half, 8)
+        self.exact = self._compiled(jnp.float32, self._subtracted)
+        self.ways = {
+            "subtracted": self._compiled(jnp.bfloat16, self._subtracted),
+            "carried": self._compiled(jnp.bfloat16, self._carried),
+        }
+
+    def lora(self, size):
+        return with_ups(self.start, lambda a: jnp.asarray(size * self.rng.normal(size=a.shape), jnp.float32))
+
+    def _subtracted(self, model, lora, *arguments):
+        base = model.predict(arguments[0], None, *arguments[1:], GUIDANCE)
+        return base, model.predict(arguments[0], lora, *arguments[1:], GUIDANCE) - base
+
+    def _carried(self, model, lora, *arguments):
+        return model.predict_change(arguments[0], lora, *arguments[1:], GUIDANCE)
+
+    def _compiled(self, dtype, difference):
+        params = {"unet": jax.tree.map(lambda a: a.astype(dtype), self.half)}
         model = StableDiffusion(UNet2DConditionModel(UNET, dtype), None, None, None, STABLE_DIFFUSION, {})
         level = model.chain(50)[STEP].at.each(BATCH)
 
-        def subtracted(params, lora):
-            predict = predictor(model, {"unet": params}, table, GUIDANCE)
-            base = predict(None, x, level, ids)
-            return predict(lora, x, level, ids) - base, base
+        def term(lora, params, target):
+            base, change = difference(model, lora, params, self.x, level, self.table, jnp.arange(BATCH))
+            return jnp.square(change - target).mean(), (base, change)
 
-        def derivative(params, lora):
-            predict = predictor(model, {"unet": params}, table, GUIDANCE)
-            strength = lambda s: predict(with_ups(lora, lambda a: s * a), x, level, ids)  # noqa: E731
-            return jax.jvp(strength, (jnp.float32(0.5),), (jnp.float32(1.0),))[1]
-
-        lora = init_lora(jax.random.key(3), half, 8)
         with jax.numpy_dtype_promotion("standard"):
-            compiled = [oracle.compile_quickly(f, params, lora) for f in (subtracted, derivative)]
-        return lambda lora: (*compiled[0](params, lora), compiled[1](params, lora))
+            compiled = oracle.compile_quickly(jax.grad(term, has_aux=True), self.start, params, self.x)
 
-    exactly, roughly = functions(jnp.float32), functions(jnp.bfloat16)
-    start = init_lora(jax.random.key(3), half, 8)
-    print("\nrms(ε_θ − ε_#)/rms(ε): error of the squared difference by subtraction, as a derivative")
-    for size, by_subtraction, by_derivative in ((0.002, 12.0, 0.01), (0.02, 0.12, 0.01)):
-        lora = with_ups(start, lambda a, size=size: jnp.asarray(size * rng.normal(size=a.shape), jnp.float32))
-        change, base, _ = exactly(lora)
-        found, _, derived = roughly(lora)
-        errors = [abs(rms(a) ** 2 / rms(change) ** 2 - 1) for a in (found, derived)]
-        print(f"{rms(change) / rms(base):.3f}: {errors[0]:.1%}, {errors[1]:.2%}")
-        assert errors[0] < by_subtraction
-        assert errors[1] < by_derivative
+        def run(lora, target=None):
+            gradient, (base, change) = compiled(lora, params, jnp.zeros_like(self.x) if target is None else target)
+            return np.asarray(ravel_pytree(gradient)[0], np.float64), base, change
+
+        return run
+
+    def errors(self, lora, before=None):
+        """By way: the relative errors of ‖ε_θ − ε_#‖² and of its gradient; of ‖ε_θ − ε_θ†‖² with a LoRA `before`."""
+        target = 0 if before is None else self.exact(before)[2]
+        expected, base, change = self.exact(lora, None if before is None else target)
+        moved = np.asarray(change - target)
+        print(f"\nrms of the difference, of ε's: {rms(moved) / rms(base):.2%}")
+        found = {}
+        for name, run in self.ways.items():
+            target = 0 if before is None else run(before)[2]
+            gradient, _, rounded = run(lora, None if before is None else target)
+            rounded = np.asarray(rounded - target)
+            term = abs(rms(rounded) ** 2 / rms(moved) ** 2 - 1)
+            found[name] = term, rms(gradient - expected) / rms(expected)
+            each = rms(rounded - moved) / rms(moved)
+            print(f"{name}: each element {each:.2%}, term {term:.2%}, gradient {found[name][1]:.2%}")
+        return found
+
+
+@pytest.fixture(scope="module")
+def study():
+    return Study()
+
+
+@pytest.mark.parametrize("size", [0.0002, 0.002, 0.02, 0.1])
+def test_what_the_lora_changes(study, size):
+    """From .1 to 50 % of ε. Carried, the errors do not depend on it."""
+    found = study.errors(study.lora(size))
+    assert found["carried"][0] < 0.01
+    assert found["carried"][1] < 0.02
+
+
+@pytest.mark.parametrize("step", [0.1, 0.01])
+def test_how_far_the_policy_moved(study, step):
+    """λ's term: ε_θ − ε_θ†, from a LoRA that changes ε by a tenth to one that differs by a tenth or a hundredth."""
+    before = study.lora(0.02)
+    found = study.errors(with_ups(before, lambda a: (1 + step) * a), before)
+    assert found["carried"][0] < 0.01
+    assert found["carried"][1] < 0.02

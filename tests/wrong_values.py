@@ -18,6 +18,7 @@ WRONG = {
     "seed": SEED,
     "model": TEXT,
     "model_dtype": ("float16", "", 32),
+    "carry_change": SWITCH,
     "reward": ("", "beauty", "Valence", 1),
     "prompts": TEXT,
     "sampling.sampler": ("ddim", "DDPM", ""),

@@ -1,8 +1,9 @@
 """What bfloat16 does to the loss and its gradient: one transition after another, with a LoRA that is not zero.
 
 The forward term is a difference of two outputs times a number that grows to 83 at the last step, so what is
-lost in the difference is counted relative to it. Truth is our float32 with products in full float32. The same
-transitions in PyTorch say whether both compute the same, and what its bfloat16 loses.
+lost in the difference is counted relative to it, subtracted or carried through the network as in the losses. Truth is
+our float32 with products in full float32. The same transitions in PyTorch say whether both compute the same, and what
+its bfloat16 loses.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,6 @@ from jax.flatten_util import ravel_pytree
 from benchmarks.accelerator.parity import compile_quickly, relative
 from benchmarks.accelerator.sizes import Size, Weights, as_dtype
 from benchmarks.accelerator.worker import Worker
-from nabla_gfn_jax.algorithms.credit import score_change
 from nabla_gfn_jax.algorithms.transitions import Transition
 from nabla_gfn_jax.diffusion.chain import Chain, Level
 
@@ -78,8 +78,11 @@ class Study:
         pieces = self.pieces[dtype]
 
         def eps(frozen: Any, params: Any, x: Any, level: Level) -> Any:
-            predict = pieces.model(frozen).predict
-            return tuple(predict(lora, x, level, self.prompt_id) for lora in (params["lora"], None))
+            model = pieces.model(frozen)
+            policy, base = (model.predict(lora, x, level, self.prompt_id) for lora in (params["lora"], None))
+            if model.predict_change is None:
+                return policy, base, policy - base
+            return policy, base, model.predict_change(params["lora"], x, level, self.prompt_id)[1]
 
         def loss(frozen: Any, params: Any, transition: Transition) -> Any:
             return getattr(pieces.algorithm, kind)(params, pieces.model(frozen), transition)
@@ -106,10 +109,10 @@ class Study:
         signal = float(self.chain.at.signal[k])
         return np.asarray(signal**0.5 * self.clean + (1 - signal) ** 0.5 * self.noise, np.float32)
 
-    def eps(self, dtype: str, scale: float, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """ε_θ and ε_# at step k."""
-        both = self.programs[dtype, "eps"](self.on_device[dtype], self.at(scale), self._x(k), self._step(k).at)
-        return tuple(np.asarray(a) for a in both)  # type: ignore[return-value]
+    def eps(self, dtype: str, scale: float, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """ε_θ, ε_# and their difference as the losses have it, at step k."""
+        found = self.programs[dtype, "eps"](self.on_device[dtype], self.at(scale), self._x(k), self._step(k).at)
+        return tuple(np.asarray(a) for a in found)  # type: ignore[return-value]
 
     def at(self, scale: float) -> Any:
         """Parameters whose LoRA is `scale` times as strong."""
@@ -124,7 +127,7 @@ class Study:
         scale = 0.01
         for change in _CHANGES:
             for _ in range(3):
-                policy, base = self.eps("float32", scale, middle)
+                policy, base, _ = self.eps("float32", scale, middle)
                 scale *= change / max(relative(policy, base), 1e-9)
             found.append(scale)
         return found
@@ -134,17 +137,18 @@ class Study:
 
     def score_changes(self, change: float, scale: float) -> None:
         """s_θ − s_# in bfloat16 against float32, where it is largest and where it is not."""
-        errors = {}
+        errors: dict[str, dict[str, float]] = {"subtracted": {}, "carried through the network": {}}
         for k in self.steps:
-            eps = {dtype: self.eps(dtype, scale, k) for dtype in _DTYPES}
-            change_of = {dtype: np.asarray(score_change(*eps[dtype], self._step(k))) for dtype in _DTYPES}
-            errors[f"step_{k}"] = relative(change_of["bfloat16"], change_of["float32"])
-        noise = relative(eps["bfloat16"][1], eps["float32"][1])
-        self.worker.row(
-            f"relative error of s_θ − s_# in bfloat16, LoRA that changes ε by {change:g}",
-            note=f"ε itself: {noise:.1e}",
-            **errors,
-        )
+            (*_, truth), (policy, base, carried) = (self.eps(dtype, scale, k) for dtype in _DTYPES)
+            for way, found in zip(errors, (policy - base, carried), strict=True):
+                errors[way][f"step_{k}"] = relative(found, truth)
+        noise = relative(base, self.eps("float32", scale, k)[1])
+        for way, by_step in errors.items():
+            self.worker.row(
+                f"relative error of s_θ − s_# in bfloat16, {way}, LoRA that changes ε by {change:g}",
+                note=f"ε itself: {noise:.1e}",
+                **by_step,
+            )
 
     def _transition(self, k: int, eps: np.ndarray, recorded: np.ndarray) -> Transition:
         x, step = self._x(k), self._step(k)

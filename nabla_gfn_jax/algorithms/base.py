@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
-from nabla_gfn_jax.diffusion.sampler import Predict, Trajectory
+from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange, Trajectory
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 Metrics = dict[str, Float[Array, ""]]
@@ -38,12 +38,16 @@ class LogReward(Protocol):
 
 @dataclass(frozen=True)
 class Model:
-    """The chain, and the pure functions an algorithm works with; what they need of a prompt, its id tells them."""
+    """The chain, and the pure functions an algorithm works with; what they need of a prompt, its id tells them.
+
+    `predict_change` is None where o_θ − o_# may be computed as a difference of two outputs: in float32.
+    """
 
     chain: Chain
     predict: Predict
     log_reward: LogReward
     heads: Mapping[str, Head]
+    predict_change: PredictChange | None = None
 
 
 @flax.struct.dataclass

@@ -6,7 +6,8 @@ pull-backs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import Model, Rollout, reward_gradient
 from nabla_gfn_jax.algorithms.transitions import AdjointCredit
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
+from nabla_gfn_jax.diffusion.sampler import PredictChange
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 GAMMAS: dict[str, Callable[[Float[Array, "*batch"]], Float[Array, "*batch"]]] = {
@@ -31,6 +33,11 @@ class Prediction:
         self.x = x
         self.output, self._pull = jax.vjp(lambda lora, x: model.predict(lora, x, level, prompt_id), lora, x)
 
+    @property
+    def outputs(self) -> tuple[Latents, ...]:
+        """What a loss may be a function of."""
+        return (self.output,)
+
     def to_x(self, of_output: Callable[[Latents, Latents], Any], cotangents: Any) -> Latents:
         """(∂f/∂x)ᵀ cotangents of f(x) = of_output(o(x), x); several outputs of f share one pull-back."""
         _, pull = jax.vjp(of_output, self.output, self.x)
@@ -42,6 +49,85 @@ class Prediction:
         return self._pull(output_cotangent)[0]
 
 
+class PullBack(NamedTuple):
+    """A pull-back through a network that is yet to be evaluated: of f(x) = of_output(o(x), x)."""
+
+    of_output: Callable[[Latents, Latents], Any]
+    cotangents: Callable[[Latents], Any]  # of f, given o
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The policy beside the base model at x."""
+
+    base_output: Latents  # o_#
+    output: Latents  # o_θ
+    change: Latents  # o_θ − o_#
+    to_lora: Callable[[Latents], Params]  # (∂o_θ/∂LoRA)ᵀ cotangent
+    pulled_back: Latents | None = None  # to x, the sum of what was asked for
+
+    @property
+    def outputs(self) -> tuple[Latents, ...]:
+        """What a loss may be a function of. The change of both by the LoRA is the same."""
+        return (self.output, self.change)
+
+
+def compare(
+    model: Model,
+    lora: Params,
+    x: Latents,
+    level: Level,
+    prompt_id: PromptIds,
+    pull_backs: tuple[PullBack, PullBack] | None = None,
+) -> Comparison:
+    """Base model and policy at x, with a pull-back through each, if given; base first."""
+    if model.predict_change is not None:
+        return _carried(model.predict_change, lora, x, level, prompt_id, pull_backs)
+    base, pulled = Prediction(model, None, x, level, prompt_id), None
+    if pull_backs:
+        of_base, of_policy = pull_backs
+        pulled = base.to_x(of_base.of_output, of_base.cotangents(base.output))
+    # One network's activations at a time.
+    x, base_output, pulled = jax.lax.optimization_barrier((x, base.output, pulled))
+    policy = Prediction(model, lora, x, level, prompt_id)
+    if pull_backs:
+        pulled = pulled + policy.to_x(of_policy.of_output, of_policy.cotangents(policy.output))
+    return Comparison(base_output, policy.output, policy.output - base_output, policy.to_lora, pulled)
+
+
+def compare_with(
+    model: Model, lora: Params, x: Latents, level: Level, prompt_id: PromptIds, base_output: Latents
+) -> Comparison:
+    """Where the base model's output is known already. If it is not exact enough it is computed again."""
+    if model.predict_change is not None:
+        return _carried(model.predict_change, lora, x, level, prompt_id, None)
+    policy = Prediction(model, lora, x, level, prompt_id)
+    return Comparison(base_output, policy.output, policy.output - base_output, policy.to_lora)
+
+
+def _carried(
+    predict_change: PredictChange,
+    lora: Params,
+    x: Latents,
+    level: Level,
+    prompt_id: PromptIds,
+    pull_backs: tuple[PullBack, PullBack] | None,
+) -> Comparison:
+    """Both networks at once. A cotangent of o_θ = o_# + change is one of both parts."""
+    (base, change), pull = jax.vjp(lambda lora, x: predict_change(lora, x, level, prompt_id), lora, x)
+    output, pulled = base + change, None
+    if pull_backs:
+        of_base, of_policy = pull_backs
+        cotangents, direct = [], []
+        for (of_output, cotangents_of), o in ((of_base, base), (of_policy, output)):
+            one, other = jax.vjp(of_output, o, x)[1](cotangents_of(o))
+            cotangents.append(one)
+            direct.append(other)
+        pulled = pull((cotangents[0] + cotangents[1], cotangents[1]))[1] + direct[0] + direct[1]
+    to_lora = lambda cotangent: pull((jnp.zeros_like(cotangent), cotangent))[0]  # noqa: E731
+    return Comparison(base, output, change, to_lora, pulled)
+
+
 def guess_cotangent(
     model: Model, output: Latents, x: Latents, level: Level, scale: PerSample, prompt_id: PromptIds
 ) -> Latents:
@@ -49,9 +135,9 @@ def guess_cotangent(
     return expand(scale, x) * reward_gradient(model, level.clean(output, x), prompt_id)
 
 
-def score_change(output: Latents, base_output: Latents, step: Chain) -> Latents:
+def score_change(change: Latents, step: Chain) -> Latents:
     """s_θ − s_# = (μ_θ − μ_#)/σ² = mean_o (o_θ − o_#)/σ², without the cancellation of two large scores."""
-    return expand(step.mean_o / step.sigma**2, output) * (output - base_output)
+    return expand(step.mean_o / step.sigma**2, change) * change
 
 
 def adjoint_credit(model: Model, rollout: Rollout, beta: float) -> AdjointCredit:

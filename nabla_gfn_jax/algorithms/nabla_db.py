@@ -32,8 +32,25 @@ from nabla_gfn_jax.algorithms.base import (
     output_change,
     reward_gradient,
 )
-from nabla_gfn_jax.algorithms.credit import GAMMAS, PATH_CREDITS, Prediction, guess_cotangent, score_change
-from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
+from nabla_gfn_jax.algorithms.credit import (
+    GAMMAS,
+    PATH_CREDITS,
+    Comparison,
+    Prediction,
+    PullBack,
+    compare,
+    compare_with,
+    guess_cotangent,
+    score_change,
+)
+from nabla_gfn_jax.algorithms.transitions import (
+    Transition,
+    Transitions,
+    flatten,
+    number_of_bins,
+    select,
+    with_changes,
+)
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
@@ -96,7 +113,11 @@ class ResidualNablaDB(Checked, Unweighted):
         of the path, which is computed once."""
         bins = self.bins(model.chain.num_steps)
         credit = PATH_CREDITS[self.credit](model, rollout, self.beta) if self.credit in PATH_CREDITS else None
-        return Batch(data=jax.vmap(lambda update: select(rollout, bins, credit, update))(jnp.arange(updates)))
+        data = jax.vmap(lambda update: select(rollout, bins, credit, update))(jnp.arange(updates))
+        if model.predict_change is not None and self.output_regularisation:
+            ordinary, last = (with_changes(model, params["lora"], part) for part in (data.ordinary, data.last))
+            data = Transitions(ordinary=ordinary, last=last)
+        return Batch(data=data)
 
     def value_and_grad(
         self, params: Params, model: Model, data: Transitions, weight: PerSample
@@ -116,36 +137,32 @@ class ResidualNablaDB(Checked, Unweighted):
         """Sums over transitions with t' > 0, under "lookahead" or "guess"."""
         x, y, prompt_id = transition.x, transition.y, transition.prompt_id
         step = model.chain[transition.index]
-        # One network's activations at a time: policy at y, then base at x, then policy at x.
         at_y = Prediction(model, params["lora"], y, step.to, prompt_id)
-        guess_y = at_y.to_x(step.to.clean, self._guess(model, at_y, step.to, prompt_id))
-        x, guess_y = jax.lax.optimization_barrier((x, guess_y))
-        base = Prediction(model, None, x, step.at, prompt_id)
-        base_output = base.output
-        if self._corrects:
-            base_reverse = base.to_x(step.mean, -score(base.output, transition, step))
-            x, base_output, base_reverse = jax.lax.optimization_barrier((x, base_output, base_reverse))
-        at_x = Prediction(model, params["lora"], x, step.at, prompt_id)
-        if self._corrects:
-            # r_θ + G(x, t) is linear in the cotangents at o_θ(x, t): one pull-back
-            score_and_guess = at_x.to_x(
+        guess_y = at_y.to_x(step.to.clean, self._guess(model, at_y.output, y, step.to, prompt_id))
+        x, guess_y = jax.lax.optimization_barrier((x, guess_y))  # the policy at y is done with before others begin
+        # −κ r_#, and r_θ + G(x, t), which is linear in the cotangents at o_θ(x, t): one pull-back through each network
+        pull_backs = (
+            PullBack(step.mean, lambda o: self.prior_strength * score(o, transition, step)),
+            PullBack(
                 lambda o, x: (step.mean(o, x), step.at.clean(o, x)),
-                (-score(at_x.output, transition, step), self._guess(model, at_x, step.at, prompt_id)),
-            )
+                lambda o: (-score(o, transition, step), self._guess(model, o, x, step.at, prompt_id)),
+            ),
+        )
+        at_x = compare(model, params["lora"], x, step.at, prompt_id, pull_backs if self._corrects else None)
 
-        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
+        def terms(output: Latents, change: Latents, heads: Params) -> dict[str, PerSample]:
             credit = guess_y
             out = {}
             if self._corrects:
                 correct = partial(model.heads["correction"], heads["correction"], prompt_id=prompt_id)
                 correction = correct(y, step.to)
                 credit = credit + (correction if self.correction_from_forward else jax.lax.stop_gradient(correction))
-                residual = score_and_guess - self.prior_strength * base_reverse + correct(x, step.at)
-                out["loss_reverse"] = mean_square(residual)
-            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
+                assert at_x.pulled_back is not None
+                out["loss_reverse"] = mean_square(at_x.pulled_back + correct(x, step.at))
+            residual = self._policy_minus_prior(change, at_x.base_output, transition, step) - credit
             return out | {
                 "loss_forward": self._forward(residual, step),
-                "loss_reg": self._regularisation(output, transition, step),
+                "loss_reg": self._regularisation(output, change, transition, step),
             }
 
         return pull_back(terms, at_x, params)
@@ -153,15 +170,14 @@ class ResidualNablaDB(Checked, Unweighted):
     def last(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
         """Sums over last transitions, under "lookahead" or "guess": y is the sample, its own x̂."""
         y, prompt_id, step = transition.y, transition.prompt_id, model.chain[transition.index]
-        at_x = Prediction(model, params["lora"], transition.x, step.at, prompt_id)
-        base_output = model.predict(None, transition.x, step.at, prompt_id)
+        at_x = compare(model, params["lora"], transition.x, step.at, prompt_id)
         credit = expand(self._scale(step.to), y) * reward_gradient(model, y, prompt_id)
 
-        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
-            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
+        def terms(output: Latents, change: Latents, heads: Params) -> dict[str, PerSample]:
+            residual = self._policy_minus_prior(change, at_x.base_output, transition, step) - credit
             out = {
                 "loss_forward": self._forward(residual, step),
-                "loss_reg": self._regularisation(output, transition, step),
+                "loss_reg": self._regularisation(output, change, transition, step),
             }
             if self._corrects:
                 correction = model.heads["correction"](heads["correction"], y, step.to, prompt_id)
@@ -174,20 +190,19 @@ class ResidualNablaDB(Checked, Unweighted):
         """Sums over any transitions, under "adjoint" or "terminal"; for κ = 1, σ² ‖(μ_θ − μ_#)/σ² − a_{t+1}‖²."""
         step, adjoint = model.chain[transition.index], transition.adjoint
         assert adjoint is not None
-        base_output = adjoint.base_output
-        if base_output is None:
-            base_output = model.predict(None, transition.x, step.at, transition.prompt_id)
         trust = GAMMAS[self.gamma](step.to.signal) if self.credit == "terminal" else jnp.ones_like(step.sigma)
         size = trust * step.sigma * jnp.sqrt(mean_square(adjoint.gradient))
         scale = trust * jnp.where(size > self.credit_clip, self.credit_clip / size, 1.0)
         credit = expand(scale, adjoint.gradient) * adjoint.gradient
-        at_x = Prediction(model, params["lora"], transition.x, step.at, transition.prompt_id)
+        where = (model, params["lora"], transition.x, step.at, transition.prompt_id)
+        known = adjoint.base_output
+        at_x = compare(*where) if known is None else compare_with(*where, known)
 
-        def terms(output: Latents, heads: Params) -> dict[str, PerSample]:
-            residual = self._policy_minus_prior(output, base_output, transition, step) - credit
+        def terms(output: Latents, change: Latents, heads: Params) -> dict[str, PerSample]:
+            residual = self._policy_minus_prior(change, at_x.base_output, transition, step) - credit
             return {
                 "loss_forward": self._forward(residual, step),
-                "loss_reg": self._regularisation(output, transition, step),
+                "loss_reg": self._regularisation(output, change, transition, step),
             }
 
         return pull_back(terms, at_x, params)
@@ -196,20 +211,22 @@ class ResidualNablaDB(Checked, Unweighted):
         """β γ_t."""
         return self.beta * GAMMAS[self.gamma](level.signal)
 
-    def _guess(self, model: Model, at: Prediction, level: Level, prompt_id: PromptIds) -> Latents:
+    def _guess(self, model: Model, output: Latents, x: Latents, level: Level, prompt_id: PromptIds) -> Latents:
         """The cotangent at x̂ whose pull-back to x is G."""
-        return guess_cotangent(model, at.output, at.x, level, self._scale(level), prompt_id)
+        return guess_cotangent(model, output, x, level, self._scale(level), prompt_id)
 
     def _forward(self, residual: Latents, step: Chain) -> PerSample:
         weighted = self.variance_weighted or self.credit in PATH_CREDITS
         return (step.sigma**2 if weighted else 1.0) * mean_square(residual)
 
-    def _policy_minus_prior(self, output: Latents, base: Latents, transition: Transition, step: Chain) -> Latents:
+    def _policy_minus_prior(self, change: Latents, base: Latents, transition: Transition, step: Chain) -> Latents:
         """s_θ − κ s_#, as (s_θ − s_#) + (1 − κ) s_#."""
-        return score_change(output, base, step) + (1 - self.prior_strength) * score(base, transition, step)
+        return score_change(change, step) + (1 - self.prior_strength) * score(base, transition, step)
 
-    def _regularisation(self, output: Latents, transition: Transition, step: Chain) -> PerSample:
-        return self.output_regularisation * output_change(output, transition.output, step.at)
+    def _regularisation(self, output: Latents, change: Latents, transition: Transition, step: Chain) -> PerSample:
+        before = transition.change  # o_θ† − o_#, if it is known
+        pair = (output, transition.output) if before is None else (change, before)
+        return self.output_regularisation * output_change(*pair, step.at)
 
 
 def score(output: Latents, transition: Transition, step: Chain) -> Latents:
@@ -217,14 +234,17 @@ def score(output: Latents, transition: Transition, step: Chain) -> Latents:
     return (step.mean(output, transition.x) - transition.y) / expand(step.sigma, output) ** 2
 
 
-def pull_back(terms: Any, at_x: Prediction, params: Params) -> tuple[Metrics, Params]:
-    """Sums of `terms(o_θ(x, t), φ)` over transitions and the gradient of their total in LoRA and φ."""
+def pull_back(terms: Any, at_x: Prediction | Comparison, params: Params) -> tuple[Metrics, Params]:
+    """Sums of `terms(*outputs, φ)` over transitions and the gradient of their total in LoRA and φ.
+
+    The outputs are o_θ alone of a `Prediction`, o_θ and o_θ − o_# of a `Comparison`.
+    """
     heads = {name: phi for name, phi in params.items() if name != "lora"}
 
-    def total(output: Latents, heads: Params) -> tuple[Float[Array, ""], Metrics]:
-        sums = {name: value.sum() for name, value in terms(output, heads).items()}
+    def total(outputs: tuple[Latents, ...], heads: Params) -> tuple[Float[Array, ""], Metrics]:
+        sums = {name: value.sum() for name, value in terms(*outputs, heads).items()}
         return jnp.asarray(sum(sums.values())), sums
 
-    (_, sums), (cotangent, heads) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.output, heads)
+    (_, sums), (cotangents, heads) = jax.value_and_grad(total, (0, 1), has_aux=True)(at_x.outputs, heads)
     zeros = dict.fromkeys(ResidualNablaDB.columns, jnp.zeros((), jnp.float32))
-    return zeros | sums, {"lora": at_x.to_lora(cotangent), **heads}
+    return zeros | sums, {"lora": at_x.to_lora(sum(cotangents)), **heads}

@@ -28,7 +28,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
-from nabla_gfn_jax.algorithms.credit import adjoint_credit
+from nabla_gfn_jax.algorithms.credit import adjoint_credit, compare_with
 from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.errors import UserError
@@ -87,7 +87,13 @@ class PathRegression(Checked):
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, with their credit, and log Π p_#/p_θ† of each path."""
-        credit = adjoint_credit(model, rollout, self.beta) if self.credit == "adjoint" else innovation(model, rollout)
+        lora = params["lora"]
+        if self.credit == "adjoint":
+            credit = adjoint_credit(model, rollout, self.beta)
+            if model.predict_change is not None:
+                credit = AdjointCredit(credit.gradient, base_outputs(model, lora, rollout))
+        else:
+            credit = innovation(model, lora, rollout)
         assert credit.base_output is not None
         steps = share_out(rollout.keys, model.chain.num_steps, updates, self.steps)
         data = jax.vmap(lambda steps: take(steps, rollout, credit))(steps)
@@ -102,30 +108,46 @@ class PathRegression(Checked):
         assert now.adjoint is not None
         c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
 
-        def loss(lora: Params) -> tuple[Float[Array, ""], Metrics]:
-            output = model.predict(lora, now.x, step.at, now.prompt_id)
-            delta = expand(step.mean_o / step.sigma, output) * (output - now.adjoint.base_output)
+        assert now.adjoint.base_output is not None
+        base_output = now.adjoint.base_output  # where changes are carried, o_θ† less what the LoRA then changed
+        at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
+
+        def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
+            delta = expand(step.mean_o / step.sigma, output) * change
             nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
+            pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
             terms = {
                 "loss_paths": model.chain.num_steps * (weight * nats).mean(),
-                "loss_reg": self.output_regularisation * output_change(output, now.output, step.at).mean(),
+                "loss_reg": self.output_regularisation * output_change(*pair, step.at).mean(),
             }
             return terms["loss_paths"] + terms["loss_reg"], terms
 
-        value, lora = jax.value_and_grad(loss, has_aux=True)(params["lora"])
-        return value, {"lora": lora}
+        value, cotangents = jax.value_and_grad(loss, (0, 1), has_aux=True)(*at_x.outputs)
+        return value, {"lora": at_x.to_lora(sum(cotangents))}
 
 
-def innovation(model: Model, rollout: Rollout) -> AdjointCredit:
+def base_outputs(model: Model, lora: Params, rollout: Rollout) -> Latents:
+    """o_# at every state (T, B, …): where differences lose digits, what sampled minus the LoRA's change."""
+
+    def of_step(_: None, inputs: tuple[Latents, Latents, Chain]) -> tuple[None, Latents]:
+        x, output, step = inputs
+        where = (x, step.at.each(len(x)), rollout.prompt_id)
+        if model.predict_change is None:
+            return None, model.predict(None, *where)
+        return None, output - model.predict_change(lora, *where)[1]
+
+    path = rollout.trajectory
+    return jax.lax.scan(of_step, None, (path.latents[:-1], path.outputs, model.chain))[1]
+
+
+def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
     """(y − μ_#)/σ² of every step, in the place of the adjoint; no gradient is taken."""
-    latents = rollout.trajectory.latents
+    latents, base_output = rollout.trajectory.latents, base_outputs(model, lora, rollout)
 
-    def of_step(_: None, inputs: tuple[Latents, Latents, Chain]) -> tuple[None, AdjointCredit]:
-        x, y, step = inputs
-        base_output = model.predict(None, x, step.at.each(len(x)), rollout.prompt_id)
-        return None, AdjointCredit((y - step.mean(base_output, x)) / step.sigma**2, base_output)
+    def of_step(x: Latents, y: Latents, output: Latents, step: Chain) -> Latents:
+        return (y - step.mean(output, x)) / step.sigma**2
 
-    return jax.lax.scan(of_step, None, (latents[:-1], latents[1:], model.chain))[1]
+    return AdjointCredit(jax.vmap(of_step)(latents[:-1], latents[1:], base_output, model.chain), base_output)
 
 
 def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> PerSample:

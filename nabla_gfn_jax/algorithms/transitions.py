@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from nabla_gfn_jax.algorithms.base import Rollout
+from nabla_gfn_jax.algorithms.base import Model, Rollout
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.streams import stream
-from nabla_gfn_jax.typing import Latents, PRNGKeys
+from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 
 @flax.struct.dataclass
@@ -31,6 +31,7 @@ class Transition:
     index: Int[Array, "*steps"]  # of the step in the chain
     prompt_id: Int[Array, "*steps"]
     adjoint: AdjointCredit | None  # None under the lookahead credits
+    change: Latents | None = None  # o_θ† − o_# at x, where λ's term is the difference of two such
 
 
 @flax.struct.dataclass
@@ -106,6 +107,25 @@ def select(rollout: Rollout, bins: int, adjoint: AdjointCredit | None = None, up
         ordinary=take(select_steps(rollout.keys, num_steps, bins, update), rollout, adjoint),
         last=take(last, rollout, adjoint),
     )
+
+
+def with_changes(model: Model, lora: Params, transition: Transition) -> Transition:
+    """The same with o_θ† − o_#, of the LoRA that sampled, leading axes (updates, B, *bins); a batch at a time."""
+    assert model.predict_change is not None
+    predict_change, chain, axes = model.predict_change, model.chain, transition.index.ndim
+
+    def of_batch(rows: tuple[Latents, Array, PromptIds]) -> Latents:
+        x, index, prompt_id = rows
+        return predict_change(lora, x, chain[index].at, prompt_id)[1]
+
+    def batches(a: Array) -> Array:
+        a = jnp.moveaxis(a, 1, axes - 1)
+        return a.reshape(-1, *a.shape[axes - 1 :])
+
+    change = jax.lax.map(of_batch, jax.tree.map(batches, (transition.x, transition.index, transition.prompt_id)))
+    updates, batch, *bins = transition.index.shape
+    change = jnp.moveaxis(change.reshape(updates, *bins, batch, *change.shape[2:]), axes - 1, 1)
+    return transition.replace(change=change)  # type: ignore[attr-defined]
 
 
 def flatten(tree: Any) -> Any:

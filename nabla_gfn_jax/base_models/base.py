@@ -7,10 +7,11 @@ networks or another chain, such as a rectified flow, that is the file to write b
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from nabla_gfn_jax.diffusion.chain import Chain, Level
-from nabla_gfn_jax.diffusion.sampler import Predict
+from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKey, PromptIds
 
@@ -44,6 +45,10 @@ class BaseModel(Protocol):
         """Those that `predict` and `decode` read."""
 
     @property
+    def dtype(self) -> Any:
+        """Of the numbers within `predict`."""
+
+    @property
     def latent_shape(self) -> tuple[int, ...]:
         """Of one latent: height, width, channels."""
 
@@ -72,6 +77,18 @@ class BaseModel(Protocol):
     ) -> Latents:
         """The guided output o_u + w(o_c − o_u) in float32, w = `guidance`; the base model's where `lora` is None."""
 
+    def predict_change(
+        self,
+        params: Params,
+        lora: Params,
+        x: Latents,
+        level: Level,
+        table: Table,
+        prompt_id: PromptIds,
+        guidance: float,
+    ) -> tuple[Latents, Latents]:
+        """The base model's guided output, and the policy's minus it, with an error relative to that difference."""
+
     def decode(self, params: Params, latents: Latents) -> Images:
         """Images in [0, 1], clamped, float32."""
 
@@ -92,3 +109,14 @@ def predictor(model: BaseModel, params: Params, table: Table, guidance: float) -
         return model.predict(params, lora, x, level, table, condition, guidance)
 
     return predict
+
+
+def change_predictor(model: BaseModel, params: Params, table: Table, guidance: float) -> PredictChange | None:
+    """The same of `predict_change`; None where the model computes in float32 and a difference of outputs will do."""
+    if model.dtype == jnp.float32:
+        return None
+
+    def predict_change(lora: Params, x: Latents, level: Level, condition: PromptIds) -> tuple[Latents, Latents]:
+        return model.predict_change(params, lora, x, level, table, condition, guidance)
+
+    return predict_change

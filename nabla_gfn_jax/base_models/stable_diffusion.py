@@ -1,6 +1,6 @@
 """Stable Diffusion as a base model: prompt → text features → guided prediction; latent → image."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextModel
 from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.models.pair import Pair, filled, linear
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL
@@ -45,6 +46,10 @@ class StableDiffusion:
     @property
     def frozen_params(self) -> Params:
         return {part: self.params[part] for part in ("unet", "vae")}
+
+    @property
+    def dtype(self) -> Any:
+        return self.unet.dtype
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -101,17 +106,48 @@ class StableDiffusion:
         The last layer and the guidance are in float32 whatever the model's dtype: the losses multiply the difference
         of two outputs.
         """
+        guided: Latents = self._guided(params, lora, x, level, table, prompt_id, guidance)
+        return guided
+
+    def predict_change(
+        self,
+        params: Params,
+        lora: Params,
+        x: Latents,
+        level: Level,
+        table: TextFeatures,
+        prompt_id: PromptIds,
+        guidance: float,
+    ) -> tuple[Latents, Latents]:
+        guided = filled(self._guided(params, lora, x, level, table, prompt_id, guidance, Pair))
+        return guided.base, guided.change
+
+    def _guided(
+        self,
+        params: Params,
+        lora: Params | None,
+        x: Latents,
+        level: Level,
+        table: TextFeatures,
+        prompt_id: PromptIds,
+        guidance: float,
+        kind: Callable[[Array], Any] = lambda a: a,
+    ) -> Any:
+        """`kind` is what the network is given for an array: itself, or a `Pair`."""
 
         def double(a: Array) -> Array:
             return jnp.concatenate([a, a])
+
+        def guide(output: Array) -> Array:
+            without, with_prompt = jnp.split(output.astype(jnp.float32), 2)
+            return without + guidance * (with_prompt - without)
 
         context = table.context[prompt_id]
         context = jnp.concatenate([jnp.broadcast_to(table.negative[None], context.shape), context])
         variables = {"params": params["unet"]} if lora is None else {"params": params["unet"], "lora": lora}
         seen = expand(level.input_scale, x) * x
-        output: Latents = self.unet.apply(variables, double(seen), double(level.time), context)  # type: ignore[assignment]
-        without, with_prompt = jnp.split(output.astype(jnp.float32), 2)
-        return without + guidance * (with_prompt - without)
+        output: Any = self.unet.apply(variables, kind(double(seen)), double(level.time), kind(context))
+        return linear(guide, output)
 
     def decode(self, params: Params, latents: Latents) -> Images:
         images: Images = self.vae.apply({"params": params["vae"]}, latents, method="decode")  # type: ignore[assignment]

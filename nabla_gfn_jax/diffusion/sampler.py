@@ -21,6 +21,16 @@ class Predict(Protocol):
     def __call__(self, lora: Params | None, x: Latents, level: Level, condition: PyTree[Any]) -> Latents: ...
 
 
+@runtime_checkable
+class PredictChange(Protocol):
+    """(o_#, o_θ − o_#): the base model's output and what the LoRA changes of it, whose error is relative to the change.
+
+    In half precision that of a difference of two outputs is relative to the outputs.
+    """
+
+    def __call__(self, lora: Params, x: Latents, level: Level, condition: PyTree[Any]) -> tuple[Latents, Latents]: ...
+
+
 @flax.struct.dataclass
 class Trajectory:
     """States and network outputs of T steps, in sampling order."""

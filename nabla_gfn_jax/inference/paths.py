@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
 from nabla_gfn_jax.diffusion.chain import Chain, Level
-from nabla_gfn_jax.diffusion.sampler import Predict, draw_noise
+from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange, draw_noise
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 
@@ -31,13 +31,15 @@ def sample_paths(
     *,
     nats: bool = True,
     active: Bool[np.ndarray, " steps"] | None = None,
+    predict_change: PredictChange | None = None,
 ) -> Paths:
     """Samples as `diffusion.sampler.sample` does, number for number, in the memory of one state.
 
     `active`: the steps that the policy takes; the others are the base model's. None: all are the policy's.
 
     For `nats` the base model is evaluated at each state beside the policy, which doubles the cost; every σ must be
-    above 0. `lora` None is the base model.
+    above 0. `lora` None is the base model. With `predict_change` both are evaluated as one: then δ has its precision,
+    and the numbers are the sampler's up to rounding.
 
     With δ = (μ_θ − μ_#)/σ and y = μ_θ + σ z, log p_#(y|x) − log p_θ(y|x) = −‖δ + z‖²/2 + ‖z‖²/2 = −‖δ‖²/2 − δ·z.
     """
@@ -54,10 +56,19 @@ def sample_paths(
     def step(x: Latents, inputs: tuple[Array, Chain, Array | None]) -> tuple[Latents, tuple[Array, Array]]:
         index, now, on = inputs
         level = now.at.each(len(keys))
-        output, noise = output_at(x, level, on), draw_noise(keys, index + 1, shape)
+        noise = draw_noise(keys, index + 1, shape)
         spent = log_ratio = jnp.zeros(keys.shape)
-        if compare:
-            delta = now.mean_o / now.sigma * (output - predict(None, x, level, condition))
+        change: Latents | None = None
+        if compare and predict_change is not None:
+            base, change = predict_change(lora, x, level, condition)
+            change = change if on is None else jnp.where(on, change, 0.0)
+            output = base + change
+        else:
+            output = output_at(x, level, on)
+            if compare:
+                change = output - predict(None, x, level, condition)
+        if change is not None:
+            delta = now.mean_o / now.sigma * change
             spent = jnp.square(delta).sum(across) / 2
             log_ratio = -spent - (delta * noise).sum(across)
         return now.mean(output, x) + now.sigma * noise, (spent, log_ratio)

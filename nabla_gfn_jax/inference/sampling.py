@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, UInt8
 from tqdm import tqdm
 
-from nabla_gfn_jax.base_models.base import BaseModel, Table, predictor
+from nabla_gfn_jax.base_models.base import BaseModel, Table, change_predictor, predictor
 from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.diffusion.chain import Level
 from nabla_gfn_jax.diffusion.schedule import Sampler
@@ -131,7 +132,10 @@ class ImageSampler:
             def predict(lora: Params | None, x: Latents, level: Level, condition: PromptIds) -> Latents:
                 return (of_base if lora is None else of_policy)(lora, x, level, condition)
 
-            paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, nats=nats, active=active)
+            how: dict[str, Any] = {"nats": nats, "active": active}
+            if TEXT_ENCODER not in (lora or {}):  # else the two are told different things, and outputs are subtracted
+                how["predict_change"] = change_predictor(model, params, tables[0], self.how.guidance)
+            paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, **how)
             images = self._decode(params, paths.latents)
             return (images, paths.spent, paths.log_ratio) if nats else (images,)
 

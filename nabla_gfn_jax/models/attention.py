@@ -1,11 +1,14 @@
 """softmax(q kᵀ / √width) v, by the implementation that suits the device and the layer."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from nabla_gfn_jax.models.pair import Pair, Paired, filled, policy
 
 Heads = Float[Array, "batch _ heads width"]
 Implementation = Literal["cudnn", "whole", "in_parts", "by_head"]
@@ -33,12 +36,16 @@ def implementation(q: Heads, k: Heads, *, platform: str) -> Implementation:
     return "in_parts" if lengths > _MAX_LENGTHS else "whole"
 
 
-def attend(q: Heads, k: Heads, v: Heads, *, platform: str | None = None, **masked: Any) -> Heads:
-    """Attention of each head, the softmax in float32.
+def attend(
+    q: Heads | Paired, k: Heads | Paired, v: Heads | Paired, *, platform: str | None = None, **masked: Any
+) -> Heads | Paired:
+    """Attention of each head, the softmax in float32; of three pairs a pair.
 
     `platform`: what runs it, "cpu", "gpu" or "tpu"; where JAX runs when None. `masked`: `mask` or `is_causal` of
     `jax.nn.dot_product_attention`; then all scores at once.
     """
+    if isinstance(q, Pair):
+        return _in_parts(q, k, v, _attend_pair) if q.shape[1] * k.shape[1] > _MAX_LENGTHS else _attend_pair(q, k, v)
     chosen = "whole" if masked else implementation(q, k, platform=platform or jax.default_backend())
     if chosen == "in_parts":
         return _in_parts(q, k, v)
@@ -52,13 +59,38 @@ def _attend(q: Array, k: Array, v: Array, **options: Any) -> Array:
         return jax.nn.dot_product_attention(q, k, v, **options)
 
 
-def _in_parts(q: Heads, k: Heads, v: Heads) -> Heads:
+def _attend_pair(q: Paired, k: Paired, v: Paired) -> Pair:
+    """With scores S and probabilities P: δS = δq (k + δk)ᵀ + q δkᵀ and δy = P δv + δP (v + δv), δP in float32.
+
+    Operands lie side by side where their products are added or share a factor: of products this makes four, as many as
+    the two networks' own attentions have, two of them with twice the width.
+    """
+    q, k, v = filled(q), filled(k), filled(v)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    width = q.shape[-1]
+    scores = product("bqhw,bkhw->bhqk", q.base, k.base) * width**-0.5
+    both = (jnp.concatenate(pair, axis=-1) for pair in ((q.change, q.base), (policy(k), k.change)))
+    before, after = jax.nn.softmax(scores), jax.nn.softmax(scores + product("bqhw,bkhw->bhqk", *both) * width**-0.5)
+    kind = v.base.dtype
+    old = product("bhqk,bkhw->bqhw", before.astype(kind), jnp.concatenate([v.base, v.change], axis=-1))
+    base, change = jnp.split(old, 2, axis=-1)
+    change = change + product("bhqk,bkhw->bqhw", (after - before).astype(kind), policy(v))
+    return Pair(base.astype(kind), change.astype(kind))
+
+
+def _in_parts(q: Any, k: Any, v: Any, attend: Callable[..., Any] = _attend) -> Any:
     """One part of the queries after another, each over all keys; a gradient computes a part's scores again."""
     batch, queries, heads, width = q.shape
     size = _part(queries, batch * heads * k.shape[1], _MAX_SCORES)
-    parts = jnp.moveaxis(q.reshape(batch, queries // size, size, heads, width), 1, 0)
-    part = jax.checkpoint(partial(_attend, k=k, v=v))
-    return jnp.moveaxis(jax.lax.map(part, parts), 0, 1).reshape(q.shape)
+
+    def cut(a: Array) -> Array:
+        return jnp.moveaxis(a.reshape(batch, queries // size, size, heads, width), 1, 0)
+
+    def joined(a: Array) -> Array:
+        return jnp.moveaxis(a, 0, 1).reshape(batch, queries, heads, width)
+
+    part = jax.checkpoint(partial(attend, k=k, v=v))
+    return jax.tree.map(joined, jax.lax.map(part, jax.tree.map(cut, q)))
 
 
 def _by_head(q: Heads, k: Heads, v: Heads) -> Heads:

@@ -1,4 +1,7 @@
-"""The blocks that Stable Diffusion's UNet and VAE share. Channels last, parameters named as in the checkpoints."""
+"""The blocks that Stable Diffusion's UNet and VAE share. Channels last, parameters named as in the checkpoints.
+
+Given a `Pair` in place of an array, each returns a pair: the base model's numbers and what the LoRA changes of them.
+"""
 
 import math
 from typing import Any
@@ -10,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.conv import convolve
+from nabla_gfn_jax.models.pair import Paired, changed, linear, nonlinear, policy
 from nabla_gfn_jax.models.parameters import parameter
 
 FeatureMap = Float[Array, "batch _height _width _channels"]
@@ -30,18 +34,18 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap | Paired) -> FeatureMap | Paired:
         k = self.kernel_size
         shape = (k, k, x.shape[-1], self.features)
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape).astype(self.dtype)
         bias = parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         x = x.astype(self.dtype)
         padding = ((self.padding,) * 2,) * 2 if isinstance(self.padding, int) else self.padding
-        y = convolve(x, kernel, self.stride, padding) + bias.reshape(1, 1, 1, -1)
+        y = linear(lambda a: convolve(a, kernel, self.stride, padding), x) + bias.reshape(1, 1, 1, -1)
         if self.has_variable("lora", "down"):
             down: Array = self.get_variable("lora", "down").astype(self.dtype)
             up: Array = self.get_variable("lora", "up").astype(self.dtype)
-            y = y + convolve(x, down, self.stride, padding) @ up
+            y = changed(y, convolve(policy(x), down, self.stride, padding) @ up)
         return y
 
 
@@ -58,16 +62,16 @@ class Dense(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch features"]:
+    def __call__(self, x: Float[Array, "*batch channels"] | Paired) -> Float[Array, "*batch features"] | Paired:
         kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features))
         rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
-        y = rows @ kernel.astype(self.dtype)
+        y = linear(lambda a: a @ kernel.astype(self.dtype), rows)
         if self.use_bias:
             y = y + parameter(self, "bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)[None]
         if self.has_variable("lora", "down"):
             down: Array = self.get_variable("lora", "down").astype(self.dtype)
             up: Array = self.get_variable("lora", "up").astype(self.dtype)
-            y = y + (rows @ down) @ up
+            y = changed(y, (policy(rows) @ down) @ up)
         return y.reshape(*x.shape[:-1], self.features)
 
 
@@ -78,14 +82,18 @@ class LayerNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
+    def __call__(self, x: Float[Array, "*batch channels"] | Paired) -> Float[Array, "*batch channels"] | Paired:
         shape = (x.shape[-1],)
         scale = parameter(self, "scale", nn.initializers.ones, shape).astype(jnp.float32)
         bias = parameter(self, "bias", nn.initializers.zeros, shape).astype(jnp.float32)
-        rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-        centred = rows - rows.mean(axis=-1, keepdims=True)
-        normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
-        return (normal * scale[None] + bias[None]).reshape(x.shape).astype(self.dtype)
+
+        def normalised(x: Array) -> Array:
+            rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+            centred = rows - rows.mean(axis=-1, keepdims=True)
+            normal = centred * jax.lax.rsqrt(jnp.square(centred).mean(axis=-1, keepdims=True) + self.epsilon)
+            return (normal * scale[None] + bias[None]).reshape(x.shape)
+
+        return nonlinear(normalised, x).astype(self.dtype)
 
 
 class GroupNorm(nn.Module):
@@ -100,15 +108,21 @@ class GroupNorm(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch *space channels"]) -> Float[Array, "batch *space channels"]:
+    def __call__(
+        self, x: Float[Array, "batch *space channels"] | Paired
+    ) -> Float[Array, "batch *space channels"] | Paired:
         channels = x.shape[-1]
         scale = parameter(self, "scale", nn.initializers.ones, (channels,)).astype(jnp.float32)
         bias = parameter(self, "bias", nn.initializers.zeros, (channels,)).astype(jnp.float32)
-        flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
-        centred = flat - self._group_mean(flat.mean(axis=1))[:, None]
-        variance = self._group_mean(jnp.square(centred).mean(axis=1))[:, None]
-        normal = centred * (jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, -1))
-        return (normal + bias.reshape(1, 1, -1)).reshape(x.shape).astype(self.dtype)
+
+        def normalised(x: Array) -> Array:
+            flat = x.astype(jnp.float32).reshape(x.shape[0], -1, channels)
+            centred = flat - self._group_mean(flat.mean(axis=1))[:, None]
+            variance = self._group_mean(jnp.square(centred).mean(axis=1))[:, None]
+            normal = centred * (jax.lax.rsqrt(variance + self.epsilon) * scale.reshape(1, 1, -1))
+            return (normal + bias.reshape(1, 1, -1)).reshape(x.shape)
+
+        return nonlinear(normalised, x).astype(self.dtype)
 
     def _group_mean(self, per_channel: Float[Array, "batch channels"]) -> Float[Array, "batch channels"]:
         batch, channels = per_channel.shape
@@ -125,13 +139,15 @@ class ResnetBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap, time: Float[Array, "batch embedding"] | None = None) -> FeatureMap:
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
+    def __call__(
+        self, x: FeatureMap | Paired, time: Float[Array, "batch embedding"] | Paired | None = None
+    ) -> FeatureMap | Paired:
+        h = nonlinear(nn.silu, GroupNorm(self.groups, self.epsilon, self.dtype, name="norm1")(x))
         h = Conv(self.features, dtype=self.dtype, name="conv1")(h)
         if time is not None:
-            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
-            h = h + shift[:, None, None, :]
-        h = nn.silu(GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
+            shift = Dense(self.features, dtype=self.dtype, name="time_emb_proj")(nonlinear(nn.silu, time))
+            h = h + linear(lambda a: a[:, None, None, :], shift)
+        h = nonlinear(nn.silu, GroupNorm(self.groups, self.epsilon, self.dtype, name="norm2")(h))
         h = Conv(self.features, dtype=self.dtype, name="conv2")(h)
         if x.shape[-1] != self.features:
             x = Conv(self.features, kernel_size=1, padding=0, dtype=self.dtype, name="conv_shortcut")(x)
@@ -147,11 +163,13 @@ class Attention(nn.Module):
     platform: str | None = None
 
     @nn.compact
-    def __call__(self, x: Tokens, context: Float[Array, "batch keys width"] | None = None) -> Tokens:
+    def __call__(
+        self, x: Tokens | Paired, context: Float[Array, "batch keys width"] | Paired | None = None
+    ) -> Tokens | Paired:
         width = x.shape[-1]
         source = x if context is None else context
 
-        def heads_of(name: str, tokens: Array) -> Array:
+        def heads_of(name: str, tokens: Array | Paired) -> Any:
             y = Dense(width, use_bias=self.qkv_bias, dtype=self.dtype, name=name)(tokens)
             return y.reshape(*y.shape[:2], self.heads, width // self.heads)
 
@@ -168,7 +186,7 @@ class Downsample(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap | Paired) -> FeatureMap | Paired:
         padding = ((0, 1), (0, 1)) if self.asymmetric else 1
         return Conv(self.features, stride=2, padding=padding, dtype=self.dtype, name="conv")(x)
 
@@ -180,10 +198,14 @@ class Upsample(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
+    def __call__(self, x: FeatureMap | Paired) -> FeatureMap | Paired:
         batch, height, width, channels = x.shape
-        x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
-        x = x.reshape(batch, 2 * height, 2 * width, channels)
+
+        def repeated(x: Array) -> Array:
+            x = jnp.broadcast_to(x[:, :, None, :, None, :], (batch, height, 2, width, 2, channels))
+            return x.reshape(batch, 2 * height, 2 * width, channels)
+
+        x = linear(repeated, x)
         return Conv(self.features, dtype=self.dtype, name="conv")(x)
 
 

@@ -21,6 +21,7 @@ from nabla_gfn_jax.models.layers import (
     Upsample,
     timestep_features,
 )
+from nabla_gfn_jax.models.pair import Pair, Paired, linear, nonlinear
 from nabla_gfn_jax.typing import Context, Timesteps
 
 
@@ -96,7 +97,7 @@ class TransformerBlock(nn.Module):
     platform: str | None
 
     @nn.compact
-    def __call__(self, x: Tokens, context: Context) -> Tokens:
+    def __call__(self, x: Tokens | Paired, context: Context | Paired) -> Tokens | Paired:
         def norm(name: str) -> LayerNorm:
             return LayerNorm(epsilon=1e-5, dtype=self.dtype, name=name)
 
@@ -104,8 +105,12 @@ class TransformerBlock(nn.Module):
         x = x + Attention(self.heads, dtype=self.dtype, platform=self.platform, name="attn1")(norm("norm1")(x))
         x = x + Attention(self.heads, dtype=self.dtype, platform=self.platform, name="attn2")(norm("norm2")(x), context)
         hidden = Dense(8 * width, dtype=self.dtype, name="ff.net.0.proj")(norm("norm3")(x))
-        value, gate = jnp.split(hidden, 2, axis=-1)
-        return x + Dense(width, dtype=self.dtype, name="ff.net.2")(value * nn.gelu(gate, approximate=False))
+        return x + Dense(width, dtype=self.dtype, name="ff.net.2")(nonlinear(_gated, hidden))
+
+
+def _gated(hidden: Array) -> Array:
+    value, gate = jnp.split(hidden, 2, axis=-1)
+    return value * nn.gelu(gate, approximate=False)
 
 
 class SpatialTransformer(nn.Module):
@@ -118,10 +123,10 @@ class SpatialTransformer(nn.Module):
     platform: str | None
 
     @nn.compact
-    def __call__(self, x: FeatureMap, context: Context) -> FeatureMap:
+    def __call__(self, x: FeatureMap | Paired, context: Context | Paired) -> FeatureMap | Paired:
         batch, height, width, channels = x.shape
 
-        def projection(name: str, h: Array) -> Array:
+        def projection(name: str, h: Any) -> Any:
             if self.linear_projection:
                 return Dense(channels, dtype=self.dtype, name=name)(h)
             return Conv(channels, kernel_size=1, padding=0, dtype=self.dtype, name=name)(h)
@@ -136,7 +141,8 @@ class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or, for v-prediction models, the velocity) in a latent image.
 
     `apply({"params": base}, x, t, context)` is the reference model and
-    `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged.
+    `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged. Where x
+    and context are `Pair`s the output is one: the reference's and what the LoRA changes of it.
     With `remat` a gradient keeps each block's input alone and computes what is within the block again. `platform`
     ("cpu", "gpu", "tpu"; where JAX runs when None) decides how attention is computed.
     """
@@ -156,14 +162,18 @@ class UNet2DConditionModel(nn.Module):
         return block(c.heads[level], c.norm_num_groups, c.use_linear_projection, self.dtype, self.platform, name=name)
 
     @nn.compact
-    def __call__(self, x: FeatureMap, t: Timesteps, context: Context) -> Float[Array, "batch height width out"]:
+    def __call__(
+        self, x: FeatureMap | Paired, t: Timesteps, context: Context | Paired
+    ) -> Float[Array, "batch height width out"] | Paired:
         """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim)."""
         c = self.config
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
         time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        time = Pair(time) if isinstance(x, Pair) else time
         time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
-        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(nn.silu(time))
+        time = nonlinear(nn.silu, time)
+        time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(time)
 
         h = Conv(c.block_out_channels[0], dtype=self.dtype, name="conv_in")(x)
         skips = [h]
@@ -183,7 +193,7 @@ class UNet2DConditionModel(nn.Module):
 
         for i, (kind, width) in enumerate(zip(c.up_block_types, reversed(c.block_out_channels), strict=True)):
             for j in range(c.layers_per_block + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=-1)
+                h = linear(lambda *maps: jnp.concatenate(maps, axis=-1), h, skips.pop())
                 h = self._resnet(width, f"up_blocks.{i}.resnets.{j}")(h, time)
                 if kind == "CrossAttnUpBlock2D":
                     h = self._transformer(levels - 1 - i, f"up_blocks.{i}.attentions.{j}")(h, context)
@@ -191,5 +201,5 @@ class UNet2DConditionModel(nn.Module):
                 h = Upsample(width, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
 
         # In float32, whatever the dtype: the losses multiply the difference of two outputs.
-        h = nn.silu(GroupNorm(c.norm_num_groups, c.norm_eps, jnp.float32, name="conv_norm_out")(h))
+        h = nonlinear(nn.silu, GroupNorm(c.norm_num_groups, c.norm_eps, jnp.float32, name="conv_norm_out")(h))
         return Conv(c.out_channels, dtype=jnp.float32, name="conv_out")(h)

@@ -84,6 +84,7 @@ def assemble(
         table=table,
         num_prompts=num_prompts,
         guidance=settings.sampling.guidance,
+        carry_change=settings.carry_change,
         optimizer=make_optimizer(
             algorithm.heads(),
             learning_rate(c.learning_rate, c.decline, c.num_epochs * c.updates_per_epoch),

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import PyTree
 
 from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout
-from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, predictor
+from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, change_predictor, predictor
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
@@ -60,6 +60,7 @@ class Trainer:
     images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     start_from: Params | None = None  # a LoRA
     prompt_weights: tuple[float, ...] | None = None  # how often each prompt is drawn; None: all as often
+    carry_change: bool = True  # in half precision, through the network; or subtract outputs
     average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
 
     @cached_property
@@ -93,11 +94,13 @@ class Trainer:
         def log_reward(z: Latents, prompt_id: PromptIds) -> PerSample:
             return score(frozen, z, prompt_id)
 
+        view = (self.base, frozen["base"], table, self.guidance)
         return Model(
             chain=self.chain,
-            predict=predictor(self.base, frozen["base"], table, self.guidance),
+            predict=predictor(*view),
             log_reward=log_reward,
             heads={name: partial(_head, network, table) for name, network in self.heads.items()},
+            predict_change=change_predictor(*view) if self.carry_change else None,
         )
 
     def _score(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> PerSample:
