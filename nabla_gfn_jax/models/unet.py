@@ -169,8 +169,8 @@ class UNet2DConditionModel(nn.Module):
         c = self.config
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
-        time = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
-        time = Pair(time) if isinstance(x, Pair) else time
+        features = timestep_features(t, c.block_out_channels[0], c.flip_sin_to_cos, c.freq_shift)
+        time: Any = Pair(features) if isinstance(x, Pair) else features
         time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_1")(time)
         time = nonlinear(nn.silu, time)
         time = Dense(4 * c.block_out_channels[0], dtype=self.dtype, name="time_embedding.linear_2")(time)
