@@ -33,6 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sampling.sampler = "ddpm"
     c.sampling.num_steps = 50
     c.sampling.guidance = 5.0
+    c.sampling.lora_until_step = None  # the last step with the LoRA; None: the last of all
 
     c.algorithm = ConfigDict()
     c.algorithm.name = "residual_nabla_db"

@@ -36,7 +36,7 @@ class Options(SubjectOptions):
         (1.0,), "strength of the LoRA, or of each; 0: none", minimum=-100, maximum=100
     )
     lora_from_step: int = option(1, "first step that the LoRA takes part in; the base model's before", minimum=1)
-    lora_until_step: int | None = option(None, "last step that the LoRA takes part in [the last of all]", minimum=1)
+    lora_until_step: int | None = option(None, "last step that the LoRA takes part in [the run's]", minimum=1)
     prompt: tuple[str, ...] = option(
         (), "what to sample, a row of images each [the run's, or a face]", repeated=True, empty=True
     )
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         subject.how,
         negative=options.negative,
         lora_from_step=options.lora_from_step,
-        lora_until_step=options.lora_until_step,
+        lora_until_step=options.lora_until_step or subject.how.lora_until_step,
     )
     prompts = options.prompt or (prompt_set(subject.prompts).held_out[:ROWS] if subject.prompts else ("a face",))
     model = load_model(subject.model, DTYPES[subject.model_dtype])

@@ -18,6 +18,15 @@ class Sampling(Checked):
     sampler: Sampler = option("ddpm", "how an image is sampled")
     num_steps: int = option(50, "denoising steps of an image", minimum=1, maximum=999)
     guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    lora_until_step: int | None = option(
+        None, "last step that the LoRA takes part in, the base model's after it [the last of all]", minimum=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.lora_until_step or 1) > self.num_steps:
+            more = f"{self.lora_until_step} is more than sampling.num_steps = {self.num_steps}"
+            raise UserError(f"sampling.lora_until_step = {more}; lower it")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +132,7 @@ class Settings(Checked):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm.validate(self.sampling.num_steps)
+        until = self.sampling.lora_until_step
+        if until is not None and not getattr(self.algorithm, "takes_any_steps", False):
+            name = next(n for n, kind in ALGORITHMS.items() if isinstance(self.algorithm, kind))
+            raise UserError(f"sampling.lora_until_step = {until}, but {name} trains every step; leave it out")

@@ -63,3 +63,18 @@ def test_noise_is_fresh_at_every_step_and_for_every_sample():
     assert np.abs(np.corrcoef(flat) - np.eye(3)).max() < 0.08
     assert abs(flat.std() - 1) < 0.05
     assert len(np.unique(np.asarray(draws).reshape(600, 10), axis=0)) == 600
+
+
+def test_the_base_model_takes_over_after_the_loras_steps():
+    chain, condition = stable_diffusion_chain(CONFIG, 5), jax.random.normal(jax.random.key(3), (4, 5))
+
+    def predict(lora, x, level, condition):
+        return _predict(None, x, level, condition) + (0.0 if lora is None else lora)
+
+    given = (predict, jnp.float32(0.5), chain, _keys(4), SHAPE, condition)
+    mixed = sample(*given, 3)
+    np.testing.assert_allclose(mixed.latents[:4], sample(*given).latents[:4], rtol=1e-6)
+    for k in range(5):
+        level = chain.at[k].each(4)
+        expected = predict(jnp.float32(0.5) if k < 3 else None, mixed.latents[k], level, condition)
+        np.testing.assert_allclose(mixed.outputs[k], expected, rtol=1e-5, atol=1e-6)

@@ -23,6 +23,7 @@ WRONG = {
     "prompts": TEXT,
     "sampling.sampler": ("ddim", "DDPM", ""),
     "sampling.num_steps": (*COUNT, 1000),
+    "sampling.lora_until_step": (*COUNT, 51),
     "sampling.guidance": (-1.0, 101.0, *NUMBERS),
     "algorithm.name": ("ppo", "", 1),
     "lora.rank": (*COUNT, 1025),
@@ -122,6 +123,14 @@ WRONG_OF_ALGORITHM = {
         "output_regularisation": NOT_NEGATIVE,
     },
     "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL, "output_regularisation": NOT_NEGATIVE},
+    "value_gradient": {
+        "beta": (1e30, -1e30, *NUMBERS),
+        "guess": SWITCH,
+        "steps": (*COUNT, 51),
+        "states": (*COUNT, 52),
+        "weight_clip": POSITIVE_OR_INF,
+        "output_regularisation": NOT_NEGATIVE,
+    },
 }
 FIT = {"steps": COUNT, "batch": COUNT, "learning_rate": POSITIVE, "decay": (-0.1, 1.1, *NUMBERS)}
 BLOCKS = {"block_out_channels": WIDTHS, "layers_per_block": COUNT, "norm_num_groups": (*COUNT, 7)}

@@ -41,6 +41,7 @@ class Model:
     """The chain, and the pure functions an algorithm works with; what they need of a prompt, its id tells them.
 
     `predict_change` is None where o_θ − o_# may be computed as a difference of two outputs: in float32.
+    `lora_steps`: the first so many steps are the policy's, the others the base model's own; None: all are the policy's.
     """
 
     chain: Chain
@@ -48,6 +49,12 @@ class Model:
     log_reward: LogReward
     heads: Mapping[str, Head]
     predict_change: PredictChange | None = None
+    lora_steps: int | None = None
+
+    @property
+    def policy_steps(self) -> int:
+        """How many steps are the policy's."""
+        return self.chain.num_steps if self.lora_steps is None else self.lora_steps
 
 
 @flax.struct.dataclass

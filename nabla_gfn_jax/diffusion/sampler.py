@@ -1,5 +1,6 @@
 """The sampler: one scan from noise to a sample, which records the trajectory that losses are written on."""
 
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import flax.struct
@@ -58,6 +59,7 @@ def sample(
     keys: PRNGKeys,
     shape: tuple[int, ...],
     condition: PyTree[Any],
+    lora_steps: int | None = None,
 ) -> Trajectory:
     """Draws x ~ N(0, 1), then y ~ N(μ(x), σ²) step after step.
 
@@ -67,11 +69,20 @@ def sample(
         keys: (B,), one per sample; every random number of a sample comes from its own.
         shape: of one latent.
         condition: leaves with leading axis B.
+        lora_steps: the first so many steps are the policy's, the others the base model's; None: all are the policy's.
     """
+    until = chain.num_steps if lora is None or lora_steps is None else lora_steps
+
+    def output_at(index: Array, x: Latents, level: Level) -> Latents:
+        if until >= chain.num_steps:
+            return predict(lora, x, level, condition)
+        policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
+        output: Latents = jax.lax.cond(index < until, policy, base)
+        return output
 
     def step(x: Latents, inputs: tuple[Array, Chain]) -> tuple[Latents, tuple[Latents, Latents]]:
         index, now = inputs
-        output = predict(lora, x, now.at.each(len(keys)), condition)
+        output = output_at(index, x, now.at.each(len(keys)))
         y = now.mean(output, x) + now.sigma * draw_noise(keys, index + 1, shape)
         return y, (y, output)
 

@@ -84,6 +84,7 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
             sampler=settled["sampler"],
             steps=settled["num_steps"],
             guidance=settled["guidance"],
+            lora_until_step=_until(settled.get("lora_until_step"), known.get("num_steps"), settled["num_steps"]),
             eta=eta,
             seed=options.seed,
         ),
@@ -93,6 +94,11 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
         beta=settled.get("beta"),
         model_files={name: digest for name, digest in inputs.items() if name.startswith("model/")},
     )
+
+
+def _until(step: int | None, of: int | None, steps: int) -> int | None:
+    """The last step of a LoRA that was trained for `step` of `of` steps, where there are `steps`."""
+    return step if step is None or of is None else max(1, round(step * steps / of))
 
 
 def hashes_of(model: str, reward: Iterable[Path] = ()) -> dict[str, str]:
@@ -120,7 +126,7 @@ def _given(options: SubjectOptions) -> dict[str, Any]:
 def _agreed(headers: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
     """What all headers say that say anything."""
     agreed: dict[str, Any] = {}
-    for name in ("model", "sampler", "num_steps", "guidance", "prompts", "reward", "beta", "inputs"):
+    for name in ("model", "sampler", "num_steps", "guidance", "lora_until_step", "prompts", "reward", "beta", "inputs"):
         said = {file: about[name] for file, about in headers.items() if name in about}
         values = list(said.values())
         if any(value != values[0] for value in values):

@@ -25,7 +25,7 @@ Input = Path | Sequence[str]
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A run. The fields from `model` to `guidance` repeat what of the config tells how to sample with its result."""
+    """A run. Fields from `model` to `lora_until_step` repeat what of the config tells how to sample with its result."""
 
     id: str  # a UUID, made with the workdir: the run on Weights & Biases
     config: dict[str, Any]  # nested; infinite numbers as text, see `files.plain`
@@ -37,6 +37,7 @@ class Manifest:
     sampler: str | None = None
     num_steps: int | None = None
     guidance: float | None = None
+    lora_until_step: int | None = None
     inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # by name: sha256 and where it came from
     starts: tuple[dict[str, Any], ...] = ()  # when, by which process, and with which versions and devices
 
@@ -52,7 +53,8 @@ class Manifest:
 
     def about_lora(self, updates: int) -> dict[str, Any]:
         """What a LoRA file says of itself. Two runs of the same config on the same inputs write the same."""
-        names = ("model", "prompts", "reward", "algorithm", "beta", "sampler", "num_steps", "guidance")
+        how = ("sampler", "num_steps", "guidance", "lora_until_step")
+        names = ("model", "prompts", "reward", "algorithm", "beta", *how)
         about = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {"updates": updates, **about, "inputs": {name: given["sha256"] for name, given in self.inputs.items()}}
 

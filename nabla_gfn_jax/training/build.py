@@ -84,6 +84,7 @@ def assemble(
         table=table,
         num_prompts=num_prompts,
         guidance=settings.sampling.guidance,
+        lora_steps=settings.sampling.lora_until_step,
         carry_change=settings.carry_change,
         optimizer=make_optimizer(
             algorithm.heads(),
@@ -139,7 +140,9 @@ def prompts_of(settings: Settings) -> tuple[str, ...]:
 def about(settings: Settings) -> dict[str, Any]:
     """What a run's manifest and LoRA files say of it, see `runs.manifest.Manifest`."""
     found = {name: getattr(settings, name) for name in ("model", "prompts", "reward")}
-    found |= {name: getattr(settings.sampling, name) for name in ("sampler", "num_steps", "guidance")}
+    found |= {
+        name: getattr(settings.sampling, name) for name in ("sampler", "num_steps", "guidance", "lora_until_step")
+    }
     return found | {"algorithm": flatten(settings)["algorithm.name"], "beta": getattr(settings.algorithm, "beta", None)}
 
 

@@ -22,7 +22,7 @@ class Judge:
 
     def __init__(self, settings: Settings, trainer: Trainer, workdir: Workdir):
         of = settings.sampling
-        how = Sampling(sampler=of.sampler, steps=of.num_steps, guidance=of.guidance)
+        how = Sampling(sampler=of.sampler, steps=of.num_steps, guidance=of.guidance, lora_until_step=of.lora_until_step)
         sampler = ImageSampler(trainer.base, prompts_to_judge(settings.prompts, 0, 0), how)
         self._beta = getattr(settings.algorithm, "beta", None)
         self._evaluator = Evaluator(sampler, trainer.reward, self._beta)

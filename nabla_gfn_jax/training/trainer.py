@@ -61,6 +61,7 @@ class Trainer:
     start_from: Params | None = None  # a LoRA
     prompt_weights: tuple[float, ...] | None = None  # how often each prompt is drawn; None: all as often
     carry_change: bool = True  # in half precision, through the network; or subtract outputs
+    lora_steps: int | None = None  # the first so many steps are the LoRA's; None: all
     average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
 
     @cached_property
@@ -101,6 +102,7 @@ class Trainer:
             log_reward=log_reward,
             heads={name: partial(_head, network, table) for name, network in self.heads.items()},
             predict_change=change_predictor(*view) if self.carry_change else None,
+            lora_steps=self.lora_steps,
         )
 
     def _score(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> PerSample:
@@ -129,7 +131,9 @@ class Trainer:
 
     def _rollout(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Sampled:
         model = self.model(frozen)
-        trajectory = sample(model.predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id)
+        trajectory = sample(
+            model.predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id, self.lora_steps
+        )
         scores = in_parts(partial(self._scores, frozen), self.images_at_once, trajectory.samples, prompt_id)
         rollout = Rollout(trajectory=trajectory, log_reward=scores[TOTAL], prompt_id=prompt_id, keys=keys)
         batch = self.algorithm.batch(params, model, rollout, self.updates_per_epoch)
@@ -137,7 +141,9 @@ class Trainer:
 
     def _images(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Images:
         predict = self.model(frozen).predict
-        trajectory = sample(predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id)
+        trajectory = sample(
+            predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id, self.lora_steps
+        )
         return in_parts(partial(self.base.decode, frozen["base"]), self.images_at_once, trajectory.samples)
 
     def _update(
