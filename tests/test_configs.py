@@ -22,6 +22,7 @@ RUNS = [
     *((name, variant) for name in ("eam", "ram", "awm", "nft") for variant in ("", "emoji")),
     ("draft", "lv"),
     *(("path_regression", variant) for variant in ("", "innovation")),
+    *(("emoji_exact", variant) for variant in ("", "without_gradient")),
     *((name, variant) for name in PAPER for variant in ("", "forward_only", "fast")),
 ]
 

@@ -51,7 +51,9 @@ def with_value(tree, name, value):
 
 
 def algorithm_tree(name):
-    config = {"residual_nabla_db": "emoji", "path_regression": "path_regression"}.get(name, f"{name}:emoji")
+    config = {"residual_nabla_db": "emoji", "path_regression": "path_regression", "value_gradient": "emoji_exact"}.get(
+        name, f"{name}:emoji"
+    )
     tree = load_config(*config.split(":")).to_dict()
     assert tree["algorithm"]["name"] == name
     return tree

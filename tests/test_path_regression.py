@@ -88,7 +88,7 @@ def test_the_paths_densities():
         for lora, sign in ((None, 1), (earlier, -1)):
             error = (y - oracle.mean(oracle.eps(x, step(k)[0], lora), x, k)) / step(k)[4]
             expected -= sign * 0.5 * (error**2).sum((1, 2, 3)).numpy()
-    found = jax.jit(lambda r: log_ratio(MODEL.chain, r, innovation(MODEL, LORA, r).base_output))(rollout())
+    found = jax.jit(lambda r: log_ratio(MODEL.chain, r, innovation(MODEL, LORA, r).base_output)[0])(rollout())
     np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_the_mean_weight_of_any_policys_paths_is_z(reward):
     def log_w(lora, keys):
         path = sample(model.predict, lora, model.chain, keys, (2,), ids)
         r = Rollout(path, model.log_reward(path.samples, ids), ids, keys)
-        return r.log_reward + log_ratio(model.chain, r, innovation(model, lora, r).base_output)
+        return r.log_reward + log_ratio(model.chain, r, innovation(model, lora, r).base_output)[0]
 
     w = np.exp(np.asarray(log_w(lora, keys), np.float64) - log_z)
     error = w.std() / np.sqrt(len(w))

@@ -14,6 +14,7 @@ from nabla_gfn_jax.algorithms.plain_nabla_db import PlainNablaDB
 from nabla_gfn_jax.algorithms.ram import Ram
 from nabla_gfn_jax.algorithms.refl import Refl
 from nabla_gfn_jax.algorithms.residual_db import ResidualDB
+from nabla_gfn_jax.algorithms.value_gradient import ValueGradient
 
 ALGORITHMS: dict[str, type[Any]] = {
     "residual_nabla_db": ResidualNablaDB,
@@ -28,4 +29,5 @@ ALGORITHMS: dict[str, type[Any]] = {
     "ddpo": Ddpo,
     "refl": Refl,
     "draft": Draft,
+    "value_gradient": ValueGradient,
 }

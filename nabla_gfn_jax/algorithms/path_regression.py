@@ -43,6 +43,22 @@ class PathWeights:
     log_sum: Float[np.ndarray, " prompts"]
     seen: Int[np.ndarray, " prompts"]
 
+    @classmethod
+    def none(cls, num_prompts: int) -> "PathWeights":
+        return cls(np.full(num_prompts, -np.inf), np.zeros(num_prompts, np.int64))
+
+    def with_paths(self, log_w: Float[np.ndarray, " all"], prompt_id: Int[np.ndarray, " all"]) -> "PathWeights":
+        """With more samples counted."""
+        log_sum, seen = self.log_sum.copy(), self.seen.copy()
+        np.logaddexp.at(log_sum, prompt_id, log_w)
+        np.add.at(seen, prompt_id, 1)
+        return PathWeights(log_sum, seen)
+
+    @property
+    def log_z(self) -> Float[np.ndarray, " prompts"]:
+        """The logarithm of each prompt's mean W; -inf before its first sample."""
+        return self.log_sum - np.log(np.maximum(self.seen, 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PathRegression(Checked):
@@ -58,6 +74,7 @@ class PathRegression(Checked):
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
+    takes_any_steps: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
         "loss_paths": "the weighted regression of the policy's steps, in nats a path, up to a constant",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
@@ -72,18 +89,15 @@ class PathRegression(Checked):
             raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
 
     def first_stats(self, num_prompts: int) -> PathWeights:
-        return PathWeights(np.full(num_prompts, -np.inf), np.zeros(num_prompts, np.int64))
+        return PathWeights.none(num_prompts)
 
     def weigh(
         self, stats: PathWeights, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PathWeights]:
         """w = W/Z, at most `weight_clip`, after this epoch's W have been added to their prompt's."""
         log_w = self.beta * np.asarray(scalars["log_reward"], np.float64) + np.asarray(scalars["log_ratio"], np.float64)
-        log_sum, seen = stats.log_sum.copy(), stats.seen.copy()
-        np.logaddexp.at(log_sum, prompt_id, log_w)
-        np.add.at(seen, prompt_id, 1)
-        log_z = log_sum[prompt_id] - np.log(seen[prompt_id])
-        return np.minimum(np.exp(log_w - log_z), self.weight_clip).astype(np.float32), PathWeights(log_sum, seen)
+        stats = stats.with_paths(log_w, prompt_id)
+        return np.minimum(np.exp(log_w - stats.log_z[prompt_id]), self.weight_clip).astype(np.float32), stats
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, with their credit, and log Π p_#/p_θ† of each path."""
@@ -95,9 +109,9 @@ class PathRegression(Checked):
         else:
             credit = innovation(model, lora, rollout)
         assert credit.base_output is not None
-        steps = share_out(rollout.keys, model.chain.num_steps, updates, self.steps)
+        steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         data = jax.vmap(lambda steps: take(steps, rollout, credit))(steps)
-        return Batch(data=data, scalars={"log_ratio": log_ratio(model.chain, rollout, credit.base_output)})
+        return Batch(data=data, scalars={"log_ratio": log_ratio(model.chain, rollout, credit.base_output)[0]})
 
     def value_and_grad(
         self, params: Params, model: Model, data: Transition, weight: PerSample
@@ -117,7 +131,7 @@ class PathRegression(Checked):
             nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
             pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
             terms = {
-                "loss_paths": model.chain.num_steps * (weight * nats).mean(),
+                "loss_paths": model.policy_steps * (weight * nats).mean(),
                 "loss_reg": self.output_regularisation * output_change(*pair, step.at).mean(),
             }
             return terms["loss_paths"] + terms["loss_reg"], terms
@@ -150,18 +164,19 @@ def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
     return AdjointCredit(jax.vmap(of_step)(latents[:-1], latents[1:], base_output, model.chain), base_output)
 
 
-def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> PerSample:
-    """log Π p_#(y|x)/p_θ†(y|x) of each path, from what the policy and the base model said on it, leaves (T, B, …)."""
+def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> Float[Array, "states batch"]:
+    """log Π p_#(y|x)/p_θ†(y|x) over the steps after each state: first of the whole path, last 0 at the sample."""
 
-    def of_step(total: PerSample, inputs: Any) -> tuple[PerSample, None]:
+    def of_step(total: PerSample, inputs: Any) -> tuple[PerSample, PerSample]:
         x, y, output, base, step = inputs
         delta = step.mean_o / step.sigma * (output - base)
         noise = (y - step.mean(output, x)) / step.sigma
-        return total - (delta * (0.5 * delta + noise)).reshape(len(x), -1).sum(axis=1), None
+        total = total - (delta * (0.5 * delta + noise)).reshape(len(x), -1).sum(axis=1)
+        return total, total
 
-    path = rollout.trajectory
+    path, nothing = rollout.trajectory, jnp.zeros(len(rollout.keys))
     steps = (path.latents[:-1], path.latents[1:], path.outputs, base_output, chain)
-    return jax.lax.scan(of_step, jnp.zeros(len(rollout.keys)), steps)[0]
+    return jnp.concatenate([jax.lax.scan(of_step, nothing, steps, reverse=True)[1], nothing[None]])
 
 
 def clipped(c: Latents, largest: float | PerSample) -> Latents:

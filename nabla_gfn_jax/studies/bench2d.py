@@ -38,6 +38,7 @@ from nabla_gfn_jax.algorithms.plain_nabla_db import PlainNablaDB
 from nabla_gfn_jax.algorithms.ram import Ram
 from nabla_gfn_jax.algorithms.refl import Refl
 from nabla_gfn_jax.algorithms.residual_db import ResidualDB
+from nabla_gfn_jax.algorithms.value_gradient import ValueGradient
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
@@ -70,6 +71,8 @@ METHODS: dict[str, Method] = {
     "residual ∇-DB, terminal, γ = 1": Method(ResidualNablaDB(beta=1.0, credit="terminal", gamma="one")),
     "path regression, adjoint": Method(PathRegression(beta=1.0, credit="adjoint"), clip=np.inf),
     "path regression, innovation": Method(PathRegression(beta=1.0, credit="innovation"), clip=np.inf),
+    "value gradient": Method(ValueGradient(beta=1.0)),
+    "value gradient, no gradient of R": Method(ValueGradient(beta=1.0, guess=False)),
     "residual DB": Method(ResidualDB(beta=1.0)),
     "EAM": Method(Eam(beta=1.0)),
     "RAM": Method(Ram(beta=1.0)),

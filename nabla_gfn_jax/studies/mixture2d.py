@@ -28,6 +28,7 @@ from nabla_gfn_jax.algorithms.base import Algorithm, Model, Rollout
 from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.path_regression import PathRegression
+from nabla_gfn_jax.algorithms.value_gradient import ValueGradient
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Level, expand, rectified_flow_chain, stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
@@ -253,6 +254,15 @@ def runs(updates: int) -> list[Run]:
                 updates=updates,
             )
             for credit in CREDITS
+        ),
+        *(
+            Run(
+                name="value gradient" + ("" if guess else ", no gradient of the reward"),
+                algorithm=ValueGradient(beta=1.0, guess=guess, steps=6, states=10),
+                batch=256,
+                updates=updates,
+            )
+            for guess in (True, False)
         ),
         Run(
             name="DRaFT-10, stopped at the target reward",
