@@ -3,7 +3,7 @@
     python -m nabla_gfn_jax.train --config=emoji_exact                     starts from the guess β γ_t log R(x̂)
     python -m nabla_gfn_jax.train --config=emoji_exact:without_gradient    takes no gradient of the reward
 
-Hardware: 2 CPU cores, 2 hours for all 160 epochs at 45 s each (EPYC without AVX-512, 2.4 GHz, `without_gradient`), 5 GB.
+Hardware: 2 CPU cores without AVX-512 (EPYC, 2.4 GHz): 45 s an epoch of `without_gradient`, so 2 hours for 160; 6 GB.
 Expect: not known yet for the whole run. After 15 epochs of a run of 45, `without_gradient`, docs/credit.md has what was
 measured. `emoji_exact` with the guess has not been run.
 
