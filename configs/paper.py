@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.seed = 0  # the paper: three
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.model_dtype = "bfloat16"
-    c.carry_change = True  # what the LoRA changes of ε goes through the network beside it: docs/performance.md
+    c.carry_change = False  # True: no rounding in ε_θ − ε_#, and both networks in memory at once (docs/performance.md)
     c.reward = ""
     c.prompts = ""
 

@@ -118,7 +118,7 @@ class Settings(Checked):
     )
     model_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the frozen UNet, VAE and text encoder")
     carry_change: bool = option(
-        True, "in bfloat16, carry o_θ − o_# through the network; if not, or in float32, subtract two outputs"
+        False, "in bfloat16, carry o_θ − o_# through the network; if not, or in float32, subtract two outputs"
     )
     reward: str = option(meaning="the reward R: a name, FILE.py:FUNCTION, a server, or a weighted sum", choices=NAMES)
     prompts: str = option(meaning="a prompt set's name, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")

@@ -60,7 +60,7 @@ class Trainer:
     images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     start_from: Params | None = None  # a LoRA
     prompt_weights: tuple[float, ...] | None = None  # how often each prompt is drawn; None: all as often
-    carry_change: bool = True  # in half precision, through the network; or subtract outputs
+    carry_change: bool = False  # in half precision, through the network; or subtract outputs
     lora_steps: int | None = None  # the first so many steps are the LoRA's; None: all
     average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
 
