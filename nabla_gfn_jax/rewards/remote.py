@@ -47,7 +47,9 @@ def ask(
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 return _scores(answer.read(), url, len(images))
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
-            why = error if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+            why = str(error) if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
+            if isinstance(error, urllib.error.HTTPError):
+                error.close()  # it holds the connection
             if attempt + 1 == tries:
                 raise UserError(f"the reward at {url} does not answer ({why}); start its server, then go on") from error
             time.sleep(_PAUSE * 2**attempt)
