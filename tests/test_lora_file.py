@@ -43,7 +43,7 @@ def case(tmp_path_factory):
     def apply(params, lora):
         return model.unet.apply({"params": params, "lora": lora}, x, t, context)
 
-    run = oracle.compile_quickly(apply, params, lora)
+    run = oracle.quick_jit(apply)
 
     def theirs(unet):
         return nhwc(unet(nchw(x), torch.tensor(t), torch.tensor(context)).sample)

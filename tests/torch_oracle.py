@@ -103,9 +103,14 @@ def add_lora(model: diffusers.UNet2DConditionModel, rank: int = 3, alpha: float 
     model.add_adapter(config)
 
 
+def quick_jit(function):
+    """`jit(function)` without the optimisations that take longer than they save here."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
 def compile_quickly(function, *arguments):
-    """`jit(function)` for these shapes without the optimisations that take longer than they save here."""
-    return jax.jit(function).lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})
+    """The same for these shapes alone."""
+    return quick_jit(function).lower(*arguments).compile()
 
 
 def relative(ours, theirs) -> float:
