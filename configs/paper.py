@@ -57,29 +57,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c.correction.attention_head_dim = 8
     c.correction.norm_num_groups = 32
 
-    c.training = ConfigDict()
-    c.training.num_epochs = 200  # an update each
-    c.training.trajectories = 64
-    c.training.micro_batches = 4
-    c.training.updates_per_epoch = 1
-    c.training.learning_rate = 1e-3
-    c.training.decline = "constant"  # of the learning rate; or "cosine", "linear"
-    c.training.adam_epsilon = 1e-8
-    c.training.average = 0.0  # decay of a running mean of the LoRA, which is then what is saved; 0: none
-    c.training.weight_decay_lora = 1e-4
-    c.training.weight_decay_correction = 1e-2
-    c.training.remat = True  # a gradient keeps what enters a block, not what is within
-    c.training.images_at_once = 2  # that the VAE and the reward have on a device
-    c.training.clip = 1.0
-
-    c.logging = ConfigDict()
-    c.logging.samples_every = 20
-    c.logging.checkpoint_every = 10
-    c.logging.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
-    c.logging.judged_images = 0  # of each held-out prompt, by which saved LoRAs are judged in nats (docs/nats.md)
-    c.logging.tensorboard = False
-    c.logging.wandb = False
-
+    c.training = _training()
+    c.logging = _logging()
     _make_cheaper(c, variant)
     return c
 
@@ -92,3 +71,32 @@ def _make_cheaper(c: ConfigDict, variant: str) -> None:
         c.sampling.num_steps = 20
         c.algorithm.transition_fraction = 0.4
         c.algorithm.uneven_bins = True
+
+
+def _training() -> ConfigDict:
+    c = ConfigDict()
+    c.num_epochs = 200  # an update each
+    c.trajectories = 64
+    c.micro_batches = 4
+    c.updates_per_epoch = 1
+    c.learning_rate = 1e-3
+    c.decline = "constant"  # of the learning rate; or "cosine", "linear"
+    c.adam_epsilon = 1e-8
+    c.average = 0.0  # decay of a running mean of the LoRA, which is then what is saved; 0: none
+    c.weight_decay_lora = 1e-4
+    c.weight_decay_correction = 1e-2
+    c.remat = True  # a gradient keeps what enters a block, not what is within
+    c.images_at_once = 2  # that the VAE and the reward have on a device
+    c.clip = 1.0
+    return c
+
+
+def _logging() -> ConfigDict:
+    c = ConfigDict()
+    c.samples_every = 20
+    c.checkpoint_every = 10
+    c.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
+    c.judged_images = 0  # of each held-out prompt, by which saved LoRAs are judged in nats (docs/nats.md)
+    c.tensorboard = False
+    c.wandb = False
+    return c

@@ -13,6 +13,11 @@ from nabla_gfn_jax.errors import UserError
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # the files that pictures are written to
 
 
+def levels(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
+    """Images in [0, 1], cut to that, in the 256 levels of a file."""
+    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
 def save_grid(
     file: Path,
     images: Float[np.ndarray, "count height width 3"] | UInt8[np.ndarray, "count height width 3"],
@@ -27,8 +32,7 @@ def save_grid(
     count, height, width, _ = images.shape
     rows = -(-count // columns)
     canvas = np.full((rows * (height + margin) + margin, columns * (width + margin) + margin, 3), 255, np.uint8)
-    levels = images if images.dtype == np.uint8 else np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
-    for i, image in enumerate(levels):
+    for i, image in enumerate(images if images.dtype == np.uint8 else levels(images)):
         top, left = (margin + n * (size + margin) for n, size in zip(divmod(i, columns), (height, width), strict=True))
         canvas[top : top + height, left : left + width] = image
     try:

@@ -24,7 +24,8 @@ from test_nabla_db import (
 )
 
 from nabla_gfn_jax.algorithms.base import Rollout
-from nabla_gfn_jax.algorithms.path_regression import PathRegression, innovation, log_ratio
+from nabla_gfn_jax.algorithms.path_regression import PathRegression, innovation
+from nabla_gfn_jax.algorithms.paths import log_ratio
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.studies import mixture2d

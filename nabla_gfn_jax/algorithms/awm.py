@@ -13,7 +13,6 @@ PickScore). Their program also offers powers of ‖·‖² in log p and leaves o
 β₀ is no exponent of a target: it weighs a squared difference of outputs, the same at all times, against the reward.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,9 +24,9 @@ from nabla_gfn_jax.algorithms.advantages import Advantages
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     mean_square,
     output_change,
@@ -40,7 +39,7 @@ from nabla_gfn_jax.typing import Params, PerSample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Awm(Advantages):
+class Awm(Advantages, PolicyAlone):
     """AWM: what pre-training minimises, weighted by advantages."""
 
     noisings: int = option(6, "how often each sample is noised for an update", minimum=1)
@@ -59,12 +58,6 @@ class Awm(Advantages):
         super().__post_init__()
         if self.advantage_clip == float("inf"):
             raise UserError("algorithm.advantage_clip = inf leaves nothing of advantages divided by it; give a number")
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
-    def validate(self, num_steps: int) -> None:
-        """Any number of steps will do."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`noisings` noisings of each sample for every update."""

@@ -104,7 +104,7 @@ class Algorithm(Protocol):
     def weigh(
         self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
-        """A weight for each sample, from its "log_reward" and the batch's own scalars, and the new stats."""
+        """A number for each sample, as a rule a weight, from its "log_reward" and the scalars; and the new stats."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """What the updates need of a rollout. `params` are those that sampled."""
@@ -125,6 +125,16 @@ class Unweighted:
         self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
         return np.ones(len(prompt_id), np.float32), stats
+
+
+class PolicyAlone:
+    """The parts of the protocol of an algorithm that learns nothing beside the policy, from any number of steps."""
+
+    def heads(self) -> Mapping[str, HeadKind]:
+        return {}
+
+    def validate(self, num_steps: int) -> None:
+        """Nothing to refuse."""
 
 
 def reward_gradient(model: Model, z: Latents, prompt_id: PromptIds) -> Latents:

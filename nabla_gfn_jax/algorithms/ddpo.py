@@ -10,7 +10,6 @@ No gradient of the reward is taken. As in the authors' program log p is a mean o
 c = 10⁻⁴ belongs.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,7 +18,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from nabla_gfn_jax.algorithms.advantages import Advantages
-from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
+from nabla_gfn_jax.algorithms.base import (
+    LAMBDA,
+    Batch,
+    Metrics,
+    Model,
+    PolicyAlone,
+    Rollout,
+    output_change,
+)
 from nabla_gfn_jax.algorithms.transitions import Transition, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.options import option
@@ -27,7 +34,7 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ddpo(Advantages):
+class Ddpo(Advantages, PolicyAlone):
     """DDPO-IS. An epoch's updates share out the steps of each trajectory, in random order."""
 
     ratio_clip: float = option(1e-4, "c, how far the ratio of densities may be from 1", above=0, infinite=True)
@@ -39,12 +46,6 @@ class Ddpo(Advantages):
         "ratios_clipped": "fraction of the ratios of densities that are clipped",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
-    def validate(self, num_steps: int) -> None:
-        """Any number of steps will do."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """Every step of each trajectory in one update, ⌊T/updates⌋ in each of several."""

@@ -8,7 +8,6 @@ sample `lv_samples` times. Nothing holds the policy at the base model: it is the
 hold it at the parameters θ† that sampled: λ ‖ε_θ − ε_θ†‖² where gradients begin, at x_{T−K} or at the noised samples.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,9 +19,9 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     Unweighted,
     output_change,
@@ -46,7 +45,7 @@ class Tail:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Draft(Checked, Unweighted):
+class Draft(Checked, Unweighted, PolicyAlone):
     """DRaFT-K, or, with `lv_samples` > 0, DRaFT-LV."""
 
     last_steps: int = option(1, "K, the number of last sampling steps that are differentiated", minimum=1)
@@ -66,9 +65,6 @@ class Draft(Checked, Unweighted):
                 f"algorithm.lv_samples = {self.lv_samples} is of DRaFT-1 and algorithm.last_steps is "
                 f"{self.last_steps}; set one of them to its default, 0 and 1"
             )
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
 
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if a trajectory has fewer steps than are differentiated."""

@@ -12,7 +12,6 @@ given its end is the end noised. With z a sample of the policy, noised to x = �
 No path is pulled back, none is needed. The base model's score at the least noisy level takes the place of its steps.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,9 +23,9 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     Unweighted,
     output_change,
@@ -48,7 +47,7 @@ class Ends:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eam(Checked, Unweighted):
+class Eam(Checked, Unweighted, PolicyAlone):
     """Efficient adjoint matching."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
@@ -60,12 +59,6 @@ class Eam(Checked, Unweighted):
         "loss_adjoint": "the regression on the closed-form adjoint, in nats a path, up to a constant",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
-    def validate(self, num_steps: int) -> None:
-        """Any number of steps will do."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`noisings` noisings of each sample for every update, and one score of each sample."""

@@ -44,20 +44,20 @@ from nabla_gfn_jax.algorithms.credit import (
     score_change,
 )
 from nabla_gfn_jax.algorithms.transitions import (
+    FromBins,
     Transition,
     Transitions,
     flatten,
-    number_of_bins,
     select,
     with_changes,
 )
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
-from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResidualNablaDB(Checked, Unweighted):
+class ResidualNablaDB(FromBins, Unweighted):
     """Residual ∇-DB with a choice of credit.
 
     The credits are "lookahead": G + g_φ, the paper's; "guess": G alone, with no φ and no reverse term; "adjoint": the
@@ -82,8 +82,6 @@ class ResidualNablaDB(Checked, Unweighted):
         above=0,
         infinite=True,
     )
-    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
-    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
 
     on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
     columns: ClassVar[dict[str, str]] = {
@@ -99,14 +97,6 @@ class ResidualNablaDB(Checked, Unweighted):
     @property
     def _corrects(self) -> bool:
         return self.credit == "lookahead"
-
-    def bins(self, num_steps: int) -> int:
-        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
-        return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
-
-    def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
-        self.bins(num_steps)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update, with their credit if it is one

@@ -14,7 +14,6 @@ b is `mixing`; the authors' program calls it β, with 1 and .1 in its configs, a
 that sample follow θ as a running mean, whose decay grows to .5; here they are those of the epoch's start.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,9 +25,9 @@ from nabla_gfn_jax.algorithms.advantages import Advantages
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     mean_square,
     output_change,
@@ -44,7 +43,7 @@ _LEAST_SIZE = 1e-5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nft(Advantages):
+class Nft(Advantages, PolicyAlone):
     """DiffusionNFT."""
 
     mixing: float = option(1.0, "b, how far the implicit policies lie from the one that sampled", above=0, maximum=1e6)
@@ -63,12 +62,6 @@ class Nft(Advantages):
         super().__post_init__()
         if self.advantage_clip == float("inf"):
             raise UserError("algorithm.advantage_clip = inf makes no probability of an advantage; give a number")
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
-    def validate(self, num_steps: int) -> None:
-        """Any number of steps will do."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`noisings` noisings of each sample for every update."""

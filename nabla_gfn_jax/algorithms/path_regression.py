@@ -19,16 +19,24 @@ innovation, and stochastic optimal control matching (Domingo-Enrich et al. 2023,
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
+from nabla_gfn_jax.algorithms.base import (
+    LAMBDA,
+    Batch,
+    Metrics,
+    Model,
+    PolicyAlone,
+    Rollout,
+    output_change,
+)
 from nabla_gfn_jax.algorithms.credit import adjoint_credit, compare_with
+from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, step_loss
 from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.errors import UserError
@@ -36,32 +44,8 @@ from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 
-@flax.struct.dataclass
-class PathWeights:
-    """Σ W over all samples of each prompt so far, as its logarithm, and their number; on the host, float64."""
-
-    log_sum: Float[np.ndarray, " prompts"]
-    seen: Int[np.ndarray, " prompts"]
-
-    @classmethod
-    def none(cls, num_prompts: int) -> "PathWeights":
-        return cls(np.full(num_prompts, -np.inf), np.zeros(num_prompts, np.int64))
-
-    def with_paths(self, log_w: Float[np.ndarray, " all"], prompt_id: Int[np.ndarray, " all"]) -> "PathWeights":
-        """With more samples counted."""
-        log_sum, seen = self.log_sum.copy(), self.seen.copy()
-        np.logaddexp.at(log_sum, prompt_id, log_w)
-        np.add.at(seen, prompt_id, 1)
-        return PathWeights(log_sum, seen)
-
-    @property
-    def log_z(self) -> Float[np.ndarray, " prompts"]:
-        """The logarithm of each prompt's mean W; -inf before its first sample."""
-        return self.log_sum - np.log(np.maximum(self.seen, 1))
-
-
 @dataclass(frozen=True, kw_only=True)
-class PathRegression(Checked):
+class PathRegression(Checked, PolicyAlone):
     """Weighted regression on the policy's own paths. log Z of a prompt is that of all its samples so far."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
@@ -80,9 +64,6 @@ class PathRegression(Checked):
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if a trajectory has fewer steps than an update takes."""
         if self.steps > num_steps:
@@ -95,8 +76,7 @@ class PathRegression(Checked):
         self, stats: PathWeights, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PathWeights]:
         """w = W/Z, at most `weight_clip`, after this epoch's W have been added to their prompt's."""
-        log_w = self.beta * np.asarray(scalars["log_reward"], np.float64) + np.asarray(scalars["log_ratio"], np.float64)
-        stats = stats.with_paths(log_w, prompt_id)
+        log_w, stats = stats.add(self.beta, scalars, prompt_id)
         return np.minimum(np.exp(log_w - stats.log_z[prompt_id]), self.weight_clip).astype(np.float32), stats
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
@@ -120,15 +100,13 @@ class PathRegression(Checked):
         each, now = data.index.shape[1], flatten(data)
         weight, step = jnp.repeat(weight, each), model.chain[now.index]
         assert now.adjoint is not None
-        c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
-
         assert now.adjoint.base_output is not None
+        c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
         base_output = now.adjoint.base_output  # where changes are carried, o_θ† less what the LoRA then changed
         at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
 
         def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
-            delta = expand(step.mean_o / step.sigma, output) * change
-            nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
+            nats = step_loss(step, change, c)
             pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
             terms = {
                 "loss_paths": model.policy_steps * (weight * nats).mean(),
@@ -140,20 +118,6 @@ class PathRegression(Checked):
         return value, {"lora": at_x.to_lora(sum(cotangents))}
 
 
-def base_outputs(model: Model, lora: Params, rollout: Rollout) -> Latents:
-    """o_# at every state (T, B, …): where differences lose digits, what sampled minus the LoRA's change."""
-
-    def of_step(_: None, inputs: tuple[Latents, Latents, Chain]) -> tuple[None, Latents]:
-        x, output, step = inputs
-        where = (x, step.at.each(len(x)), rollout.prompt_id)
-        if model.predict_change is None:
-            return None, model.predict(None, *where)
-        return None, output - model.predict_change(lora, *where)[1]
-
-    path = rollout.trajectory
-    return jax.lax.scan(of_step, None, (path.latents[:-1], path.outputs, model.chain))[1]
-
-
 def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
     """(y − μ_#)/σ² of every step, in the place of the adjoint; no gradient is taken."""
     latents, base_output = rollout.trajectory.latents, base_outputs(model, lora, rollout)
@@ -162,21 +126,6 @@ def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
         return (y - step.mean(output, x)) / step.sigma**2
 
     return AdjointCredit(jax.vmap(of_step)(latents[:-1], latents[1:], base_output, model.chain), base_output)
-
-
-def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> Float[Array, "states batch"]:
-    """log Π p_#(y|x)/p_θ†(y|x) over the steps after each state: first of the whole path, last 0 at the sample."""
-
-    def of_step(total: PerSample, inputs: Any) -> tuple[PerSample, PerSample]:
-        x, y, output, base, step = inputs
-        delta = step.mean_o / step.sigma * (output - base)
-        noise = (y - step.mean(output, x)) / step.sigma
-        total = total - (delta * (0.5 * delta + noise)).reshape(len(x), -1).sum(axis=1)
-        return total, total
-
-    path, nothing = rollout.trajectory, jnp.zeros(len(rollout.keys))
-    steps = (path.latents[:-1], path.latents[1:], path.outputs, base_output, chain)
-    return jnp.concatenate([jax.lax.scan(of_step, nothing, steps, reverse=True)[1], nothing[None]])
 
 
 def clipped(c: Latents, largest: float | PerSample) -> Latents:

@@ -35,36 +35,26 @@ from nabla_gfn_jax.algorithms.base import (
 )
 from nabla_gfn_jax.algorithms.credit import GAMMAS, Prediction, guess_cotangent
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB, pull_back, score
-from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
+from nabla_gfn_jax.algorithms.transitions import FromBins, Transition, Transitions, flatten, select
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
-from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlainNablaDB(Checked, Unweighted):
+class PlainNablaDB(FromBins, Unweighted):
     """∇-DB with the paper's lookahead credit G + g_φ."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
     variance_weighted: bool = option(False, "weight the forward term by σ²")
-    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
-    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
 
     on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
     columns: ClassVar[dict[str, str]] = ResidualNablaDB.columns
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {"correction": "vector"}
-
-    def bins(self, num_steps: int) -> int:
-        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
-        return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
-
-    def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
-        self.bins(num_steps)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update."""

@@ -29,9 +29,9 @@ from nabla_gfn_jax.algorithms.advantages import Advantages, PromptRewards
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     mean_square,
     output_change,
@@ -44,7 +44,7 @@ from nabla_gfn_jax.typing import Params, PerSample
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ram(Advantages):
+class Ram(Advantages, PolicyAlone):
     """RAM. `advantage_clip` is of (log R − mean)/std, before std is multiplied back."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
@@ -59,12 +59,6 @@ class Ram(Advantages):
         "loss_matching": "‖o_θ − target‖², the target being the base model's output moved by the reward",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
-
-    def validate(self, num_steps: int) -> None:
-        """Any number of steps will do."""
 
     def weigh(
         self, stats: PromptRewards, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]

@@ -8,7 +8,6 @@ to loss as φ. It also adds a pre-training loss on images, which there are none 
 has nothing to be weighed against and is left out.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -20,9 +19,9 @@ from jaxtyping import Array, Float, Int
 from nabla_gfn_jax.algorithms.base import (
     LAMBDA,
     Batch,
-    HeadKind,
     Metrics,
     Model,
+    PolicyAlone,
     Rollout,
     Unweighted,
     output_change,
@@ -44,7 +43,7 @@ class LateState:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Refl(Checked, Unweighted):
+class Refl(Checked, Unweighted, PolicyAlone):
     """ReFL; its update has one evaluation of the network and one of the reward."""
 
     late_steps: int = option(10, "how many last steps the state is chosen from", minimum=1)
@@ -56,9 +55,6 @@ class Refl(Checked, Unweighted):
         "loss_reward": "the loss, a decreasing function of log R",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
-
-    def heads(self) -> Mapping[str, HeadKind]:
-        return {}
 
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if a trajectory has fewer steps than the state is chosen from."""

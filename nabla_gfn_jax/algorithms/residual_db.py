@@ -3,7 +3,7 @@
     Δ = log F(x) + log p_θ(y|x) − log p_#(y|x) − log F(y)      (scalar_db.py, p₀ = p_#)
 
 The balance of p_θ divided by that of p_#, whose reverse densities are the same: what residual ∇-DB (Zhang et al., ICLR
-2025, arXiv 2412.07775) is the gradient of. Its options' defaults are those of residual ∇-DB where both have them.
+2025, arXiv 2412.07775) is the gradient of. γ = 1 by default, as in DAG-DB; in residual ∇-DB it is ᾱ.
 
 With δ = (μ_θ − μ_#)/σ and z = (y − μ_#)/σ the two log densities differ by δ·z − ‖δ‖²/2, without their cancellation.
 """

@@ -13,6 +13,7 @@ All of Δ is counted per latent element, as DAG's authors do (log p is a mean ov
 path divided by the number D of elements. So β is an exponent, and their `reward_exp` is β/D. h_φ too is per element.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -33,9 +34,9 @@ from nabla_gfn_jax.algorithms.base import (
     output_change,
 )
 from nabla_gfn_jax.algorithms.credit import GAMMAS
-from nabla_gfn_jax.algorithms.transitions import Transition, Transitions, flatten, number_of_bins, select
+from nabla_gfn_jax.algorithms.transitions import FromBins, Transition, Transitions, flatten, select
 from nabla_gfn_jax.diffusion.chain import Chain
-from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 
@@ -48,13 +49,11 @@ class RewardedTransitions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScalarDB(Checked, Unweighted):
+class ScalarDB(FromBins, Unweighted, ABC):
     """Detailed balance; a subclass says against what."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("one", "γ_t, the trust in the guess at time t")
-    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
-    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
@@ -63,20 +62,12 @@ class ScalarDB(Checked, Unweighted):
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
+    @abstractmethod
     def log_ratio(self, model: Model, step: Chain, output: Latents, now: Transition) -> PerSample:
         """log p_θ(y|x) − log p₀, a mean over latent elements, given o_θ(x)."""
-        raise NotImplementedError
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {"flow": "scalar"}
-
-    def bins(self, num_steps: int) -> int:
-        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
-        return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
-
-    def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
-        self.bins(num_steps)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update."""

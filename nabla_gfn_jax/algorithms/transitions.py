@@ -1,5 +1,6 @@
 """Transitions x → y of sampled trajectories, and which of them are trained on."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -9,6 +10,7 @@ from jaxtyping import Array, Int
 
 from nabla_gfn_jax.algorithms.base import Model, Rollout
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
@@ -55,6 +57,22 @@ def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> 
             f"which are not equal or have fewer than 2 steps; change one of both, or set algorithm.uneven_bins"
         )
     return bins
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromBins(Checked):
+    """The options of an algorithm that trains on a step from each of equal bins, and on the last (`select`)."""
+
+    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
+    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
+
+    def bins(self, num_steps: int) -> int:
+        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
+        return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
+        self.bins(num_steps)
 
 
 def select_steps(keys: PRNGKeys, num_steps: int, bins: int, update: int | Array = 0) -> Int[Array, "batch {bins}"]:

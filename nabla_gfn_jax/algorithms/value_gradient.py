@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
 from nabla_gfn_jax.algorithms.credit import Prediction, compare_with
-from nabla_gfn_jax.algorithms.path_regression import PathWeights, base_outputs, log_ratio
+from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, step_loss
 from nabla_gfn_jax.algorithms.transitions import Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.errors import UserError
@@ -78,7 +78,7 @@ class ValueGradient(Checked):
     takes_any_steps: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
         "loss_steps": "the regression of the policy's steps on V's gradient, in nats a path, up to a constant",
-        "loss_value": "how far V is from the log values of paths, e^V − W V; −1 where all W are 1",
+        "loss_value": "how far V is from the log values of paths, the mean of e^V − W V; 1 where all V are 0",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
@@ -101,8 +101,7 @@ class ValueGradient(Checked):
         self, stats: PathWeights, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PathWeights]:
         """log Z of each sample's prompt, after this epoch's paths have been counted."""
-        log_w = self.beta * np.asarray(scalars["log_reward"], np.float64) + np.asarray(scalars["log_ratio"], np.float64)
-        stats = stats.with_paths(log_w, prompt_id)
+        _, stats = stats.add(self.beta, scalars, prompt_id)
         return stats.log_z[prompt_id].astype(np.float32), stats
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
@@ -112,21 +111,21 @@ class ValueGradient(Checked):
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         ratio = log_ratio(model.chain, rollout, base)
 
-        def clean_of(_: None, inputs: tuple[Latents, Latents, Level]) -> tuple[None, tuple[Latents, PerSample]]:
-            x, output, level = inputs
-            return None, self._seen(model, level.clean(output, x), rollout.prompt_id)
-
-        _, before = jax.lax.scan(clean_of, None, (path.latents[:-1], base, model.chain.at))
-        seen = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), before, self._at_end(path.samples, rollout))
+        at_states = jax.vmap(lambda level, o, x: level.clean(o, x))(model.chain.at, base, path.latents[:-1])
+        clean = jnp.concatenate([at_states, path.samples[None]])
+        log_reward = jnp.zeros(clean.shape[:2])
+        if self.guess:
+            before = jax.lax.map(lambda z: model.log_reward(z, rollout.prompt_id), at_states)
+            log_reward = jnp.concatenate([before, rollout.log_reward[None]])
         chosen = share_out(rollout.keys, num_steps + 1, updates, self.states)
 
         def of_update(steps: Int[Array, "batch steps"], states: Int[Array, "batch states"]) -> Data:
             rows = jnp.arange(len(rollout.keys))[:, None]
             now = take(steps, rollout)
             at = States(
-                clean=seen[0][states, rows],
+                clean=clean[states, rows],
                 index=states,
-                log_reward=seen[1][states, rows],
+                log_reward=log_reward[states, rows],
                 log_ratio=ratio[states, rows],
                 prompt_id=jnp.broadcast_to(rollout.prompt_id[:, None], states.shape),
             )
@@ -152,8 +151,7 @@ class ValueGradient(Checked):
         at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
 
         def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
-            delta = expand(step.mean_o / step.sigma, output) * change
-            nats = (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
+            nats = step_loss(step, change, c)
             pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
             terms = {
                 "loss_steps": model.policy_steps * nats.mean(),
@@ -161,7 +159,7 @@ class ValueGradient(Checked):
             }
             return terms["loss_steps"] + terms["loss_reg"], terms
 
-        (_, terms), cotangents = jax.value_and_grad(loss, (0, 1), has_aux=True)(at_x.output, at_x.change)
+        (_, terms), cotangents = jax.value_and_grad(loss, (0, 1), has_aux=True)(*at_x.outputs)
         return terms, at_x.to_lora(sum(cotangents))
 
     def _gradient(self, phi: Params, model: Model, now: Transition, step: Chain, log_z: PerSample) -> Latents:
@@ -171,7 +169,7 @@ class ValueGradient(Checked):
         clean = jnp.where(is_sample, now.y, step.to.clean(at_y.output, now.y))
 
         def total(clean: Latents) -> Float[Array, ""]:
-            _, log_reward = self._seen(model, clean, now.prompt_id)
+            log_reward = model.log_reward(clean, now.prompt_id) if self.guess else jnp.zeros(len(clean))
             return self._log_value(phi, model, clean, log_reward, step.to, now.prompt_id, log_z).sum()
 
         cotangent = jax.grad(total)(clean)
@@ -199,13 +197,6 @@ class ValueGradient(Checked):
         """V − log Z."""
         head: PerSample = model.heads["flow"](phi, clean, level, prompt_id=prompt_id)
         return level.signal * (self.beta * log_reward - log_z) + head if self.guess else head
-
-    def _seen(self, model: Model, clean: Latents, prompt_id: PromptIds) -> tuple[Latents, PerSample]:
-        """What V is a function of: x̂ and, for the guess, its log R."""
-        return clean, model.log_reward(clean, prompt_id) if self.guess else jnp.zeros(len(clean))
-
-    def _at_end(self, samples: Latents, rollout: Rollout) -> tuple[Latents, PerSample]:
-        return samples, rollout.log_reward if self.guess else jnp.zeros(len(samples))
 
 
 def growing(v: PerSample, largest: float) -> PerSample:

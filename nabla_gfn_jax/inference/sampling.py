@@ -18,6 +18,7 @@ from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.diffusion.chain import Level
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.images import levels
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics.base import Batch, PathStatistics
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
@@ -171,4 +172,4 @@ def combined(loras: Sequence[Params]) -> Params:
 
 def all_images(batches: Iterator[Batch]) -> UInt8[np.ndarray, "n height width 3"]:
     """The images of all batches, for a grid, in the 256 levels of a picture: a quarter of the memory."""
-    return np.concatenate([np.round(batch.images * 255.0).astype(np.uint8) for batch in batches])
+    return np.concatenate([levels(batch.images) for batch in batches])

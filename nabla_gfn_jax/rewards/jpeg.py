@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
+from nabla_gfn_jax.images import levels
 from nabla_gfn_jax.rewards.host import host_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
@@ -25,7 +26,7 @@ def minus_kilobytes(
 
     def size(image: np.ndarray) -> int:
         file = io.BytesIO()
-        Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)).save(file, "JPEG", quality=_QUALITY)
+        Image.fromarray(levels(image)).save(file, "JPEG", quality=_QUALITY)
         return file.tell()
 
     return np.asarray([-size(image) / 1000 for image in images], np.float32)

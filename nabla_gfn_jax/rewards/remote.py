@@ -17,6 +17,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.images import levels
 from nabla_gfn_jax.rewards.host import host_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
@@ -69,5 +70,5 @@ def _scores(answer: bytes, url: str, count: int) -> list[float]:
 
 def _png(image: np.ndarray) -> str:
     file = io.BytesIO()
-    Image.fromarray(np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)).save(file, "PNG")
+    Image.fromarray(levels(image)).save(file, "PNG")
     return base64.b64encode(file.getvalue()).decode()

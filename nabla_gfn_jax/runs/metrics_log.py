@@ -49,7 +49,12 @@ COLUMNS = (
     *_columns_of_algorithms(),
     Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before it is clipped"),
     Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before it is clipped, where there is a g_φ"),
-    Column("grad_norm_flow", "", UPDATE, "norm of the gradient of log F's network, where there is one"),
+    Column(
+        "grad_norm_flow",
+        "",
+        UPDATE,
+        "norm of the gradient of the scalar head, log F or V, where there is one",
+    ),
     Column("seconds", "s", EPOCH, "duration"),
     Column("images_per_second", "1/s", EPOCH, "images sampled in the epoch, by its duration"),
     Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device, by its duration"),

@@ -31,12 +31,12 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms.base import Model, Rollout
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.path_regression import clipped
+from nabla_gfn_jax.algorithms.paths import step_loss
 from nabla_gfn_jax.base_models.base import BaseModel, predictor
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data.prompts import prompt_set
-from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
@@ -187,8 +187,7 @@ def nats(bench: Bench, frozen: Params, pairs: Params, bank: Bank, c: Latents, st
     model = bench.model(frozen | {"base": adapt(frozen["base"], pairs)})
     x, base_output, step = bank.x[steps, picked], bank.base_output[steps, picked], bench.model(frozen).chain[steps]
     output = model.predict(None, x, step.at, bank.prompt_id[picked])
-    delta = expand(step.mean_o / step.sigma, output) * (output - base_output)
-    return (delta * (c - 0.5 * delta)).reshape(len(x), -1).sum(axis=1)
+    return -step_loss(step, output - base_output, c)
 
 
 def fit(bench: Bench, bank: Bank, clip: Array, layers: str, rate: float) -> tuple[Params, list[float]]:
