@@ -52,6 +52,17 @@ def draw_noise(keys: PRNGKeys, draw: int | Array, shape: tuple[int, ...]) -> Lat
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 
 
+def policy_or_base(
+    predict: Predict, lora: Params | None, x: Latents, level: Level, condition: PyTree[Any], on: Array | None
+) -> Latents:
+    """The policy's output if `on` is true or None, else the base model's; only one of them is evaluated."""
+    if on is None or lora is None:
+        return predict(lora, x, level, condition)
+    policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
+    output: Latents = jax.lax.cond(on, policy, base)
+    return output
+
+
 def sample(
     predict: Predict,
     lora: Params | None,
@@ -71,18 +82,12 @@ def sample(
         condition: leaves with leading axis B.
         lora_steps: the first so many steps are the policy's, the others the base model's; None: all are the policy's.
     """
-    until = chain.num_steps if lora is None or lora_steps is None else lora_steps
-
-    def output_at(index: Array, x: Latents, level: Level) -> Latents:
-        if until >= chain.num_steps:
-            return predict(lora, x, level, condition)
-        policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
-        output: Latents = jax.lax.cond(index < until, policy, base)
-        return output
+    until = chain.num_steps if lora_steps is None else lora_steps
 
     def step(x: Latents, inputs: tuple[Array, Chain]) -> tuple[Latents, tuple[Latents, Latents]]:
         index, now = inputs
-        output = output_at(index, x, now.at.each(len(keys)))
+        on = index < until if until < chain.num_steps else None
+        output = policy_or_base(predict, lora, x, now.at.each(len(keys)), condition, on)
         y = now.mean(output, x) + now.sigma * draw_noise(keys, index + 1, shape)
         return y, (y, output)
 

@@ -1,6 +1,5 @@
 """Sampling that keeps of each path only what it ends at, and how far it went from the base model's on the way."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
 
-from nabla_gfn_jax.diffusion.chain import Chain, Level
-from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange, draw_noise
+from nabla_gfn_jax.diffusion.chain import Chain
+from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange, draw_noise, policy_or_base
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 
@@ -46,13 +45,6 @@ def sample_paths(
     compare = nats and lora is not None
     across = tuple(range(1, 1 + len(shape)))
 
-    def output_at(x: Latents, level: Level, on: Array | None) -> Latents:
-        if on is None or lora is None:
-            return predict(lora, x, level, condition)
-        policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
-        output: Latents = jax.lax.cond(on, policy, base)
-        return output
-
     def step(x: Latents, inputs: tuple[Array, Chain, Array | None]) -> tuple[Latents, tuple[Array, Array]]:
         index, now, on = inputs
         level = now.at.each(len(keys))
@@ -64,7 +56,7 @@ def sample_paths(
             change = change if on is None else jnp.where(on, change, 0.0)
             output = base + change
         else:
-            output = output_at(x, level, on)
+            output = policy_or_base(predict, lora, x, level, condition, on)
             if compare:
                 change = output - predict(None, x, level, condition)
         if change is not None:
