@@ -21,12 +21,13 @@ from nabla_gfn_jax.planning import chips
 from nabla_gfn_jax.planning.hlo import Traffic
 from nabla_gfn_jax.planning.phases import Phase, Plan, abstract_trainer
 from nabla_gfn_jax.planning.table import show
-from nabla_gfn_jax.rewards import ABSTRACT
+from nabla_gfn_jax.rewards import ABSTRACT, REWARDS
 from nabla_gfn_jax.settings import Settings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# OpenCLIP's ViT-H/14 image tower; CLIP's ViT-L/14 with its projection, and LAION's head; BLIP as ImageReward has it.
-REWARDS = {"hps": 632_076_800, "aesthetic": 303_966_208 + 927_969, "image_reward": 446e6}
+# The image towers of CLIP's ViT-H/14 and ViT-L/14, each with its projection; LAION's head; BLIP as ImageReward has it.
+VIT_H, VIT_L = 632_076_800, 303_966_208
+PARAMETERS = {"hps": VIT_H, "aesthetic": VIT_L + 927_969, "image_reward": 446e6}
 LIBTPU = pytest.mark.skipif(find_spec("libtpu") is None, reason="pip install 'nabla_gfn_jax[tpu]'")
 
 
@@ -50,8 +51,17 @@ def test_the_papers_configs_need_no_weights(name):
     assert dtypes["base"] == {"bfloat16"}
     assert dtypes["reward"] == {"float32"}
     reward = sum(a.size for a in jax.tree.leaves(trainer.reward.params))
-    assert reward == pytest.approx(REWARDS[name], rel=0 if name != "image_reward" else 0.01)
-    assert set(ABSTRACT) == {"hps", "aesthetic", "image_reward"}
+    assert reward == pytest.approx(PARAMETERS[name], rel=0 if name != "image_reward" else 0.01)
+
+
+@pytest.mark.parametrize(("name", "tower"), [("pick_score", VIT_H), ("clip_h", VIT_H), ("clip", VIT_L)])
+def test_a_score_by_clip_needs_no_weights(name, tower):
+    """The tower of the images, and the scale of the cosine; the prompts' features are computed before a run."""
+    assert sum(a.size for a in jax.tree.leaves(ABSTRACT[name]().params)) == tower + 1
+
+
+def test_every_reward_that_is_not_in_the_package_can_be_planned_without_its_weights():
+    assert set(ABSTRACT) == set(REWARDS) - {"valence", "recognisability", "jpeg"}
 
 
 def sd15_decoder_flops() -> float:
