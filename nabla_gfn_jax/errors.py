@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exception for errors that a user can correct."""
 
 import sys
 from collections.abc import Callable
@@ -9,11 +9,11 @@ P = ParamSpec("P")
 
 
 class UserError(Exception):
-    """Something the user can put right. Its text is one line that names the thing and the remedy."""
+    """An error that the user can correct. Its text is one line that names the cause and the remedy."""
 
 
 def exit_on_user_error(main: Callable[P, None]) -> Callable[P, None]:
-    """Turns a `UserError` inside a command into one line on stderr and exit code 2."""
+    """Decorates a command: a `UserError` becomes one line on stderr and exit code 2."""
 
     @wraps(main)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -21,7 +21,7 @@ def exit_on_user_error(main: Callable[P, None]) -> Callable[P, None]:
             main(*args, **kwargs)
         except UserError as error:
             _exit(str(error))
-        except Exception as error:  # one that was raised in a callback comes out of JAX as another's text
+        except Exception as error:  # JAX wraps a `UserError` raised in a callback into the text of another exception
             _, raised, text = str(error).rpartition(f"{UserError.__name__}: ")
             if not raised:
                 raise

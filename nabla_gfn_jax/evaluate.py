@@ -1,10 +1,11 @@
-"""Judges models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --workdir=runs/emoji/seed0`.
+"""Measures models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --workdir=runs/emoji/seed0`.
 
 Samples the same prompts with the same noise from the base model and from every LoRA that the run saved, or from the
-LoRA files given. For each: the mean log R, the nats that it needs and that were spent, and how far it is from
-P_base · R^β (docs/nats.md). Where the drawings are known: how many images show their prompt and the entropies over
-vendors and over drawings, beside those of the base model tilted to the same mean log R. Adds a row for each model to
-WORKDIR/evaluations.jsonl, and keeps there what it measured of the base model's samples.
+given LoRA files. Prints for each model its mean log R, the nats that this reward needs, the nats that the model spends,
+and its distance to P_base · R^β (docs/nats.md). If the drawings of the prompts are known, it also prints how many
+images show their prompt and the entropies over vendors and over drawings, and compares them with those of the base
+model tilted to the same mean log R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the
+measurements of the base model's samples in WORKDIR/base_samples for later evaluations.
 """
 
 import sys
@@ -29,24 +30,26 @@ from nabla_gfn_jax.runs import evaluations
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SubjectOptions):
-    """What is compared, and how. What is not given is the run's, or in the LoRA files' headers."""
+    """What to compare, and how. An option that is not given is the run's, or is read from the LoRA files' headers."""
 
-    lora: tuple[Path, ...] = option((), "a LoRA file, not the run's", repeated=True, empty=True, file="existing")
-    lora_scale: tuple[float, ...] = option((1.0,), "strengths at which each LoRA is judged", minimum=-100, maximum=100)
-    prompts: str | None = option(None, f"the held-out prompts of a set, or {EVERY_CONCEPT} [the run's, or a_face]")
-    num_prompts: int = option(0, "how many prompts of the set; 0: all", minimum=0)
+    lora: tuple[Path, ...] = option(
+        (), "a LoRA file, instead of the run's LoRAs", repeated=True, empty=True, file="existing"
+    )
+    lora_scale: tuple[float, ...] = option((1.0,), "strengths at which to measure each LoRA", minimum=-100, maximum=100)
+    prompts: str | None = option(None, f"a set, for its held-out prompts, or {EVERY_CONCEPT} [the run's, or a_face]")
+    num_prompts: int = option(0, "number of prompts to use; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
     base_num: int = option(0, "images of the base model for each prompt, if more than num", minimum=0)
     reward: str | None = option(
         None, "the reward; none: no reward [the run's, or valence]", choices=RewardNames("none")
     )
-    beta: float | None = option(None, "the β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
-    out: Path | None = option(None, "a JSON file for all figures", file="output")
+    beta: float | None = option(None, "β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
+    out: Path | None = option(None, "JSON file for all figures", file="output")
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Prompts → images of each model → metrics → rows as they come, and tables."""
+    """Samples and measures each model, appends a row as soon as a model is done, and prints the tables at the end."""
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)

@@ -1,4 +1,4 @@
-"""What `--help` prints."""
+"""Prints the text of `--help`."""
 
 import os
 import shutil
@@ -23,7 +23,16 @@ def print_help(
     tree: Mapping[str, Any] | None = None,
     config: str = "",
 ) -> NoReturn:
-    """Prints what the command does, its options, and the fields of a config with the values they have, and exits."""
+    """Prints the command's description, its options, and the fields of a config with their values. Exits with code 0.
+
+    Args:
+        about: description, paragraphs separated by empty lines.
+        command: argv[0].
+        options: the command's options by flag, such as "--num".
+        fields: the config's fields by full name; None for a command without a config.
+        tree: the config's values as nested dicts.
+        config: name of the config.
+    """
     width = max(80, min(shutil.get_terminal_size().columns, 100))
     usage = [f"usage: {_program(command)}", *(f"[{_flag(n, o)}]" for n, o in options.items() if o.option.positional)]
     usage += ["[--OPTION=VALUE ...]", *["[--config.FIELD=VALUE ...]"] * (fields is not None)]
@@ -33,7 +42,7 @@ def print_help(
     lines += _entry("--help", None, None, width, "print this and exit")
     if fields is not None:
         lines += ["", *textwrap.wrap(f"shipped configs: {', '.join(shipped_configs())}", width, subsequent_indent="  ")]
-        lines += ["", f"fields of a config, as --config.FIELD=VALUE, in [] what {config} says:"]
+        lines += ["", f"fields of a config, set by --config.FIELD=VALUE; in [] the value in {config}:"]
         for name, leaf in fields.items():
             lines += _entry(name, leaf, _value(tree or {}, name, leaf.default), width)
     try:
@@ -44,7 +53,7 @@ def print_help(
 
 
 def _program(command: str) -> str:
-    """As the user calls it: argv[0] is a module's file under `python -m`, or a command's name."""
+    """The command as the user types it. argv[0] is a module's file under `python -m`, otherwise the command's name."""
     file = Path(command)
     if file.suffix != ".py":
         return command
@@ -53,7 +62,7 @@ def _program(command: str) -> str:
 
 
 def _paragraphs(text: str, width: int) -> list[str]:
-    """Paragraphs wrapped anew; those that are indented stay as they are."""
+    """The lines of the text with each paragraph wrapped to the width; indented paragraphs are kept as they are."""
     lines: list[str] = []
     for paragraph in textwrap.dedent(text).strip().split("\n\n"):
         lines += paragraph.splitlines() if paragraph.startswith(" ") else textwrap.wrap(paragraph, width)
@@ -71,7 +80,7 @@ def _flag(name: str, leaf: Leaf) -> str:
 def _entry(name: str, leaf: Leaf | None, value: Any, width: int, meaning: str = "") -> list[str]:
     if leaf is not None:
         meaning = leaf.option.meaning + (f" ({leaf.option.unit})" if leaf.option.unit else "")
-        meaning += "; give it again for another" * leaf.option.repeated
+        meaning += "; can be repeated" * leaf.option.repeated
         if leaf.choices or leaf.kind in (int, float):
             meaning += f"; {leaf.allowed}"
         if value not in (MISSING, None, "", ()) and not (value is False and name.startswith("--")):

@@ -23,35 +23,41 @@ ROWS = 4  # prompts of a run's set, if none is given
 
 @dataclass(frozen=True, kw_only=True)
 class Options(SubjectOptions):
-    """What is sampled, and how. What is not given is the run's, or in the LoRA file's header."""
+    """What to sample, and how.
+
+    An option that is not given is the run's, or is read from the header of the LoRA file.
+    """
 
     lora: tuple[Path, ...] = option(
         (),
-        "a LoRA, file or folder, in place of the run's last; several are added",
+        "a LoRA file or folder, instead of the run's last LoRA; several LoRAs are added",
         repeated=True,
         empty=True,
         file="existing",
     )
     lora_scale: tuple[float, ...] = option(
-        (1.0,), "strength of the LoRA, or of each; 0: none", minimum=-100, maximum=100
+        (1.0,), "strength of all LoRAs, or one strength for each; 0: no LoRA", minimum=-100, maximum=100
     )
-    lora_from_step: int = option(1, "first step that the LoRA takes part in; the base model's before", minimum=1)
-    lora_until_step: int | None = option(None, "last step that the LoRA takes part in [the run's]", minimum=1)
+    lora_from_step: int = option(1, "first step with the LoRA; earlier steps use the base model", minimum=1)
+    lora_until_step: int | None = option(None, "last step with the LoRA [the run's]", minimum=1)
     prompt: tuple[str, ...] = option(
-        (), "what to sample, a row of images each [the run's, or a face]", repeated=True, empty=True
+        (), "a prompt; each prompt gives a row of images [the run's, or a face]", repeated=True, empty=True
     )
-    negative: str = option("", "a prompt that guidance leads away from", empty=True)
+    negative: str = option("", "negative prompt of the guidance", empty=True)
     height: int | None = option(None, "height of an image [the model's]", unit="pixels", minimum=8, maximum=4096)
     width: int | None = option(None, "width of an image [the model's]", unit="pixels", minimum=8, maximum=4096)
     num: int = option(16, "images for each prompt", minimum=1)
-    eta: float = option(1.0, "noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
-    out: Path = option(Path("samples.png"), "the picture to write", file="output", endings=PICTURES)
+    eta: float = option(1.0, "scale of the noise of each step; 1: DDPM, 0: DDIM", minimum=0, maximum=1)
+    out: Path = option(Path("samples.png"), "image file to write", file="output", endings=PICTURES)
     each: Path | None = option(
-        None, "a folder for each image as a PNG of its own, with prompt, seed and settings in it", file="folder"
+        None, "folder for one PNG per image; each PNG stores its prompt, seed and settings", file="folder"
     )
 
     def strengths(self, loras: int) -> tuple[float, ...]:
-        """Of each of so many LoRAs. Raises `UserError` if other many are given."""
+        """The strength of each of `loras` LoRAs.
+
+        Raises `UserError` if `lora_scale` has neither 1 nor `loras` values.
+        """
         if len(self.lora_scale) == 1:
             return self.lora_scale * loras
         if len(self.lora_scale) != loras:
@@ -62,7 +68,7 @@ class Options(SubjectOptions):
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Prompts → images → one PNG, a row for each prompt."""
+    """Samples the prompts and writes one image file, with a row of images for each prompt."""
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)

@@ -1,4 +1,4 @@
-"""Everything that a run's config says: what it is, what is allowed, and what must fit together."""
+"""Every field of a run's config: its meaning, its range, and the checks that involve several fields."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +13,13 @@ from nabla_gfn_jax.rewards import NAMES
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Checked):
-    """How trajectories are sampled, in training and by default afterwards."""
+    """How trajectories are sampled, in training and by default in `sample` and `evaluate`."""
 
-    sampler: Sampler = option("ddpm", "how an image is sampled")
-    num_steps: int = option(50, "denoising steps of an image", minimum=1, maximum=999)
-    guidance: float = option(5.0, "classifier-free guidance scale; 1: none", minimum=0, maximum=100)
+    sampler: Sampler = option("ddpm", "the sampler")
+    num_steps: int = option(50, "number of denoising steps", minimum=1, maximum=999)
+    guidance: float = option(5.0, "classifier-free guidance scale; 1: no guidance", minimum=0, maximum=100)
     lora_until_step: int | None = option(
-        None, "last step that the LoRA takes part in, the base model's after it [the last of all]", minimum=1
+        None, "last step with the LoRA; later steps use the base model [the last step]", minimum=1
     )
 
     def __post_init__(self) -> None:
@@ -31,10 +31,10 @@ class Sampling(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Lora(Checked):
-    """What is trained of the UNet."""
+    """The LoRA of the UNet that is trained."""
 
-    rank: int = option(8, "rank of the update of each adapted layer, if none is started from", minimum=1, maximum=1024)
-    start_from: Path | None = option(None, "LoRA file that training starts from, at its own ranks", file="existing")
+    rank: int = option(8, "rank of a new LoRA; ignored with start_from", minimum=1, maximum=1024)
+    start_from: Path | None = option(None, "LoRA file to start training from, at its own ranks", file="existing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,31 +53,35 @@ class Correction(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Checked):
-    """Batches, the optimizer, and what memory it may take."""
+    """Batches, optimizer and memory."""
 
     num_epochs: int = option(
         200, "length of the run", unit="epochs, after a first that only samples", minimum=0, maximum=10**6, free=True
     )
-    trajectories: int = option(64, "trajectories sampled in an epoch, on all devices together", minimum=1)
+    trajectories: int = option(64, "trajectories per epoch, on all devices together", minimum=1)
     micro_batches: int = option(
-        4, "parts in which a device takes its trajectories; more parts need less memory", minimum=1, free=True
+        4, "parts into which a device splits its trajectories; more parts need less memory", minimum=1, free=True
     )
     updates_per_epoch: int = option(1, "optimizer steps on each epoch's trajectories", minimum=1)
     learning_rate: float = option(1e-3, "AdamW's learning rate", above=0)
     decline: Literal["constant", "cosine", "linear"] = option(
         "constant", "how the learning rate falls to 0 over the run's updates"
     )
-    adam_epsilon: float = option(1e-8, "added to the root of AdamW's second moment", above=0)
+    adam_epsilon: float = option(1e-8, "added to the square root of AdamW's second moment", above=0)
     average: float = option(
-        0.0, "decay of a running mean of the LoRA, which is then what is saved; 0: none", minimum=0, maximum=0.99999
+        0.0, "decay of a running mean of the LoRA, which is saved instead of it; 0: off", minimum=0, maximum=0.99999
     )
     weight_decay_lora: float = option(1e-4, "AdamW's weight decay of the LoRA", minimum=0)
     weight_decay_correction: float = option(1e-2, "AdamW's weight decay of g_φ", minimum=0)
-    remat: bool = option(False, "recompute activations in place of keeping them: less memory", free=True)
+    remat: bool = option(False, "recompute activations instead of keeping them, to save memory", free=True)
     images_at_once: int = option(
-        0, "most images decoded and scored together on a device; 0: a micro-batch", unit="images", minimum=0, free=True
+        0,
+        "most images that a device decodes and scores together; 0: a whole micro-batch",
+        unit="images",
+        minimum=0,
+        free=True,
     )
-    clip: float = option(1.0, "largest norm of a gradient, LoRA's and g_φ's apart", above=0, infinite=True)
+    clip: float = option(1.0, "largest norm of the gradient, for the LoRA and g_φ separately", above=0, infinite=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -90,13 +94,16 @@ class Training(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Logging(Checked):
-    """What is written while a run goes on."""
+    """What a run writes while it trains."""
 
-    samples_every: int = option(20, "how often a grid of samples is written", unit="epochs", minimum=1, free=True)
-    checkpoint_every: int = option(10, "how often the run is saved", unit="epochs", minimum=1, free=True)
+    samples_every: int = option(20, "interval between grids of samples", unit="epochs", minimum=1, free=True)
+    checkpoint_every: int = option(10, "interval between saves of the run", unit="epochs", minimum=1, free=True)
     keep_loras: int = option(0, "how many of the newest LoRA files to keep; 0: all", minimum=0, free=True)
     judged_images: int = option(
-        0, "images of each held-out prompt by which every saved LoRA is judged in nats; 0: none", minimum=0, free=True
+        0,
+        "images of each held-out prompt on which every saved LoRA is measured in nats; 0: no measurement",
+        minimum=0,
+        free=True,
     )
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
@@ -104,7 +111,7 @@ class Logging(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
-    """A finetuning run."""
+    """The settings of a finetuning run. `RENAMED` maps fields of older configs to their present names."""
 
     RENAMED: ClassVar[dict[str, str]] = {
         "flow": "correction",
@@ -118,12 +125,14 @@ class Settings(Checked):
     )
     model_dtype: Literal["float32", "bfloat16"] = option("float32", "type of the frozen UNet, VAE and text encoder")
     carry_change: bool = option(
-        False, "in bfloat16, carry o_θ − o_# through the network; if not, or in float32, subtract two outputs"
+        False, "in bfloat16, carry o_θ − o_# through the network; otherwise, and in float32, subtract two outputs"
     )
-    reward: str = option(meaning="the reward R: a name, FILE.py:FUNCTION, a server, or a weighted sum", choices=NAMES)
-    prompts: str = option(meaning="a prompt set's name, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")
+    reward: str = option(
+        meaning="the reward R: a name, FILE.py:FUNCTION, the URL of a server, or a weighted sum", choices=NAMES
+    )
+    prompts: str = option(meaning="name of a prompt set, FILE[:COLUMN], or hub:OWNER/NAME/FILE[:COLUMN]")
     sampling: Sampling
-    algorithm: Any = one_of(ALGORITHMS, "the algorithm, whose own options are the group's other fields")
+    algorithm: Any = one_of(ALGORITHMS, "the algorithm; the other fields of this group are its options")
     lora: Lora
     correction: Correction
     training: Training

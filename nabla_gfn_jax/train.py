@@ -1,8 +1,8 @@
 """Finetunes a text-to-image model with a reward: `python -m nabla_gfn_jax.train --config=emoji`.
 
-The same command on the same workdir resumes. Several processes, a machine each: the same command on each with
-`--distributed` where the cluster says who they are, or `--coordinator=HOST:PORT --num_processes=N --process_id=I`, and
-one workdir that all of them see.
+The same command with the same workdir resumes the run. To use several machines, start the same command on each, with a
+workdir that all of them share. Add `--distributed` on TPU pods, Slurm, Open MPI and Kubernetes; on other clusters add
+`--coordinator=HOST:PORT --num_processes=N --process_id=I`.
 """
 
 import sys
@@ -29,11 +29,11 @@ from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
 
 @dataclass(frozen=True, kw_only=True)
 class Options(ProcessOptions):
-    """What a run is told beside its settings."""
+    """The options of the command beside the run's settings."""
 
-    config: str = option("emoji", "a shipped config's name or a Python file, and :VARIANT where it has any")
+    config: str = option("emoji", "name of a shipped config, or a Python file; append :VARIANT to choose a variant")
     workdir: Path | None = option(None, "folder of the run [runs/CONFIG-VARIANT/seedN]")
-    profile: bool = option(False, "trace two epochs, for TensorBoard or XProf, into WORKDIR/profile")
+    profile: bool = option(False, "write a trace of two epochs, for TensorBoard or XProf, to WORKDIR/profile")
 
 
 @exit_on_user_error
@@ -58,7 +58,10 @@ def main(argv: list[str]) -> None:
 def finetune(
     settings: Settings, workdir: Workdir, *, profile: bool, on_epoch: Callable[[Row], None] | None = None
 ) -> None:
-    """The run of these settings, from its beginning or from its last checkpoint. `on_epoch` sees each epoch's row."""
+    """Runs the settings, from the start or from the last checkpoint. Calls `on_epoch` with the log's row of each epoch.
+
+    Raises `UserError` if an input has changed since the run began.
+    """
     use_compilation_cache()
     trainer, plan = build(settings), length(settings)
     workdir.record_inputs(inputs(settings, trainer.reward))
