@@ -142,7 +142,7 @@ def test_draft_lv(held):
 def test_draft_names_what_cannot_be():
     with pytest.raises(UserError, match="last_steps = 51 is more than"):
         Draft(last_steps=51).validate(50)
-    with pytest.raises(UserError, match="lv_samples = 2 is of DRaFT-1"):
+    with pytest.raises(UserError, match="lv_samples = 2 needs"):
         Draft(lv_samples=2, last_steps=3)
 
 

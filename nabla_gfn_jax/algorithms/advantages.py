@@ -1,9 +1,9 @@
-"""Advantages: how much better a sample's reward is than its prompt's last ones (Black et al., arXiv 2305.13301).
+"""Advantages: a sample's reward compared with the latest rewards of its prompt (Black et al., arXiv 2305.13301).
 
-    A = clip((log R − mean) / (std + 10⁻⁶), ±largest),  mean and std of the prompt's own last rewards
+    A = clip((log R − mean) / (std + 10⁻⁶), ±largest),  mean and std of the prompt's latest rewards
 
-As in the program of DDPO's authors a prompt that has been seen fewer than `min_count` times takes mean and std of the
-epoch. No gradient of the reward is taken.
+As in the program of DDPO's authors, a prompt with fewer than `min_count` rewards so far uses the mean and std of the
+epoch. The reward's gradient is not used.
 """
 
 from collections.abc import Mapping
@@ -20,19 +20,19 @@ _LEAST_STD = 1e-6
 
 @flax.struct.dataclass
 class PromptRewards:
-    """Each prompt's last log rewards, a ring of them a prompt; on the host."""
+    """The latest log rewards of each prompt, as a ring buffer per prompt, on the host."""
 
     ring: Float[np.ndarray, "prompts size"]
-    seen: Int[np.ndarray, " prompts"]  # how many a prompt has had so far
+    seen: Int[np.ndarray, " prompts"]  # the number of rewards that a prompt has had so far
 
 
 @dataclass(frozen=True, kw_only=True)
 class Advantages(Checked):
-    """The options and the host's part of an algorithm that weighs samples by their advantage."""
+    """The options and `weigh` of an algorithm that weights samples by their advantage."""
 
-    advantage_clip: float = option(5.0, "largest size of an advantage", above=0, infinite=True)
-    buffer_size: int = option(32, "how many last rewards of a prompt its mean and std are taken of", minimum=1)
-    min_count: int = option(16, "rewards of a prompt below which the epoch's mean and std are used", minimum=1)
+    advantage_clip: float = option(5.0, "largest absolute value of an advantage", above=0, infinite=True)
+    buffer_size: int = option(32, "number of latest rewards of a prompt that give its mean and std", minimum=1)
+    min_count: int = option(16, "with fewer rewards of a prompt, the epoch's mean and std are used instead", minimum=1)
 
     def first_stats(self, num_prompts: int) -> PromptRewards:
         return PromptRewards(np.zeros((num_prompts, self.buffer_size), np.float32), np.zeros(num_prompts, np.int32))
@@ -40,7 +40,7 @@ class Advantages(Checked):
     def weigh(
         self, stats: PromptRewards, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PromptRewards]:
-        """The advantages, after this epoch's rewards have been remembered."""
+        """The advantages, (all,); the epoch's own rewards are added to the memory first."""
         rewards = np.asarray(scalars["log_reward"], np.float64)
         mean, std, stats = self.moments(stats, rewards, prompt_id)
         advantages = (rewards - mean) / (std + _LEAST_STD)
@@ -49,7 +49,7 @@ class Advantages(Checked):
     def moments(
         self, stats: PromptRewards, rewards: Float[np.ndarray, " all"], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], Float[np.ndarray, " all"], PromptRewards]:
-        """Mean and standard deviation that each sample's log reward is compared with, and the new memory."""
+        """The mean and the standard deviation for each sample's log reward, (all,) each, and the new memory."""
         ring, seen = stats.ring.copy(), stats.seen.copy()
         for prompt, reward in zip(prompt_id, rewards, strict=True):
             ring[prompt, seen[prompt] % self.buffer_size] = reward

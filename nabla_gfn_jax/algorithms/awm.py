@@ -1,16 +1,17 @@
 """AWM, advantage weighted matching (Xue et al., ICML 2026, arXiv 2509.25050).
 
-A policy gradient whose log likelihood is the loss of pre-training: on the policy's own samples z, noised again to x,
+A policy gradient that uses minus the pre-training loss as the log likelihood. Samples z of the policy are noised to x:
 
-    log p = −‖o_θ(x) − o*‖²,   o* the output that implies z itself (ε, for ε-prediction)
+    log p = −‖o_θ(x) − o*‖²,   o* the output whose clean prediction is z (ε, for ε-prediction)
     ρ = exp(log p_θ − log p_θ†)
     loss = mean of −min(A ρ, A clip(ρ, 1 − c, 1 + c)) + β₀ ‖o_θ − o_#‖² + λ ‖ε_θ − ε_θ†‖²
 
-where A is the advantage (advantages.py), divided by its clip so that it is at most 1. No gradient of the reward is
-taken. The defaults are those of the authors' program: c = 1, six noisings of each sample, λ = 1, β₀ = .003 (.0001 for
-PickScore). Their program also offers powers of ‖·‖² in log p and leaves out the last tenth of the times.
+A is the advantage (advantages.py) divided by its clip, so |A| ≤ 1. The reward's gradient is not used. The defaults are
+those of the authors' program: c = 1, six noisings of each sample, λ = 1, β₀ = .003 (.0001 for PickScore). Their program
+also offers powers of ‖·‖² in log p, and omits the last tenth of the times.
 
-β₀ is no exponent of a target: it weighs a squared difference of outputs, the same at all times, against the reward.
+β₀ is not the exponent of a target distribution. It weights a squared difference of outputs, equally at all times,
+against the reward.
 """
 
 from dataclasses import dataclass
@@ -40,16 +41,16 @@ from nabla_gfn_jax.typing import Params, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class Awm(Advantages, PolicyAlone):
-    """AWM: what pre-training minimises, weighted by advantages."""
+    """AWM: the pre-training loss weighted by advantages."""
 
-    noisings: int = option(6, "how often each sample is noised for an update", minimum=1)
-    ratio_clip: float = option(1.0, "c, how far the ratio of likelihoods may be from 1", above=0, infinite=True)
-    base_regularisation: float = option(0.003, "β₀, how strongly the output is held at the base model's", minimum=0)
+    noisings: int = option(6, "number of noised copies of each sample in an update", minimum=1)
+    ratio_clip: float = option(1.0, "c, largest distance of the likelihood ratio from 1", above=0, infinite=True)
+    base_regularisation: float = option(0.003, "β₀, the weight of ‖o_θ − o_#‖²", minimum=0)
     output_regularisation: float = option(1.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_policy": "the clipped policy gradient's loss",
+        "loss_policy": "the clipped policy-gradient loss",
         "loss_base": "β₀ ‖o_θ − o_#‖²",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
@@ -57,16 +58,16 @@ class Awm(Advantages, PolicyAlone):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.advantage_clip == float("inf"):
-            raise UserError("algorithm.advantage_clip = inf leaves nothing of advantages divided by it; give a number")
+            raise UserError("algorithm.advantage_clip = inf makes every advantage divided by it 0; give a number")
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`noisings` noisings of each sample for every update."""
+        """`noisings` noised copies of each sample for every update."""
         return Batch(data=noise_samples(params, model, rollout, updates, self.noisings))
 
     def value_and_grad(
         self, params: Params, model: Model, data: Noised, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Means over samples and noisings."""
+        """The loss, its terms and the gradient, as means over samples and noised copies."""
         advantage = jnp.repeat(weight, self.noisings) / self.advantage_clip
         now = flatten(data)
         assert now.output is not None

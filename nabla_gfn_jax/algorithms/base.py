@@ -1,6 +1,7 @@
-"""What an algorithm sees. It knows nothing of images, guidance or VAEs: it runs in the plane too.
+"""The interface between algorithms and the trainer.
 
-A new algorithm is one file with one class that keeps the `Algorithm` protocol, and a line in `ALGORITHMS`.
+An algorithm does not know images, guidance or VAEs, so it also runs on problems in the plane. A new algorithm is one
+file with one class that follows the `Algorithm` protocol, and a line in `ALGORITHMS`.
 """
 
 from collections.abc import Mapping
@@ -18,30 +19,31 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 Metrics = dict[str, Float[Array, ""]]
 Scalars = dict[str, PerSample]
-LAMBDA = "λ, how strongly ε_θ is held at ε_θ†"  # the meaning of the option output_regularisation
-HeadKind = Literal["vector", "scalar"]  # shaped like x, such as g_φ; one number a sample, such as log F
+LAMBDA = "λ, the weight of ‖ε_θ − ε_θ†‖²"  # the meaning of the option output_regularisation
+HeadKind = Literal["vector", "scalar"]  # the shape of x, such as g_φ; one number per sample, such as log F
 
 
 @runtime_checkable
 class Head(Protocol):
-    """A learned function h_φ(x, level) beside the policy, zero when training starts."""
+    """A learned function h_φ(x, level) beside the policy: (B, …) or (B,). It is zero when training starts."""
 
     def __call__(self, phi: Params, x: Latents, level: Level, prompt_id: PromptIds) -> Latents | PerSample: ...
 
 
 @runtime_checkable
 class LogReward(Protocol):
-    """log R(z) of a clean latent z, sample by sample, differentiable in z."""
+    """log R(z) of clean latents z (B, …), shape (B,), differentiable in z."""
 
     def __call__(self, z: Latents, prompt_id: PromptIds) -> PerSample: ...
 
 
 @dataclass(frozen=True)
 class Model:
-    """The chain, and the pure functions an algorithm works with; what they need of a prompt, its id tells them.
+    """The chain and the pure functions that an algorithm works with. These functions take the index of a prompt.
 
-    `predict_change` is None where o_θ − o_# may be computed as a difference of two outputs: in float32.
-    `lora_steps`: the first so many steps are the policy's, the others the base model's own; None: all are the policy's.
+    Attributes:
+        predict_change: None if o_θ − o_# is computed as a difference of two outputs, which is accurate in float32.
+        lora_steps: the number of first steps that the policy takes; the base model takes the others. None: all steps.
     """
 
     chain: Chain
@@ -53,27 +55,27 @@ class Model:
 
     @property
     def policy_steps(self) -> int:
-        """How many steps are the policy's."""
+        """The number of steps that the policy takes."""
         return self.chain.num_steps if self.lora_steps is None else self.lora_steps
 
 
 @flax.struct.dataclass
 class Rollout:
-    """What sampling leaves, of a device's B samples."""
+    """The result of sampling on one device: B samples."""
 
     trajectory: Trajectory
     log_reward: PerSample
     prompt_id: PromptIds
-    keys: PRNGKeys  # the samples' own
+    keys: PRNGKeys  # one per sample
 
 
 @flax.struct.dataclass
 class Batch:
-    """What is trained on of a rollout.
+    """The training data that an algorithm takes from a rollout.
 
     Attributes:
         data: one batch for each update of the epoch, leaves (updates, B, …).
-        scalars: numbers of each sample, by name, that `weigh` sees beside its log reward.
+        scalars: numbers per sample (B,), by name, which `weigh` gets beside the log reward.
     """
 
     data: PyTree[Any]
@@ -82,41 +84,41 @@ class Batch:
 
 @runtime_checkable
 class Algorithm(Protocol):
-    """Samples are taken by `batch`, weighed on the host by `weigh`, and trained on by `value_and_grad`.
+    """A training algorithm: `batch` selects training data, `weigh` weights the samples, `value_and_grad` trains.
 
-    `batch` and `value_and_grad` are compiled and run on each device's own samples, without communication; `weigh` runs
-    between them, in NumPy, on the samples of all devices.
+    `batch` and `value_and_grad` are compiled and run on each device's own samples, without communication. `weigh` runs
+    between them, in NumPy on the host, on the samples of all devices.
     """
 
     @property
     def on_policy(self) -> bool:
-        """Whether an epoch trains on its own rollout, or, if not, on that of the epoch before."""
+        """True if an epoch trains on its own rollout, False if it trains on that of the previous epoch."""
 
     def heads(self) -> Mapping[str, HeadKind]:
-        """The functions to be learned beside the policy, which `params` and the gradient then have by name."""
+        """The functions learned beside the policy. Their names are keys of `params` and of the gradient."""
 
     def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
+        """Raises `UserError` if the options do not fit a trajectory of `num_steps` steps."""
 
     def first_stats(self, num_prompts: int) -> PyTree[np.ndarray]:
-        """What `weigh` remembers from epoch to epoch, as a run starts; saved with the run."""
+        """The initial `stats`: the memory of `weigh` from epoch to epoch, which is saved with the run."""
 
     def weigh(
         self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
-        """A number for each sample, as a rule a weight, from its "log_reward" and the scalars; and the new stats."""
+        """A weight for each sample, and the new stats. `scalars` holds "log_reward" and the scalars of `batch`."""
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """What the updates need of a rollout. `params` are those that sampled."""
+        """The training data for `updates` updates. `params` are the parameters that sampled the rollout."""
 
     def value_and_grad(
         self, params: Params, model: Model, data: PyTree[Any], weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """((loss, its terms), gradient): means over the samples of `data`, leaves (B, …), some of an update's."""
+        """((loss, its terms), gradient) as means over the samples of `data`, a micro-batch with leaves (B, …)."""
 
 
 class Unweighted:
-    """The parts of the protocol of an algorithm that weighs all samples alike."""
+    """The parts of the protocol for an algorithm that gives all samples the weight 1."""
 
     def first_stats(self, num_prompts: int) -> PyTree[np.ndarray]:
         return {}
@@ -128,25 +130,28 @@ class Unweighted:
 
 
 class PolicyAlone:
-    """The parts of the protocol of an algorithm that learns nothing beside the policy, from any number of steps."""
+    """The parts of the protocol for an algorithm without heads that accepts any number of steps."""
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {}
 
     def validate(self, num_steps: int) -> None:
-        """Nothing to refuse."""
+        """Accepts any number of steps."""
 
 
 def reward_gradient(model: Model, z: Latents, prompt_id: PromptIds) -> Latents:
-    """∇_z log R(z), a constant to every parameter."""
+    """∇_z log R(z), (B, …); no gradient flows through it."""
     return jax.grad(lambda z: model.log_reward(z, prompt_id).sum())(jax.lax.stop_gradient(z))
 
 
 def mean_square(residual: Latents) -> PerSample:
-    """‖·‖², a mean over latent elements."""
+    """‖residual‖² of each sample, (B,), as a mean over latent elements."""
     return (residual**2).reshape(len(residual), -1).mean(axis=1)
 
 
 def output_change(output: Latents, before: Latents, level: Level) -> PerSample:
-    """‖ε_θ − ε_θ†‖² at a state, from the outputs of the policy and of the parameters θ† that sampled: what λ weighs."""
+    """‖ε_θ − ε_θ†‖² of each state, (B,), the term that λ weights.
+
+    `output` and `before` are the outputs of the policy and of the parameters θ† that sampled.
+    """
     return mean_square(expand(level.noise_o, output) * (output - before))

@@ -2,12 +2,13 @@
 
     Δ = log F(x) + log p_θ(y|x) − log q(x|y) − log F(y)        (scalar_db.py, p₀ = q)
 
-The noising kernel q(x|y) is the backward policy, so the target is R^β *alone*: the base model is where training starts
-from, and nothing but λ = 1 holds the policy there. A reward that senseless images earn too takes it away from images.
+The noising kernel q(x|y) is the backward policy, so the target is R^β *alone*. Training starts from the base model, but
+only the term with λ = 1 keeps the policy near it. If meaningless images also get a high reward, the policy drifts to
+them.
 
-As in the authors' program the guess is not weighted (γ = 1). There all steps of a trajectory are trained on, the
-learning rate is 3·10⁻⁴, reward_exp is 100, that is β = 100 D with D latent elements, and grows to that linearly
-over the first half of the run.
+As in the authors' program, the guess is not weighted (γ = 1). Their program trains on all steps of a trajectory with a
+learning rate of 3·10⁻⁴. Its reward_exp is 100, which is β = 100 D with D latent elements; it grows linearly to this
+value over the first half of the run.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from nabla_gfn_jax.typing import Latents, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class DagDB(ScalarDB):
-    """Detailed balance with the noising kernel."""
+    """Detailed balance with the noising kernel as the backward policy."""
 
     output_regularisation: float = option(1.0, LAMBDA, minimum=0)
 

@@ -1,13 +1,12 @@
 """DDPO with importance sampling (Black et al., ICLR 2024, arXiv 2305.13301, sections 4.3 and appendix C).
 
-Denoising is a decision process whose every step x → y is an action. With the trajectories of the parameters θ†
+Denoising is a decision process in which every step x → y is an action. θ† are the parameters that sampled:
 
-    ρ = p_θ(y|x) / p_θ†(y|x)
-    loss = mean over samples and steps of −min(A ρ, A clip(ρ, 1 − c, 1 + c))
-    A the advantage (advantages.py), and beside it λ ‖ε_θ − ε_θ†‖²
+    ρ = p_θ(y|x) / p_θ†(y|x),   A the advantage (advantages.py)
+    loss = mean over samples and steps of −min(A ρ, A clip(ρ, 1 − c, 1 + c)) + λ ‖ε_θ − ε_θ†‖²
 
-No gradient of the reward is taken. As in the authors' program log p is a mean over latent elements, to which the clip
-c = 10⁻⁴ belongs.
+The reward's gradient is not used. As in the authors' program, log p is a mean over latent elements; their clip
+c = 10⁻⁴ is chosen for this mean.
 """
 
 from dataclasses import dataclass
@@ -35,20 +34,20 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class Ddpo(Advantages, PolicyAlone):
-    """DDPO-IS. An epoch's updates share out the steps of each trajectory, in random order."""
+    """DDPO-IS. The steps of each trajectory are divided among the epoch's updates in random order."""
 
-    ratio_clip: float = option(1e-4, "c, how far the ratio of densities may be from 1", above=0, infinite=True)
+    ratio_clip: float = option(1e-4, "c, largest distance of the density ratio from 1", above=0, infinite=True)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_policy": "the clipped policy gradient's loss",
-        "ratios_clipped": "fraction of the ratios of densities that are clipped",
+        "loss_policy": "the clipped policy-gradient loss",
+        "ratios_clipped": "fraction of the density ratios that are clipped",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """Every step of each trajectory in one update, ⌊T/updates⌋ in each of several."""
+        """⌊T/updates⌋ steps of each trajectory for every update, at least 1; a single update gets all steps."""
         num_steps = model.chain.num_steps
         steps = share_out(rollout.keys, num_steps, updates, max(num_steps // updates, 1))
         return Batch(data=jax.vmap(lambda steps: take(steps, rollout))(steps))
@@ -56,7 +55,10 @@ class Ddpo(Advantages, PolicyAlone):
     def value_and_grad(
         self, params: Params, model: Model, data: Transition, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """The clipped loss, and how often the ratio left its interval; one step of all trajectories at a time."""
+        """The clipped loss, the fraction of clipped ratios, and the gradient.
+
+        One step of all trajectories at a time.
+        """
 
         def of_step(lora: Params, now: Transition) -> tuple[Float[Array, ""], Metrics]:
             step = model.chain[now.index]
@@ -81,7 +83,10 @@ class Ddpo(Advantages, PolicyAlone):
 
 
 def log_ratio(output: Latents, now: Transition, step: Chain) -> PerSample:
-    """log p_θ(y|x) − log p_θ†(y|x), means over latent elements, without the cancellation of two large numbers."""
+    """log p_θ(y|x) − log p_θ†(y|x), (B,), as a mean over latent elements.
+
+    It is computed from the difference of the outputs, because the two log densities would cancel.
+    """
     before = (now.y - step.mean(now.output, now.x)) / expand(step.sigma, now.y)
     change = expand(step.mean_o / step.sigma, now.y) * (output - now.output)
     return ((before - 0.5 * change) * change).reshape(len(change), -1).mean(axis=1)

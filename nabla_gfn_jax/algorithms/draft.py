@@ -1,11 +1,12 @@
-"""DRaFT (Clark et al., ICLR 2024, arXiv 2309.17400): the reward's gradient through the last steps of sampling.
+"""DRaFT (Clark et al., ICLR 2024, arXiv 2309.17400): backpropagates the reward through the last steps of sampling.
 
     DRaFT-K     loss = −log R(x_T),  x_{k+1} = μ_θ(x_k) + σ_k n_k  for the last K steps, x_{T−K} and n constants
-    DRaFT-LV    loss = −(1/n) Σ_i log R(x̂_θ(x⁽ⁱ⁾)),  x⁽ⁱ⁾ ~ q(x | x_T), the last step's noising kernel of the sample
+    DRaFT-LV    loss = −(1/n) Σ_i log R(x̂_θ(x⁽ⁱ⁾)),  x⁽ⁱ⁾ ~ q(x | x_T), the noising kernel of the last step
 
 K is `last_steps` (algorithm 1; K = T is plain DRaFT). LV (section 4.2) lowers the variance of K = 1 by noising the same
-sample `lv_samples` times. Nothing holds the policy at the base model: it is the baseline that collapses. λ, here 0, may
-hold it at the parameters θ† that sampled: λ ‖ε_θ − ε_θ†‖² where gradients begin, at x_{T−K} or at the noised samples.
+sample `lv_samples` times. No term keeps the policy near the base model: this is the baseline that collapses. The term
+λ ‖ε_θ − ε_θ†‖², off by default, keeps it near the parameters θ† that sampled. It is evaluated where gradients begin: at
+x_{T−K}, or at the noised samples.
 """
 
 from dataclasses import dataclass, replace
@@ -36,20 +37,20 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 @flax.struct.dataclass
 class Tail:
-    """Where gradients begin, leaves with leading axis B."""
+    """The states where gradients begin, leaves with leading axis B."""
 
-    start: Float[Array, "batch starts *shape"]  # DRaFT-K: one, K steps before the end; LV: each noised sample
-    before: Float[Array, "batch starts *shape"] | None  # o_θ† there; None where λ, of DRaFT-LV, is 0
-    shocks: Float[Array, "batch steps *shape"]  # σ·noise that each of the K steps drew; LV: none are used
+    start: Float[Array, "batch starts *shape"]  # DRaFT-K: the state K steps before the end; LV: each noised sample
+    before: Float[Array, "batch starts *shape"] | None  # o_θ† at `start`; None in DRaFT-LV if λ is 0
+    shocks: Float[Array, "batch steps *shape"]  # σ·noise of each of the K steps; empty for LV
     prompt_id: PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft(Checked, Unweighted, PolicyAlone):
-    """DRaFT-K, or, with `lv_samples` > 0, DRaFT-LV."""
+    """DRaFT-K, or DRaFT-LV if `lv_samples` > 0."""
 
     last_steps: int = option(1, "K, the number of last sampling steps that are differentiated", minimum=1)
-    lv_samples: int = option(0, "how often DRaFT-LV noises each sample; 0: DRaFT-K", minimum=0)
+    lv_samples: int = option(0, "number of noised copies of each sample in DRaFT-LV; 0: DRaFT-K", minimum=0)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
@@ -62,8 +63,8 @@ class Draft(Checked, Unweighted, PolicyAlone):
         super().__post_init__()
         if self.lv_samples and self.last_steps != 1:
             raise UserError(
-                f"algorithm.lv_samples = {self.lv_samples} is of DRaFT-1 and algorithm.last_steps is "
-                f"{self.last_steps}; set one of them to its default, 0 and 1"
+                f"algorithm.lv_samples = {self.lv_samples} needs algorithm.last_steps = 1, but it is "
+                f"{self.last_steps}; set algorithm.lv_samples to 0 or algorithm.last_steps to 1"
             )
 
     def validate(self, num_steps: int) -> None:
@@ -74,7 +75,7 @@ class Draft(Checked, Unweighted, PolicyAlone):
             )
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """DRaFT-K: the same states and noise for every update. LV: fresh noise for each."""
+        """For DRaFT-K, the same states and noise for every update; for LV, new noise for each update."""
 
         def make(update: Array) -> Tail:
             return self._noised(params, model, rollout, update) if self.lv_samples else self._tail(model, rollout)
@@ -84,7 +85,7 @@ class Draft(Checked, Unweighted, PolicyAlone):
     def value_and_grad(
         self, params: Params, model: Model, data: Tail, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """−mean log R of what the policy reaches from the same states with the same noise."""
+        """−mean log R of the images that the policy reaches from the recorded states with the recorded noise."""
         reach = self._denoised if self.lv_samples else self._end
         level = model.chain[model.chain.num_steps - self.last_steps].at  # of the starts
 
@@ -124,7 +125,7 @@ class Draft(Checked, Unweighted, PolicyAlone):
         return replace(tail, before=self._outputs(params["lora"], model, tail).reshape(tail.start.shape))
 
     def _end(self, lora: Params, model: Model, data: Tail) -> tuple[PerSample, Latents]:
-        """log R at the end of the last K steps, and the output at the first of them."""
+        """log R at the end of the last K steps, (B,), and the output at the first of these steps."""
         steps = model.chain[model.chain.num_steps - self.last_steps :]
 
         @jax.checkpoint
@@ -139,7 +140,7 @@ class Draft(Checked, Unweighted, PolicyAlone):
         return model.log_reward(final, data.prompt_id), outputs[0]
 
     def _denoised(self, lora: Params, model: Model, data: Tail) -> tuple[PerSample, Latents]:
-        """log R of the clean prediction at each noised sample, and the output there."""
+        """log R of the clean prediction at each noised sample, (B·lv_samples,), and the output there."""
         output, x = self._outputs(lora, model, data), flatten(data.start)
         prompt_id = jnp.repeat(data.prompt_id, self.lv_samples)
         return model.log_reward(model.chain[-1].at.clean(output, x), prompt_id), output

@@ -1,15 +1,15 @@
-"""Efficient adjoint matching (Shin et al. 2026, arXiv 2605.11480), in our derivation for a variance-preserving chain.
+"""Efficient adjoint matching (Shin et al. 2026, arXiv 2605.11480), derived here for a variance-preserving chain.
 
-Adjoint matching (arXiv 2409.08861) takes the base model's drift for the uncontrolled process. Take in its place the
-linear process that turns N(0, 1) into N(0, 1), and let the terminal reward be log P_base(z) + β log R(z) − log N(z).
-The target is the same. The adjoint of a linear process is a scalar times the reward's gradient at its end, and a state
-given its end is the end noised. With z a sample of the policy, noised to x = √ᾱ z + √(1−ᾱ) ε,
+In adjoint matching (arXiv 2409.08861), the uncontrolled process has the base model's drift. Here it is the linear
+process that turns N(0, 1) into N(0, 1), and the terminal reward is log P_base(z) + β log R(z) − log N(z). The target is
+the same. The adjoint of a linear process is a scalar times the gradient of the terminal reward, and a state given its
+end point is the noised end point. Let z be a sample of the policy, noised to x = √ᾱ z + √(1−ᾱ) ε:
 
     score of the target at x  =  E[ −x + √ᾱ (z + ∇log P_base(z) + β ∇log R(z)) | x ]
     target  ε* = −√(1−ᾱ) (that of z),    ∇log P_base(z) ≈ −ε_#(z, t)/√(1−ᾱ_t) at the least noisy level (Tweedie)
     loss    Σ_k ‖μ_θ − μ*‖²/(2σ_k²), in nats of a path, + λ ‖ε_θ − ε_θ†‖²
 
-No path is pulled back, none is needed. The base model's score at the least noisy level takes the place of its steps.
+No gradient is pulled back along a path. The base model enters only through its score at the least noisy level.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 @flax.struct.dataclass
 class Ends:
-    """Noised samples and the target's score at the samples, leaves (B, …)."""
+    """Noised samples, and the target's score at the samples z, leaves (B, …)."""
 
     noised: Noised  # leaves (B, noisings, …)
     score: Latents  # ∇log P_base(z) + β ∇log R(z)
@@ -51,17 +51,17 @@ class Eam(Checked, Unweighted, PolicyAlone):
     """Efficient adjoint matching."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    noisings: int = option(6, "how often each sample is noised for an update", minimum=1)
+    noisings: int = option(6, "number of noised copies of each sample in an update", minimum=1)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_adjoint": "the regression on the closed-form adjoint, in nats a path, up to a constant",
+        "loss_adjoint": "the regression on the closed-form adjoint, in nats per path, up to a constant",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`noisings` noisings of each sample for every update, and one score of each sample."""
+        """`noisings` noised copies of each sample for every update, and the target's score at each sample."""
         z, level = rollout.trajectory.samples, model.chain[-1].at.each(len(rollout.keys))
         noise = level.noise(model.predict(None, z, level, rollout.prompt_id), z)
         score = self.beta * reward_gradient(model, z, rollout.prompt_id) - noise / expand(jnp.sqrt(1 - level.signal), z)
@@ -71,7 +71,7 @@ class Eam(Checked, Unweighted, PolicyAlone):
     def value_and_grad(
         self, params: Params, model: Model, data: Ends, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Means over samples and noisings."""
+        """The loss, its terms and the gradient, as means over samples and noised copies."""
         now, score = flatten(data.noised), jnp.repeat(data.score, self.noisings, axis=0)
         step = model.chain[now.index]
         signal = expand(step.at.signal, now.x)
@@ -79,7 +79,7 @@ class Eam(Checked, Unweighted, PolicyAlone):
 
         def loss(lora: Params) -> tuple[Float[Array, ""], Metrics]:
             output = model.predict(lora, now.x, step.at, now.prompt_id)
-            error = (step.at.noise(output, now.x) - noise) / expand(step.at.noise_o, now.x)  # as one of outputs
+            error = (step.at.noise(output, now.x) - noise) / expand(step.at.noise_o, now.x)  # as a change of output
             terms = {
                 "loss_adjoint": model.chain.num_steps * step_nats(step, error).mean(),
                 "loss_reg": jnp.zeros(()),

@@ -1,17 +1,17 @@
 """DiffusionNFT, negative-aware finetuning (Zheng et al., ICLR 2026, arXiv 2509.16117).
 
-The policy's own samples z count as good with probability r and as bad with 1 − r. On z noised again to x, with the
-clean predictions x̂ of two implicit policies around the parameters θ† that sampled,
+A sample z of the policy counts as good with probability r and as bad with probability 1 − r. It is noised to x. Two
+implicit policies lie on both sides of the parameters θ† that sampled; x̂ are their clean predictions:
 
     good   o⁺ = (1 − b) o_θ† + b o_θ          bad   o⁻ = (1 + b) o_θ† − b o_θ
     loss = mean of (C/b) [ r ‖x̂⁺ − z‖²/w⁺ + (1 − r) ‖x̂⁻ − z‖²/w⁻ ] + β₀ ‖o_θ − o_#‖² + λ ‖ε_θ − ε_θ†‖²
     r = (1 + A/C)/2,   w = mean of |x̂ − z| over latent elements, at least 10⁻⁵, a constant
 
-with A the advantage (advantages.py), clipped at C = 5. What lowers it moves the policy towards good samples and away
-from bad ones, by b in each direction. No gradient of the reward is taken.
+A is the advantage (advantages.py), clipped at C = 5. A lower loss moves the policy towards good samples and away from
+bad ones. The reward's gradient is not used.
 
-b is `mixing`; the authors' program calls it β, with 1 and .1 in its configs, and takes β₀ = .0001. There the parameters
-that sample follow θ as a running mean, whose decay grows to .5; here they are those of the epoch's start.
+b is `mixing`. The authors' program calls it β, with the values 1 and .1 in its configs, and has β₀ = .0001. There the
+sampling parameters are a running mean of θ, whose decay grows to .5; here they are θ at the start of the epoch.
 """
 
 from dataclasses import dataclass
@@ -46,9 +46,11 @@ _LEAST_SIZE = 1e-5
 class Nft(Advantages, PolicyAlone):
     """DiffusionNFT."""
 
-    mixing: float = option(1.0, "b, how far the implicit policies lie from the one that sampled", above=0, maximum=1e6)
-    noisings: int = option(10, "how often each sample is noised for an update", minimum=1)
-    base_regularisation: float = option(1e-4, "β₀, how strongly the output is held at the base model's", minimum=0)
+    mixing: float = option(
+        1.0, "b, the distance of the implicit policies from the one that sampled", above=0, maximum=1e6
+    )
+    noisings: int = option(10, "number of noised copies of each sample in an update", minimum=1)
+    base_regularisation: float = option(1e-4, "β₀, the weight of ‖o_θ − o_#‖²", minimum=0)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
@@ -61,16 +63,16 @@ class Nft(Advantages, PolicyAlone):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.advantage_clip == float("inf"):
-            raise UserError("algorithm.advantage_clip = inf makes no probability of an advantage; give a number")
+            raise UserError("algorithm.advantage_clip = inf gives every sample the same probability; give a number")
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`noisings` noisings of each sample for every update."""
+        """`noisings` noised copies of each sample for every update."""
         return Batch(data=noise_samples(params, model, rollout, updates, self.noisings))
 
     def value_and_grad(
         self, params: Params, model: Model, data: Noised, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Means over samples and noisings."""
+        """The loss, its terms and the gradient, as means over samples and noised copies."""
         good = 0.5 + 0.5 * jnp.repeat(weight, self.noisings) / self.advantage_clip
         now = flatten(data)
         assert now.output is not None

@@ -1,8 +1,8 @@
-"""Samples noised again as pre-training noises data: what the forward-process algorithms train on.
+"""Noises the policy's samples as pre-training noises data; the forward-process algorithms train on the result.
 
-    x = √ᾱ z + √(1−ᾱ) ε,  z a sample of the policy, ε fresh, ᾱ of a level that the sampler visits
+    x = √ᾱ z + √(1−ᾱ) ε,  z a sample of the policy, ε new noise, ᾱ of a level that the sampler visits
 
-The path that led to z is not needed, and none of its steps: any sampler would do.
+The path that led to z is not used, so any sampler may have drawn z.
 """
 
 from typing import Any
@@ -20,25 +20,26 @@ from nabla_gfn_jax.typing import Latents, Params, PromptIds
 
 @flax.struct.dataclass
 class Noised:
-    """Noised samples, any leading axes."""
+    """Noised samples, with any leading axes."""
 
     x: Latents
     sample: Latents  # z
-    output: Latents | None  # o_θ† at x, by the parameters θ† that sampled, if they were given
-    index: Int[Array, "*noisings"]  # of the step whose level x has
+    output: Latents | None  # o_θ† at x, from the parameters θ† that sampled; None if they were not given
+    index: Int[Array, "*noisings"]  # the step that begins at the level of x
     prompt_id: PromptIds
 
     def target(self, level: Level) -> Latents:
-        """The output o* that implies the sample itself, x̂ = z: for ε-prediction, ε."""
+        """The output o* whose clean prediction is the sample, x̂ = z. For ε-prediction it is ε."""
         return (self.sample - expand(level.clean_x, self.x) * self.x) / expand(level.clean_o, self.x)
 
 
 def noise_samples(
     params: Params | None, model: Model, rollout: Rollout, updates: int, each: int, power: float = 0.0
 ) -> Noised:
-    """`each` noisings of every sample for every update, leaves (updates, B, each, …).
+    """`each` noised copies of every sample for every update, leaves (updates, B, each, …).
 
-    Their times have a density ∝ t^power over the chain's, one in each of `each` equally likely intervals.
+    The times have a density ∝ t^power over the chain's times. They are stratified: one time in each of `each` equally
+    likely intervals. If `params` are given, their output at x is computed too.
     """
     num_steps, shape = model.chain.num_steps, rollout.trajectory.samples.shape[1:]
 
@@ -63,7 +64,10 @@ def noise_samples(
 
 
 def step_nats(step: Chain, error: Latents) -> Float[Array, " batch"]:
-    """‖μ − μ'‖²/(2σ²) of two outputs that differ by `error`: a step's KL, in nats, a sum over latent elements."""
+    """‖μ − μ'‖²/(2σ²), (B,), of two outputs that differ by `error`: the KL divergence of the step, in nats.
+
+    It is a sum over latent elements.
+    """
     return 0.5 * jnp.square(expand(step.mean_o / step.sigma, error) * error).reshape(len(error), -1).sum(axis=1)
 
 

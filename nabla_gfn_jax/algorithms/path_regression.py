@@ -1,17 +1,17 @@
-"""Regression on sampled paths with exact weights: the target's own steps, with or without a gradient of the reward.
+"""Regression of the policy's steps on sampled paths with importance weights, with or without the reward's gradient.
 
-The target's paths have the density p_#(path) R(x_T)^β / Z. Of all policies with the base model's σ the one nearest to
-it, with the least KL(target ‖ policy), has the mean E_target[y | x], which a regression on the target's paths finds.
-Paths that any policy θ† sampled stand for the target's if each counts with its weight:
+The target's paths have the density p_#(path) R(x_T)^β / Z. Consider all policies with the base model's σ. The one with
+the least KL(target ‖ policy) has the mean E_target[y | x], and a regression on the target's paths finds it. Paths of
+any policy θ† can replace the target's paths if each is weighted by w:
 
-    w = W / Z,   W = R(x_T)^β Π p_#(y|x) / p_θ†(y|x),   Z = E_θ†[W], whatever θ† is
+    w = W / Z,   W = R(x_T)^β Π p_#(y|x) / p_θ†(y|x),   Z = E_θ†[W] for every θ†
     loss = E_θ†[ w Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ
 
 The loss is KL(target ‖ policy) − KL(target ‖ base), in nats: 0 for the base model, and minus the needed nats for the
-target. Two credits c have the same mean given x, by Stein's identity:
+target. By Stein's identity, two credits c have the same mean given x:
 
-    innovation   c = (y − μ_#)/σ               needs no gradient: any reward will do
-    adjoint      c = σ a, ∇log R^β at the path's end pulled back to y; far less noise at late steps
+    innovation   c = (y − μ_#)/σ               needs no gradient, so it works with any reward
+    adjoint      c = σ a, ∇log R^β at the path's end pulled back to y; has much less noise at late steps
 
 This is the cross-entropy method for path integral control (Zhang et al. 2014, SIAM J. Sci. Comput. 36) with the
 innovation, and stochastic optimal control matching (Domingo-Enrich et al. 2023, arXiv 2312.02027) with the adjoint.
@@ -46,11 +46,15 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class PathRegression(Checked, PolicyAlone):
-    """Weighted regression on the policy's own paths. log Z of a prompt is that of all its samples so far."""
+    """Weighted regression on the policy's own paths. log Z of a prompt is estimated from all its samples so far."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    credit: Literal["innovation", "adjoint"] = option("adjoint", "what a step is told: see algorithms/path_regression")
-    steps: int = option(6, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
+    credit: Literal["innovation", "adjoint"] = option(
+        "adjoint", "the credit c of a step; see algorithms/path_regression.py"
+    )
+    steps: int = option(
+        6, "steps of each trajectory per update; the updates of an epoch take different steps", minimum=1
+    )
     weight_clip: float = option(float("inf"), "largest weight w of a path", above=0, infinite=True)
     credit_clip: float = option(
         float("inf"), "largest root mean square of c, over latent elements", above=0, infinite=True
@@ -60,12 +64,12 @@ class PathRegression(Checked, PolicyAlone):
     on_policy: ClassVar[bool] = True
     takes_any_steps: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_paths": "the weighted regression of the policy's steps, in nats a path, up to a constant",
+        "loss_paths": "the weighted regression of the policy's steps, in nats per path, up to a constant",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if a trajectory has fewer steps than an update takes."""
+        """Raises `UserError` if an update takes more steps than a trajectory has."""
         if self.steps > num_steps:
             raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
 
@@ -75,12 +79,12 @@ class PathRegression(Checked, PolicyAlone):
     def weigh(
         self, stats: PathWeights, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PathWeights]:
-        """w = W/Z, at most `weight_clip`, after this epoch's W have been added to their prompt's."""
+        """w = W/Z, (all,), at most `weight_clip`; the epoch's own W are included in Z."""
         log_w, stats = stats.add(self.beta, scalars, prompt_id)
         return np.minimum(np.exp(log_w - stats.log_z[prompt_id]), self.weight_clip).astype(np.float32), stats
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`steps` steps of each trajectory for every update, with their credit, and log Π p_#/p_θ† of each path."""
+        """`steps` steps of each trajectory for every update with their credit; scalars: log Π p_#/p_θ† of each path."""
         lora = params["lora"]
         if self.credit == "adjoint":
             credit = adjoint_credit(model, rollout, self.beta)
@@ -96,13 +100,13 @@ class PathRegression(Checked, PolicyAlone):
     def value_and_grad(
         self, params: Params, model: Model, data: Transition, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """The loss, in nats of a whole path, with λ's term beside it, and the LoRA's gradient."""
+        """The loss in nats of a whole path plus λ's term, both terms, and the LoRA's gradient."""
         each, now = data.index.shape[1], flatten(data)
         weight, step = jnp.repeat(weight, each), model.chain[now.index]
         assert now.adjoint is not None
         assert now.adjoint.base_output is not None
         c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
-        base_output = now.adjoint.base_output  # where changes are carried, o_θ† less what the LoRA then changed
+        base_output = now.adjoint.base_output  # with `predict_change`: o_θ† minus its change by the LoRA
         at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
 
         def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
@@ -119,7 +123,7 @@ class PathRegression(Checked, PolicyAlone):
 
 
 def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
-    """(y − μ_#)/σ² of every step, in the place of the adjoint; no gradient is taken."""
+    """(y − μ_#)/σ² of every step, (T, B, …), as the credit; no gradient is taken."""
     latents, base_output = rollout.trajectory.latents, base_outputs(model, lora, rollout)
 
     def of_step(x: Latents, y: Latents, output: Latents, step: Chain) -> Latents:
@@ -129,6 +133,6 @@ def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:
 
 
 def clipped(c: Latents, largest: float | PerSample) -> Latents:
-    """Each sample's c, shrunk to a root mean square of `largest` where it has more."""
+    """`c` (B, …), with each sample scaled down to a root mean square of at most `largest`."""
     size = jnp.sqrt(jnp.square(c).reshape(len(c), -1).mean(axis=1))
     return expand(jnp.where(size > largest, largest / size, 1.0), c) * c

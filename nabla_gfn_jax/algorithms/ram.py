@@ -1,19 +1,19 @@
 """RAM, reinforce adjoint matching (Bergmeister et al. 2026, arXiv 2605.10759, eq. 17).
 
-The optimal process of KL-regularised control tilts the samples and leaves the noising as it is. On the policy's own
-samples z, noised again to x,
+The optimal process of KL-regularised control tilts the distribution of samples and keeps the noising process. Samples z
+of the policy are noised to x:
 
-    target  o_#(x) + A (o* − o_θ†(x)),   o* the output that implies z itself,  A = β (log R(z) − baseline)
+    target  o_#(x) + A (o* − o_θ†(x)),   o* the output whose clean prediction is z,  A = β (log R(z) − baseline)
     loss    mean of ‖o_θ(x) − target‖² + λ ‖ε_θ − ε_θ†‖²
 
-No gradient of the reward is taken: by the REINFORCE identity the mean of A (o* − o_θ) given x is, but for its scale,
-the gradient of the policy's own mean of β log R(z) given x. The exact value would subtract the nats that the policy
-goes on to spend; the paper leaves them out, which is right at the base model and no longer far from it.
+The reward's gradient is not used. By the REINFORCE identity, the mean of A (o* − o_θ) given x is, up to scale, the
+gradient of the policy's mean of β log R(z) given x. The exact target would also subtract the nats that the policy
+spends after x. The paper omits them, which is exact at the base model and inaccurate far from it.
 
-The paper divides the advantage by its standard deviation and multiplies it by m (100 to 1000): m is β times the
-standard deviation. Here A is not divided, so that β is an exponent. Each sample is noised 8 times, at times of
-density ∝ t. What is subtracted from log R changes no mean, but where A < −1 an error of o_θ repels itself, as the
-target holds −A o_θ. With `baseline = "least"`, the least log R of the prompt in the epoch, no A is negative.
+The paper divides the advantage by its standard deviation and multiplies it by m (100 to 1000), so m is β times the
+standard deviation. Here A is not divided, so β is an exponent. Each sample is noised 8 times, at times of density ∝ t.
+The baseline changes no mean. But if A < −1, an error of o_θ grows, because the target contains −A o_θ. With
+`baseline = "least"`, the least log R of the prompt in the epoch, no A is negative.
 """
 
 from collections.abc import Mapping
@@ -45,25 +45,25 @@ from nabla_gfn_jax.typing import Params, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class Ram(Advantages, PolicyAlone):
-    """RAM. `advantage_clip` is of (log R − mean)/std, before std is multiplied back."""
+    """RAM. `advantage_clip` limits (log R − mean)/std; A is then β std times the clipped value."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    baseline: Literal["mean", "least"] = option("mean", "what is subtracted from a prompt's log rewards")
+    baseline: Literal["mean", "least"] = option("mean", "the value that is subtracted from a prompt's log rewards")
     advantage_clip: float = option(float("inf"), "largest (log R − mean)/std", above=0, infinite=True)
-    noisings: int = option(8, "how often each sample is noised for an update", minimum=1)
-    time_power: float = option(1.0, "α: times have a density ∝ t^α", minimum=0, maximum=100)
+    noisings: int = option(8, "number of noised copies of each sample in an update", minimum=1)
+    time_power: float = option(1.0, "α; the times have a density ∝ t^α", minimum=0, maximum=100)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_matching": "‖o_θ − target‖², the target being the base model's output moved by the reward",
+        "loss_matching": "‖o_θ − target‖²; the target is the base model's output shifted by the reward",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     def weigh(
         self, stats: PromptRewards, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, " all"], PromptRewards]:
-        """β (log R − baseline)."""
+        """A = β (log R − baseline), (all,), with `advantage_clip` applied, and the new memory."""
         rewards = np.asarray(scalars["log_reward"], np.float64)
         mean, std, stats = self.moments(stats, rewards, prompt_id)
         largest = self.advantage_clip * std if np.isfinite(self.advantage_clip) else np.full_like(std, np.inf)
@@ -74,13 +74,13 @@ class Ram(Advantages, PolicyAlone):
         return weight.astype(np.float32), stats
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`noisings` noisings of each sample for every update."""
+        """`noisings` noised copies of each sample for every update."""
         return Batch(data=noise_samples(params, model, rollout, updates, self.noisings, self.time_power))
 
     def value_and_grad(
         self, params: Params, model: Model, data: Noised, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Means over samples and noisings."""
+        """The loss, its terms and the gradient, as means over samples and noised copies."""
         now = flatten(data)
         assert now.output is not None
         level = model.chain[now.index].at

@@ -2,10 +2,10 @@
 
     loss = max(0, margin − log R(x̂_θ(x_k, t_k))),  k uniform among the last steps, x_k sampled without a gradient
 
-One network evaluation has a gradient: that of the clean prediction at a random late step. The released program samples
-40 steps, chooses among the last 10 and has a margin of 2 on ImageReward's scale; the paper writes the map from reward
-to loss as φ. It also adds a pre-training loss on images, which there are none of here, so the reward's factor (10⁻³)
-has nothing to be weighed against and is left out.
+Only one network evaluation is differentiated: the clean prediction at a random late step. The released program samples
+in 40 steps, chooses among the last 10, and has a margin of 2 on the scale of ImageReward. The paper calls the map from
+reward to loss φ. It adds a pre-training loss on images and weights the reward with 10⁻³ against it. Here there are no
+training images, so both the loss and the factor are omitted.
 """
 
 from dataclasses import dataclass
@@ -37,17 +37,17 @@ class LateState:
     """A state of each trajectory, leaves with leading axis B."""
 
     x: Latents
-    output: Latents  # o_θ† there, by the parameters θ† that sampled
-    index: Int[Array, " batch"]  # of its step
+    output: Latents  # o_θ† at x, from the parameters θ† that sampled
+    index: Int[Array, " batch"]  # the step that begins at x
     prompt_id: PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refl(Checked, Unweighted, PolicyAlone):
-    """ReFL; its update has one evaluation of the network and one of the reward."""
+    """ReFL. An update evaluates the network once and the reward once per sample."""
 
-    late_steps: int = option(10, "how many last steps the state is chosen from", minimum=1)
-    margin: float = option(2.0, "log reward above which a sample has no gradient", infinite=True)
+    late_steps: int = option(10, "number of last steps from which the state is chosen", minimum=1)
+    margin: float = option(2.0, "samples with a higher log reward have no gradient", infinite=True)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
@@ -57,7 +57,7 @@ class Refl(Checked, Unweighted, PolicyAlone):
     }
 
     def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if a trajectory has fewer steps than the state is chosen from."""
+        """Raises `UserError` if `late_steps` is more than a trajectory has."""
         if self.late_steps > num_steps:
             raise UserError(
                 f"algorithm.late_steps = {self.late_steps} is more than sampling.num_steps = {num_steps}; lower it"
@@ -93,7 +93,7 @@ class Refl(Checked, Unweighted, PolicyAlone):
 
 
 def late_offsets(keys: PRNGKeys, late_steps: int, update: Array) -> Int[Array, " batch"]:
-    """For each sample a number of steps before the last, uniform in 0 … late_steps − 1."""
+    """For each sample, a distance from the last step, uniform in 0 … late_steps − 1."""
 
     def of_sample(key: Array) -> Array:
         return jax.random.randint(jax.random.fold_in(stream(key, "ReFL"), update), (), 0, late_steps)

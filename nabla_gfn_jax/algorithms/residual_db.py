@@ -1,11 +1,13 @@
-"""Residual DB: detailed balance held against the base model's own steps, so that the target is P_base R^β.
+"""Residual DB: detailed balance relative to the base model's steps, so that the target is P_base R^β.
 
     Δ = log F(x) + log p_θ(y|x) − log p_#(y|x) − log F(y)      (scalar_db.py, p₀ = p_#)
 
-The balance of p_θ divided by that of p_#, whose reverse densities are the same: what residual ∇-DB (Zhang et al., ICLR
-2025, arXiv 2412.07775) is the gradient of. γ = 1 by default, as in DAG-DB; in residual ∇-DB it is ᾱ.
+This is the balance equation of p_θ divided by that of p_#; their backward densities are the same and cancel. Residual
+∇-DB (Zhang et al., ICLR 2025, arXiv 2412.07775) is its gradient. γ = 1 by default, as in DAG-DB; in residual ∇-DB it is
+ᾱ.
 
-With δ = (μ_θ − μ_#)/σ and z = (y − μ_#)/σ the two log densities differ by δ·z − ‖δ‖²/2, without their cancellation.
+With δ = (μ_θ − μ_#)/σ and z = (y − μ_#)/σ, the two log densities differ by δ·z − ‖δ‖²/2. This form avoids subtracting
+two large numbers.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from nabla_gfn_jax.typing import Latents, PerSample
 
 @dataclass(frozen=True, kw_only=True)
 class ResidualDB(ScalarDB):
-    """Residual detailed balance with a scalar flow."""
+    """Residual detailed balance with a scalar flow F."""
 
     def log_ratio(self, model: Model, step: Chain, output: Latents, now: Transition) -> PerSample:
         base = model.predict(None, now.x, step.at, now.prompt_id)

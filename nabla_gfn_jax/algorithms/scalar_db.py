@@ -1,16 +1,16 @@
-"""Detailed balance with a scalar flow F, which residual DB and DAG-DB share: they differ in what p_θ is held against.
+"""Detailed balance with a scalar flow F: the common part of residual DB and DAG-DB, which differ in the reference p₀.
 
-For a transition x → y from time t to t', and a reference density p₀ of it,
+For a transition x → y from time t to t', with the reference density p₀:
 
     Δ = log F(x) + log p_θ(y|x) − log p₀ − log F(y),   log F(x) = h_φ(x, t) + β γ_t log R(x̂_θ(x, t))
     loss = mean of Δ² + λ ‖ε_θ − ε_θ†‖²                log F(y) = β log R(y) at the last transition
 
-`h_φ` is the head "flow", and the forward-looking guess β γ_t log R(x̂) is a constant to θ (Pan et al. 2023, arXiv
-2302.01687). No gradient of the reward is taken. If Δ = 0 for all transitions, a path's samples have the density that
-the reference and the reward say.
+h_φ is the head "flow". The forward-looking guess β γ_t log R(x̂) (Pan et al. 2023, arXiv 2302.01687) is a constant with
+respect to θ. The reward's gradient is not used. If Δ = 0 for all transitions, the samples have the target density given
+by the reference and the reward.
 
-All of Δ is counted per latent element, as DAG's authors do (log p is a mean over elements there): Δ is in nats of a
-path divided by the number D of elements. So β is an exponent, and their `reward_exp` is β/D. h_φ too is per element.
+As in the program of DAG's authors, where log p is a mean over latent elements, Δ and h_φ are counted per element: nats
+divided by the number D of elements. β is still an exponent; their `reward_exp` is β/D.
 """
 
 from abc import ABC, abstractmethod
@@ -42,7 +42,7 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 @flax.struct.dataclass
 class RewardedTransitions:
-    """Transitions of trajectories and the log reward of their samples, leading axis B."""
+    """Transitions of trajectories, and the log reward of the trajectories' samples, leading axis B."""
 
     transitions: Transitions
     log_reward: PerSample
@@ -50,27 +50,27 @@ class RewardedTransitions:
 
 @dataclass(frozen=True, kw_only=True)
 class ScalarDB(FromBins, Unweighted, ABC):
-    """Detailed balance; a subclass says against what."""
+    """Detailed balance; a subclass defines the reference density."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("one", "γ_t, the trust in the guess at time t")
+    gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("one", "γ_t, the weight of the guess at time t")
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
-    on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
+    on_policy: ClassVar[bool] = False  # λ keeps ε_θ near the previous epoch's policy θ†
     columns: ClassVar[dict[str, str]] = {
-        "loss_balance": "Δ², how far a transition is from detailed balance, per latent element",
+        "loss_balance": "Δ², the squared violation of detailed balance, per latent element",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     @abstractmethod
     def log_ratio(self, model: Model, step: Chain, output: Latents, now: Transition) -> PerSample:
-        """log p_θ(y|x) − log p₀, a mean over latent elements, given o_θ(x)."""
+        """log p_θ(y|x) − log p₀, (B,), as a mean over latent elements. `output` is o_θ(x)."""
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {"flow": "scalar"}
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update."""
+        """1 + ⌊T·fraction⌋ transitions of each trajectory, a new choice for each update."""
         bins = self.bins(model.chain.num_steps)
 
         def choose(update: Array) -> RewardedTransitions:
@@ -81,7 +81,7 @@ class ScalarDB(FromBins, Unweighted, ABC):
     def value_and_grad(
         self, params: Params, model: Model, data: RewardedTransitions, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Means over all transitions, the last ones among them."""
+        """The loss, its terms and the gradient, as means over all transitions including the last ones."""
         ordinary, last = flatten(data.transitions.ordinary), data.transitions.last
         now: Transition = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), ordinary, last)
         step, to = model.chain[now.index], model.chain[ordinary.index].to

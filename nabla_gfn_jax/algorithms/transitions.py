@@ -1,4 +1,4 @@
-"""Transitions x → y of sampled trajectories, and which of them are trained on."""
+"""Transitions x → y of sampled trajectories, and the selection of those that an update trains on."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,38 +17,38 @@ from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 @flax.struct.dataclass
 class AdjointCredit:
-    """What is known of every step of a trajectory once it has ended, leaves (T, B, …)."""
+    """The credit of every step of a finished trajectory, leaves (T, B, …)."""
 
     gradient: Latents  # a_{t+1}: the credit at y
-    base_output: Latents | None  # o_# at x, if it is known: the loss then need not evaluate it again
+    base_output: Latents | None  # o_# at x if it was computed, so that the loss need not compute it again
 
 
 @flax.struct.dataclass
 class Transition:
-    """Steps x → y, any leading axes."""
+    """Steps x → y, with any leading axes."""
 
     x: Latents
     y: Latents
-    output: Latents  # o_θ† at x, by the parameters θ† that sampled
-    index: Int[Array, "*steps"]  # of the step in the chain
+    output: Latents  # o_θ† at x, from the parameters θ† that sampled
+    index: Int[Array, "*steps"]  # the step in the chain
     prompt_id: Int[Array, "*steps"]
-    adjoint: AdjointCredit | None  # None under the lookahead credits
-    change: Latents | None = None  # o_θ† − o_# at x, where λ's term is the difference of two such
+    adjoint: AdjointCredit | None  # None for the credits "lookahead" and "guess"
+    change: Latents | None = None  # o_θ† − o_# at x, if λ's term is computed from two such changes
 
 
 @flax.struct.dataclass
 class Transitions:
-    """The last step apart, because it needs less: no UNet at the sample y, no reverse term."""
+    """Ordinary and last steps. The last step needs neither the UNet at the sample y nor the reverse term."""
 
     ordinary: Transition  # leading axes (B, bins)
     last: Transition  # leading axis (B,)
 
 
 def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> int:
-    """⌊T·fraction⌋ bins of steps, equal ones unless `uneven`.
+    """The number of bins of steps, ⌊T·fraction⌋. The bins have equal numbers of steps unless `uneven`.
 
     Raises:
-        UserError: the bins do not divide the steps, or leave the last bin nothing but the last step.
+        UserError: the bins do not divide the steps, or the last bin would have only the last step.
     """
     bins = int(num_steps * fraction + 1e-6)
     if bins < 1 or (num_steps % bins and not uneven) or num_steps // bins < 2:
@@ -61,25 +61,27 @@ def number_of_bins(num_steps: int, fraction: float, *, uneven: bool = False) -> 
 
 @dataclass(frozen=True, kw_only=True)
 class FromBins(Checked):
-    """The options of an algorithm that trains on a step from each of equal bins, and on the last (`select`)."""
+    """The options of an algorithm that trains on one step from each bin and on the last step (`select`)."""
 
-    transition_fraction: float = option(0.1, "fraction of the steps trained on, beside the last", above=0, maximum=1)
-    uneven_bins: bool = option(False, "let the bins that steps are drawn from divide a step between two")
+    transition_fraction: float = option(
+        0.1, "fraction of the steps that are trained on, beside the last step", above=0, maximum=1
+    )
+    uneven_bins: bool = option(False, "allow bins that begin or end within a step")
 
     def bins(self, num_steps: int) -> int:
-        """Into how many a trajectory's steps are divided. Raises `UserError` if that cannot be."""
+        """The number of bins for `num_steps` steps. Raises `UserError` if the steps cannot be divided so."""
         return number_of_bins(num_steps, self.transition_fraction, uneven=self.uneven_bins)
 
     def validate(self, num_steps: int) -> None:
-        """Raises `UserError` if the options do not fit a trajectory of so many steps."""
+        """Raises `UserError` if the options do not fit a trajectory of `num_steps` steps."""
         self.bins(num_steps)
 
 
 def select_steps(keys: PRNGKeys, num_steps: int, bins: int, update: int | Array = 0) -> Int[Array, "batch {bins}"]:
-    """One step chosen uniformly from each bin; the last step, always taken, is not chosen again.
+    """One step chosen uniformly from each bin. The last step is never chosen, because `select` always takes it.
 
-    `update` counts the selections from one trajectory; each is independent. Where the bins do not divide the steps, a
-    bin's end lies within a step, which both its bins may then choose.
+    `update` numbers the selections from one trajectory, which are independent. If the bins do not divide the steps, a
+    bin may end within a step, and both bins may choose this step.
     """
     width = num_steps // bins if num_steps % bins == 0 else num_steps / bins
     widths = jnp.full(bins, width).at[-1].add(-1)
@@ -95,7 +97,7 @@ def select_steps(keys: PRNGKeys, num_steps: int, bins: int, update: int | Array 
 
 
 def share_out(keys: PRNGKeys, num_steps: int, updates: int, each: int) -> Int[Array, "{updates} batch {each}"]:
-    """`each` steps of a trajectory for every update, in random order: none twice before all have been taken."""
+    """`each` steps of a trajectory for every update, in random order. No step repeats until all have been taken."""
 
     def order(key: Array) -> Array:
         return jnp.resize(jax.random.permutation(stream(key, "shares"), num_steps), (updates, each))
@@ -118,7 +120,7 @@ def take(steps: Int[Array, " batch *bins"], rollout: Rollout, adjoint: AdjointCr
 
 
 def select(rollout: Rollout, bins: int, adjoint: AdjointCredit | None = None, update: int | Array = 0) -> Transitions:
-    """1 + bins transitions of each trajectory: the last, and one chosen from each bin of steps."""
+    """1 + bins transitions of each trajectory: the last step, and one step from each bin."""
     num_steps = len(rollout.trajectory.outputs)
     last = jnp.full(len(rollout.keys), num_steps - 1)
     return Transitions(
@@ -128,7 +130,10 @@ def select(rollout: Rollout, bins: int, adjoint: AdjointCredit | None = None, up
 
 
 def with_changes(model: Model, lora: Params, transition: Transition) -> Transition:
-    """The same with o_θ† − o_#, of the LoRA that sampled, leading axes (updates, B, *bins); a batch at a time."""
+    """The transition with `change` = o_θ† − o_# filled in; leading axes (updates, B, *bins).
+
+    `lora` is the LoRA that sampled. The changes are computed one batch at a time.
+    """
     assert model.predict_change is not None
     predict_change, chain, axes = model.predict_change, model.chain, transition.index.ndim
 
@@ -147,5 +152,5 @@ def with_changes(model: Model, lora: Params, transition: Transition) -> Transiti
 
 
 def flatten(tree: Any) -> Any:
-    """Leading axes (B, bins) → (B·bins,)."""
+    """Merges the leading axes of every leaf: (B, bins, …) → (B·bins, …)."""
     return jax.tree.map(lambda leaf: leaf.reshape((-1, *leaf.shape[2:])), tree)

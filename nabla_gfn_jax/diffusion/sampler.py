@@ -1,4 +1,4 @@
-"""The sampler: one scan from noise to a sample, which records the trajectory that losses are written on."""
+"""The sampler: one scan from noise to a sample, which records the trajectory for the losses."""
 
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -14,9 +14,9 @@ from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 @runtime_checkable
 class Predict(Protocol):
-    """o(x, level): the network's guided output, whatever it predicts; the base model's where `lora` is None.
+    """o(x, level): the network's output with guidance, in its own prediction type; for `lora` None the base model's.
 
-    `level` has leaves (B,), `condition` any tree of arrays with leading axis B. The output is float32.
+    `level` has leaves (B,); `condition` is any tree of arrays with leading axis B. The output is float32.
     """
 
     def __call__(self, lora: Params | None, x: Latents, level: Level, condition: PyTree[Any]) -> Latents: ...
@@ -24,9 +24,10 @@ class Predict(Protocol):
 
 @runtime_checkable
 class PredictChange(Protocol):
-    """(o_#, o_θ − o_#): the base model's output and what the LoRA changes of it, whose error is relative to the change.
+    """(o_#, o_θ − o_#): the base model's output and its change by the LoRA.
 
-    In half precision that of a difference of two outputs is relative to the outputs.
+    The rounding error of this change is relative to the change. If two outputs are subtracted in half precision, the
+    error is relative to the outputs, which are much larger.
     """
 
     def __call__(self, lora: Params, x: Latents, level: Level, condition: PyTree[Any]) -> tuple[Latents, Latents]: ...
@@ -36,8 +37,8 @@ class PredictChange(Protocol):
 class Trajectory:
     """States and network outputs of T steps, in sampling order."""
 
-    latents: Float[Array, "states batch *shape"]  # T+1 of them: noise first, the sample last
-    outputs: Float[Array, "steps batch *shape"]  # o at latents[k], by the parameters that sampled
+    latents: Float[Array, "states batch *shape"]  # T+1 states: noise first, the sample last
+    outputs: Float[Array, "steps batch *shape"]  # o at latents[k], from the parameters that sampled
 
     @property
     def samples(self) -> Latents:
@@ -45,9 +46,9 @@ class Trajectory:
 
 
 def draw_noise(keys: PRNGKeys, draw: int | Array, shape: tuple[int, ...]) -> Latents:
-    """Standard normal noise (B, *shape), each sample from its own key: the start is draw 0, step k is k+1.
+    """Standard normal noise (B, *shape), each sample from its own key. The start is draw 0, and step k is draw k + 1.
 
-    So a sample depends on its key alone, not on the batch or the device it is drawn in.
+    A sample therefore depends on its key only, not on its batch or its device.
     """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, draw), shape))(keys)
 
@@ -55,7 +56,7 @@ def draw_noise(keys: PRNGKeys, draw: int | Array, shape: tuple[int, ...]) -> Lat
 def policy_or_base(
     predict: Predict, lora: Params | None, x: Latents, level: Level, condition: PyTree[Any], on: Array | None
 ) -> Latents:
-    """The policy's output if `on` is true or None, else the base model's; only one of them is evaluated."""
+    """The policy's output if `on` is true or None, otherwise the base model's. Only one of them is evaluated."""
     if on is None or lora is None:
         return predict(lora, x, level, condition)
     policy, base = (partial(predict, parameters, x, level, condition) for parameters in (lora, None))
@@ -72,15 +73,16 @@ def sample(
     condition: PyTree[Any],
     lora_steps: int | None = None,
 ) -> Trajectory:
-    """Draws x ~ N(0, 1), then y ~ N(μ(x), σ²) step after step.
+    """Draws x ~ N(0, 1), then y ~ N(μ(x), σ²) step by step.
 
     Args:
-        predict: the network; `lora` is handed to it, None for the base model.
+        predict: the network, which is called with `lora`.
+        lora: the policy's LoRA; None for the base model.
         chain: T steps.
-        keys: (B,), one per sample; every random number of a sample comes from its own.
-        shape: of one latent.
-        condition: leaves with leading axis B.
-        lora_steps: the first so many steps are the policy's, the others the base model's; None: all are the policy's.
+        keys: (B,), one per sample; all random numbers of a sample come from its key.
+        shape: the shape of one latent.
+        condition: the argument of `predict`, leaves with leading axis B.
+        lora_steps: the number of first steps that the policy takes; the base model takes the others. None: all steps.
     """
     until = chain.num_steps if lora_steps is None else lora_steps
 

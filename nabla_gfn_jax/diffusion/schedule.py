@@ -1,4 +1,4 @@
-"""The discrete noise schedule of Stable Diffusion, and which of its times a sampler visits."""
+"""The discrete noise schedule of Stable Diffusion, and the times that each sampler visits."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -10,7 +10,7 @@ from nabla_gfn_jax.errors import UserError
 
 Sampler = Literal["ddpm", "sde_dpm_solver"]
 
-# Stable Diffusion's own scheduler_config.json, as far as it says what is computed.
+# The fields of Stable Diffusion's scheduler_config.json that affect the result.
 STABLE_DIFFUSION: dict[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -23,8 +23,8 @@ STABLE_DIFFUSION: dict[str, Any] = {
     "clip_sample": False,
 }
 
-# diffusers' values of the fields of the noise schedule, where a scheduler_config.json does not state them. Its other
-# fields are of the sampler that it names; the run has its own.
+# diffusers' defaults for the fields of the noise schedule. The other fields of a scheduler_config.json belong to the
+# sampler that it names, which is not used.
 _DEFAULTS: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_schedule": "linear",
@@ -35,10 +35,11 @@ _SCHEDULES = ("linear", "scaled_linear")
 
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Float[np.ndarray, "1000"]:
-    """ᾱ[0..999] of the noise schedule in a scheduler_config.json, whatever sampler it names, float64.
+    """ᾱ[0..999] of the noise schedule in a scheduler_config.json, in float64. The sampler that it names does not
+    matter.
 
-    With `rescale_betas_zero_snr` √ᾱ is moved and scaled so that ᾱ[999] = 0 and ᾱ[0] stays (Lin et al. 2024, arXiv
-    2305.08891, algorithm 1).
+    With `rescale_betas_zero_snr`, √ᾱ is shifted and scaled so that ᾱ[999] = 0 and ᾱ[0] is unchanged (Lin et al. 2024,
+    arXiv 2305.08891, algorithm 1).
 
     Raises:
         UserError: a field is missing or has a value that is not implemented.
@@ -76,14 +77,14 @@ def _unsupported(field: str, value: Any, supported: str) -> str:
 def visited_times(
     sampler: Sampler, num_steps: int, *, from_the_last: bool = False
 ) -> tuple[Int[np.ndarray, " steps"], Int[np.ndarray, " steps"]]:
-    """The times t of x and t' of y of each step, falling, t' = 0 at the last.
+    """The times t of x and t' of y of each step, (T,) each, decreasing; the last t' is 0.
 
-    "ddpm": equal steps Δ = 1000 // num_steps up from 1, diffusers' `leading` spacing with offset 1. "sde_dpm_solver":
-    from 999 in equal steps to 0, its `linspace` spacing, and to the least noise of the schedule at last
-    (`final_sigmas_type="sigma_min"`). Either ends at ᾱ[0] < 1, so the last σ > 0.
+    "ddpm": the times are 1, 1 + Δ, 1 + 2Δ, … with Δ = 1000 // num_steps (diffusers' `leading` spacing with offset 1).
+    "sde_dpm_solver": equal steps from 999 to 0 (diffusers' `linspace` spacing with `final_sigmas_type="sigma_min"`).
+    Both end at ᾱ[0] < 1, so the last σ > 0.
 
-    `from_the_last`: "ddpm" too starts at 999, in steps of 1000 / num_steps down, diffusers' `trailing` spacing. A
-    schedule that ends without signal needs it: only there its samples are noise.
+    With `from_the_last`, "ddpm" also starts at 999 and goes down in steps of 1000 / num_steps (diffusers' `trailing`
+    spacing). A schedule that ends without signal needs this, because its state is pure noise only at time 999.
 
     Raises:
         UserError: there is no such sampler, or `num_steps` is not in 1 to 999.
