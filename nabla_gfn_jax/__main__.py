@@ -1,4 +1,4 @@
-"""All commands by one name: `nabla-gfn COMMAND ...`, or `python -m nabla_gfn_jax COMMAND ...`."""
+"""The program `nabla-gfn COMMAND ...`, also `python -m nabla_gfn_jax COMMAND ...`."""
 
 import importlib
 import sys
@@ -9,10 +9,10 @@ from nabla_gfn_jax.options import did_you_mean
 
 COMMANDS = {
     "train": "finetune a model with a reward",
-    "sample": "draw images",
-    "evaluate": "measure reward and diversity",
-    "plan": "tell whether a run fits a device, and how long it takes",
-    "pretrain": "make the emoji model that ships with the package",
+    "sample": "sample images",
+    "evaluate": "measure reward, nats and diversity",
+    "plan": "estimate the memory and the time of a run on a device",
+    "pretrain": "train the emoji model that ships with the package",
 }
 
 

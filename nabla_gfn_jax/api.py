@@ -1,4 +1,4 @@
-"""What notebooks and other programs call.
+"""The functions for notebooks and other programs.
 
     from nabla_gfn_jax import api
 
@@ -6,9 +6,10 @@
     images = api.sample(model, ["a face"], num=4, guidance=2)
     print(api.score("valence", images[0], ["a face"] * 4))
     run = api.finetune("emoji", "runs/mine", {"training.num_epochs": 20}, on_epoch=print)
-    lora = api.load_lora(run / "lora/00020", model)
+    lora = api.load_lora(run / "lora/00080", model)  # after 20 epochs of 4 updates
 
-All take what the commands take, and raise `errors.UserError`, whose text is one line, for what is wrong.
+Arguments mean the same as the options of the commands. An input that is not allowed raises `errors.UserError`, whose
+text is one line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -40,17 +41,18 @@ __all__ = ["evaluate", "finetune", "load_lora", "load_model", "sample", "score"]
 
 
 def load_model(name: str, dtype: str = "float32") -> StableDiffusion:
-    """A base model: "emoji", a folder in diffusers' layout, a file, or OWNER/NAME on the hub.
+    """Loads a base model: "emoji", a folder in diffusers' layout, a file, or OWNER/NAME on the hub.
 
-    `dtype` is "float32" or "bfloat16".
+    `dtype` is "float32" or "bfloat16". Raises `UserError` if the model does not load.
     """
     return names.load_model(name, names.DTYPES[dtype])
 
 
 def load_lora(path: str | Path, model: StableDiffusion) -> Params:
-    """The LoRA in a file or folder of any layout that docs/files.md names, for `sample` and `evaluate`.
+    """Loads a LoRA from a file or folder of any layout in docs/files.md, for `sample` and `evaluate`.
 
-    `inference.sampling` has `scaled(lora, strength)` and `combined([lora, lora])`.
+    `inference.sampling` has `scaled(lora, strength)` and `combined([first, second])`. Raises `UserError` if the file
+    does not load or does not fit the model.
     """
     return lora_file.load_lora(Path(path).expanduser(), model.params["unet"], model.params["text_encoder"])
 
@@ -58,9 +60,9 @@ def load_lora(path: str | Path, model: StableDiffusion) -> Params:
 def sample(
     model: StableDiffusion, prompts: Sequence[str], *, num: int = 1, lora: Params | None = None, **how: Any
 ) -> Float[np.ndarray, "prompts num height width 3"]:
-    """`num` images of each prompt, in [0, 1].
+    """Samples `num` images of each prompt, in [0, 1].
 
-    `how`: fields of `inference.sampling.Sampling`: sampler, steps, guidance, eta, seed, negative, lora_from_step,
+    `how` are fields of `inference.sampling.Sampling`: sampler, steps, guidance, eta, seed, negative, lora_from_step,
     lora_until_step.
     """
     batches = ImageSampler(model, prompts, Sampling(**how)).images(lora, num)
@@ -70,7 +72,7 @@ def sample(
 def score(
     reward: str, images: Float[np.ndarray, "n height width 3"], prompts: Sequence[str]
 ) -> Float[np.ndarray, " n"]:
-    """log R of each image in [0, 1] for its prompt, not multiplied by β. `reward`: as on the command line."""
+    """log R of each image in [0, 1] for its prompt, without β. `reward` is written as on the command line."""
     metric, unique = LogReward(load_reward(reward)), list(dict.fromkeys(prompts))
     metric.prepare(unique)
     rows = np.asarray([unique.index(prompt) for prompt in prompts])
@@ -88,9 +90,10 @@ def evaluate(
     beta: float | None = None,
     **how: Any,
 ) -> Evaluation:
-    """A LoRA beside the base model by `num` images of each prompt with the same noise: `.figures`, `.certificate`.
+    """Compares a LoRA with the base model on `num` images of each prompt, sampled from the same noise.
 
-    `beta`: of the target P_base · R^β; `how`: as for `sample`.
+    The result has `figures` and a `certificate` in nats. `beta` is the exponent of the target P_base · R^β; `how` is as
+    in `sample`.
     """
     evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), load_reward(reward), beta)
     base = evaluator.base_states(num, None, {})
@@ -104,13 +107,17 @@ def finetune(
     *,
     on_epoch: Callable[[Row], None] | None = None,
 ) -> Path:
-    """A run to its end, or on from where an earlier call left it; returns its folder.
+    """Runs a config to its end, or resumes an earlier run in the same workdir. Returns the workdir.
 
     Args:
-        config: a shipped config's name or a Python file, and :VARIANT.
+        config: name of a shipped config, or a Python file; append :VARIANT to choose a variant.
         workdir: the run's folder; runs/CONFIG-VARIANT/seedN if None.
-        fields: values of the config's fields by name, "training.num_epochs" say.
-        on_epoch: gets each epoch's row, as `metrics.jsonl` has it. What it raises ends the run as Ctrl-C would.
+        fields: values of the config's fields by full name, such as "training.num_epochs".
+        on_epoch: is called with each epoch's row of `metrics.jsonl`. An exception that it raises ends the run as Ctrl-C
+            would.
+
+    Raises:
+        UserError: a value is not allowed, an input is missing, or the workdir holds another run.
     """
     settings = load_settings(Settings, config, fields)
     path = Path(workdir).expanduser() if workdir is not None else default_workdir(config, settings.seed)

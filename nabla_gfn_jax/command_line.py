@@ -1,9 +1,9 @@
-"""The one command line of all commands: `--NAME=VALUE` or `--NAME VALUE`, `--config.FIELD=VALUE`, and `--help`.
+"""The parser of all commands: `--NAME=VALUE` or `--NAME VALUE`, `--config.FIELD=VALUE`, and `--help`.
 
-A command declares its options as a dataclass (`options.py`). One that makes a run also takes `--config`, a config
-file's name, and each field of the run's settings as a flag. argparse and absl are not used underneath: the flags are
-known only when the config has been read, since a field decides which others there are, and argparse takes `--beta -1e5`
-for a missing value.
+A command declares its options as a dataclass (`options.py`). A command with a config also takes `--config`, the name of
+a config file, and each field of the settings as a flag. argparse and absl do not fit: the flags are known only after
+the config has been read, because the value of one field decides which other fields exist, and argparse reads `--beta
+-1e5` as a missing value.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,12 +19,12 @@ __all__ = ["default_workdir", "load_config", "load_settings", "parse", "parse_ru
 
 Options = TypeVar("Options")
 Run = TypeVar("Run")
-Typed = Mapping[str, Sequence[str]]  # what was given to each flag, by its name: "--num", "--config.training.clip"
+Typed = Mapping[str, Sequence[str]]  # the values typed for each flag, such as "--num" or "--config.training.clip"
 _FIELD = "--config."
 
 
 def parse(argv: Sequence[str], options: type[Options], about: str) -> Options:
-    """The options that `argv[1:]` gives. Prints `about` and the options and exits if `--help` is one of them.
+    """The options in `argv[1:]`. With `--help`, prints `about` and the options and exits.
 
     Raises `UserError` for a flag that does not exist, is given twice or has a value that is not allowed.
     """
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str], options: type[Options], about: str) -> Options:
 
 
 def parse_run(argv: Sequence[str], options: type[Options], settings: type[Run], about: str) -> tuple[Options, Run]:
-    """The same for a command with a config: its options, `config` among them, and the run's settings."""
+    """As `parse`, for a command with a config: returns its options, which include `config`, and the run's settings."""
     known = leaves(options, prefix="--")
     typed = _read_flags(argv[1:], known)
     config = _once("--config", typed.get("--config", [known["--config"].default]))
@@ -54,7 +54,10 @@ def parse_run(argv: Sequence[str], options: type[Options], settings: type[Run], 
 
 
 def load_settings(settings: type[Run], config: str, fields: Mapping[str, Any] | None = None) -> Run:
-    """The settings of a config, named as for `--config`, with some fields changed."""
+    """The settings of a config, named as for `--config`, with the values in `fields` by full name.
+
+    Raises `UserError` for a config or field that does not exist, or a value that is not allowed.
+    """
     tree = _tree(settings, config)
     for name in sorted(fields or {}, key=_decides_others_first):
         _set(settings, tree, _leaf(settings, tree, name), (fields or {})[name])
@@ -68,7 +71,7 @@ def default_workdir(config: str, seed: int) -> Path:
 
 
 def _read_flags(arguments: Sequence[str], known: Mapping[str, Leaf]) -> dict[str, list[str]]:
-    """What was given to each flag; arguments without one belong to the positional option."""
+    """The values typed for each flag. Arguments without a flag belong to the positional option."""
     positional = next((flag for flag, leaf in known.items() if leaf.option.positional), None)
     typed: dict[str, list[str]] = {}
     rest = list(arguments)
@@ -122,7 +125,7 @@ def _checked(instance: Any, prefix: str = "") -> Any:
 
 
 def _tree(settings: type, config: str) -> dict[str, Any]:
-    """The fields of a config, under the names that they have now."""
+    """The fields of a config as nested dicts, with old names replaced by the present ones."""
     tree: dict[str, Any] = load_config(*split_variant(config)).to_dict()
     for old, new in getattr(settings, "RENAMED", {}).items():
         group, name = _group(tree, old)
@@ -132,12 +135,12 @@ def _tree(settings: type, config: str) -> dict[str, Any]:
 
 
 def _decides_others_first(name: str) -> bool:
-    """Sorts a group's `name` before the fields that it decides."""
+    """Sort key: a group's `name` comes first, because it decides which other fields the group has."""
     return not name.endswith(".name")
 
 
 def _leaf(settings: type, tree: Mapping[str, Any], name: str, options: Iterable[str] = ()) -> Leaf:
-    """The field called `name`, or called so before."""
+    """The field whose present or old name is `name`. Raises `UserError` if there is none."""
     known, renamed = leaves(settings, tree), name
     for old, new in getattr(settings, "RENAMED", {}).items():
         if name == old or name.startswith(f"{old}."):
@@ -149,7 +152,7 @@ def _leaf(settings: type, tree: Mapping[str, Any], name: str, options: Iterable[
 
 
 def _set(settings: type, tree: dict[str, Any], leaf: Leaf, value: Any) -> None:
-    """Sets a field. When another algorithm is chosen, what the config says of one is kept where it suits the other."""
+    """Sets a field. If another algorithm is chosen, the group keeps only the fields that this algorithm accepts."""
     group, name = _group(tree, leaf.name)
     group[name] = leaf.check(value)
     if not _decides_others_first(leaf.name):
@@ -160,7 +163,7 @@ def _set(settings: type, tree: dict[str, Any], leaf: Leaf, value: Any) -> None:
 
 
 def _group(tree: dict[str, Any], name: str) -> tuple[dict[str, Any], str]:
-    """The group of a field, made where there is none, and the field's own name."""
+    """The group of a field, created if it does not exist, and the field's name within the group."""
     *groups, last = name.split(".")
     for part in groups:
         inner = tree.setdefault(part, {})

@@ -1,4 +1,4 @@
-"""XLA's persistent compilation cache, on by default: the second start of a run compiles nothing."""
+"""XLA's persistent compilation cache, on by default: a run's second start reads its programs instead of compiling."""
 
 import os
 
@@ -8,9 +8,10 @@ from nabla_gfn_jax.user_cache import user_cache
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR says otherwise.
+    """Keeps compiled programs in the user's cache folder, or in JAX_COMPILATION_CACHE_DIR if it is set.
 
-    The many small programs too, which take seconds together, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set.
+    Small programs are kept too, because together they take seconds to compile.
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS overrides this.
     """
     if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(user_cache("xla")))

@@ -1,4 +1,4 @@
-"""Config files: Python files whose `get_config()` returns an `ml_collections.ConfigDict`, shipped ones by name."""
+"""Config files: Python files whose `get_config()` returns an `ml_collections.ConfigDict`. Shipped ones have names."""
 
 import importlib.util
 import inspect
@@ -15,29 +15,29 @@ from nabla_gfn_jax.options import did_you_mean
 
 
 def shipped_configs() -> dict[str, Path]:
-    """The configs of this package, by name: within it where it is installed, beside it in a checkout."""
+    """The config files of this package by name. They are in the package if it is installed, beside it in a checkout."""
     package = Path(__file__).parent
     folder = next((f for f in (package / "configs", package.parent / "configs") if (f / "emoji.py").is_file()), None)
     return {file.stem: file for file in sorted(folder.glob("[!_]*.py"))} if folder else {}
 
 
 def split_variant(config: str) -> tuple[str, str]:
-    """`NAME:VARIANT` or `NAME` as (name, variant), the variant "" where there is none."""
+    """Splits `NAME:VARIANT` or `NAME` into (name, variant); without a variant, it is ""."""
     name, _, variant = config.partition(":")
     return name, variant
 
 
 def load_config(config: str | Path, variant: str = "") -> ConfigDict:
-    """What `get_config()`, or `get_config(variant)`, of a shipped config or a Python file returns.
+    """The result of `get_config()` or `get_config(variant)` of a shipped config or a Python file.
 
-    Raises `UserError` if there is no such config or variant, or the file fails.
+    Raises `UserError` if there is no such config or variant, or if the file raises an exception.
     """
     file = _find(str(config))
     get_config = _run(file).get("get_config")
     if not callable(get_config):
         raise UserError(f"config {file} has no function get_config(); it must return an ml_collections.ConfigDict")
     if variant and not inspect.signature(get_config).parameters:
-        raise UserError(f"config {config} has no variants, so {variant!r} is none of them; leave out :{variant}")
+        raise UserError(f"config {config} has no variants; leave out :{variant}")
     with _in_one_line(file):
         found = get_config(variant) if variant else get_config()
     if not isinstance(found, ConfigDict):
@@ -56,12 +56,12 @@ def _find(config: str) -> Path:
             f"config {config} does not exist{did_you_mean(file.stem, shipped)}; give a file, or one of {names}"
         )
     if file.suffix != ".py":
-        raise UserError(f"config {config} is no Python file; give a file.py, or one of {names}")
+        raise UserError(f"config {config} is not a Python file; give a file.py, or one of {names}")
     return file
 
 
 def _run(file: Path) -> dict[str, Any]:
-    """The names that the file defines."""
+    """Runs the file and returns the names that it defines."""
     spec = importlib.util.spec_from_file_location("config_file", file)
     assert spec is not None
     assert spec.loader is not None
@@ -73,7 +73,7 @@ def _run(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def _in_one_line(file: Path) -> Iterator[None]:
-    """Turns what a config file raises into a `UserError` that names the line."""
+    """Turns an exception of a config file into a `UserError` that names the line."""
     try:
         yield
     except UserError:

@@ -1,7 +1,8 @@
-"""Floating-point operations of a traced program: matrix products, convolutions, attention, loops multiplied by length.
+"""Counts the floating-point operations of a traced program: matrix products, convolutions and attention.
 
-Compilers count the body of a loop once. Here the traced program is counted, without what nobody uses of it, as they
-leave that out too. Operations of other kinds, under a hundredth of a UNet's, are not counted.
+The count of a loop's body is multiplied by the loop's length; compilers count it once. Results that are not used are
+not counted, because compilers remove them too. Operations of other kinds are not counted; in a UNet they are less than
+a hundredth.
 """
 
 import math
@@ -13,7 +14,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.interpreters import partial_eval
 
-# cuDNN's attention on (batch, length, heads, width), two products forward; backward the scores again and four more.
+# cuDNN's attention on (batch, length, heads, width): two products forward; backward the scores again and four more.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 FULL = (
@@ -22,15 +23,15 @@ FULL = (
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:
-    """FLOPs of one call by the type they are made in, two a multiplication with addition.
+    """FLOPs of one call by the operands' type. A multiplication with addition counts as two.
 
-    Under `shard_map` they are a device's. Arguments may be shapes.
+    Under `shard_map` the count is for one device. Arguments may be `jax.ShapeDtypeStruct`s.
     """
     return flops_of(jax.make_jaxpr(function)(*arguments))
 
 
 def flops_of(traced: ClosedJaxpr) -> dict[str, float]:
-    """The same of a program that is traced already (`jitted.trace(*arguments).jaxpr`)."""
+    """As `count_flops`, for a program that is already traced (`jitted.trace(*arguments).jaxpr`)."""
     used, _ = partial_eval.dce_jaxpr(traced.jaxpr, [True] * len(traced.jaxpr.outvars))
     return dict(_of_program(used))
 
@@ -57,7 +58,7 @@ def _of_equation(equation: Any) -> Counter[str]:
         q, k = (operand.aval for operand in equation.invars[:2])
         return Counter({str(q.dtype): 2.0 * _CUDNN_PRODUCTS[name] * math.prod(q.shape) * k.shape[1]})
     inner = [_of_program(program) for program in _programs_in(equation.params)]
-    if name == "cond":  # one branch runs: the costliest, if they differ
+    if name == "cond":  # only one branch runs; the costliest is counted
         return max(inner, key=Counter.total, default=Counter())
     times = equation.params["length"] if name == "scan" else 1
     whole = sum(inner, Counter[str]())
@@ -65,7 +66,7 @@ def _of_equation(equation: Any) -> Counter[str]:
 
 
 def _kind(equation: Any) -> str:
-    """The operands' type; of float32 asked for in full, FULL."""
+    """The operands' type, or FULL for float32 with the precision "highest"."""
     kind = str(equation.invars[0].aval.dtype)
     return FULL if kind == "float32" and "HIGHEST" in str(equation.params["precision"]) else kind
 

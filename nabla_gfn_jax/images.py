@@ -1,4 +1,4 @@
-"""Images as files: in a grid, or each of its own."""
+"""Writes images to files: as one grid, or as one file per image."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,11 +10,11 @@ from PIL.PngImagePlugin import PngInfo
 
 from nabla_gfn_jax.errors import UserError
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # the files that pictures are written to
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")  # the endings of image files that can be written
 
 
 def levels(images: Float[np.ndarray, "*batch"]) -> UInt8[np.ndarray, "*batch"]:
-    """Images in [0, 1], cut to that, in the 256 levels of a file."""
+    """Clips images to [0, 1] and rounds them to the 256 levels of a file."""
     return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
@@ -25,9 +25,17 @@ def save_grid(
     margin: int = 4,
     zoom: int = 1,
 ) -> None:
-    """Writes images in [0, 1], or in uint8, row by row, `columns` a row, on white; each pixel `zoom` pixels wide.
+    """Writes images in [0, 1] or in uint8 as a grid on white, row by row.
 
-    Raises `UserError` if the file cannot be written.
+    Args:
+        file: the file to write; its ending chooses the format.
+        images: (count, height, width, 3).
+        columns: images per row.
+        margin: space between images, in pixels before zooming.
+        zoom: enlargement factor of each pixel.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     count, height, width, _ = images.shape
     rows = -(-count // columns)
@@ -45,7 +53,7 @@ def save_grid(
 def save_each(
     folder: Path, images: UInt8[np.ndarray, "count height width 3"], texts: Iterable[Mapping[str, str]]
 ) -> None:
-    """Writes each image as `folder`/0000.png and so on, with `texts` of each, by keyword, in the file.
+    """Writes the images as `folder`/0000.png, 0001.png, … `texts` has the text fields of each PNG by keyword.
 
     Raises `UserError` if a file cannot be written.
     """

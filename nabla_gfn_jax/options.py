@@ -1,13 +1,14 @@
-"""A value that a user can set: its type, range or choices, unit, meaning and default, stated once.
+"""Values that a user can set: each declares its type, range or choices, unit, meaning and default in one place.
 
-A command's options and each group of a run's settings are a frozen dataclass of them:
+The options of a command and each group of a run's settings are a frozen dataclass of such values:
 
     @dataclass(frozen=True, kw_only=True)
     class Sampling(Checked):
         num_steps: int = option(50, "sampling steps", minimum=1, maximum=1000)
 
-A field is a bool, int, float, str, Path or Literal, one of them or None, or a tuple of them. No field is ever NaN, and
-none is infinite unless it says so. A field may also be a dataclass of options, or, by `one_of`, one of several.
+The type of a field is bool, int, float, str, Path or Literal, optionally with None, or a tuple of one of these. A field
+is never NaN, and infinite only if it declares `infinite`. A field may also be a dataclass of options, or, declared by
+`one_of`, one of several such dataclasses.
 """
 
 import dataclasses
@@ -30,20 +31,20 @@ _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is stated of a value beside its type and default; bounds and choices are those of each element of a tuple.
+    """The declaration of a value beside its type and default. For a tuple, bounds and choices apply to each element.
 
     Attributes:
         meaning: a phrase for `--help`.
-        unit: what a number counts or measures.
-        choices: the values that are allowed, if not a Literal names them; read anew at each check.
-        above, minimum, maximum: bounds; `above` is not allowed itself.
+        unit: the unit of a number.
+        choices: the allowed values if the type is not a Literal; read again at each check.
+        above, minimum, maximum: bounds; `above` itself is not allowed.
         infinite: whether inf is allowed.
         empty: whether "" or an empty tuple is allowed.
-        repeated: whether the flag is given once for each element of a tuple, which otherwise has commas.
+        repeated: whether the flag is repeated for each element of a tuple; otherwise commas separate the elements.
         positional: whether the elements of a tuple are given without a flag.
-        free: whether the value changes no number of a run.
-        file: of a path: one that exists, a file to be written, or a folder to write into.
-        endings: how the name of a file to be written may end.
+        free: whether the value changes no number of a run, so that a resume may change it.
+        file: for a path: "existing", "output" for a file to be written, or "folder" for a folder to write into.
+        endings: the allowed endings of the name of a file to be written.
     """
 
     meaning: str
@@ -62,29 +63,29 @@ class Option:
 
 
 def option(default: Any = MISSING, meaning: str = "", **stated: Any) -> Any:
-    """A dataclass field; `stated` are attributes of `Option`. Without a default the value must be given."""
+    """A dataclass field. `stated` are attributes of `Option`. A field without a default must be given."""
     return dataclasses.field(default=default, metadata={"option": Option(meaning=meaning, **stated)})
 
 
 def one_of(registry: Mapping[str, type], meaning: str) -> Any:
-    """A dataclass field that holds one of the registry's dataclasses: the one that the group's `name` says."""
+    """A dataclass field that holds one of the registry's dataclasses, which the group's `name` selects."""
     return dataclasses.field(metadata={"registry": registry, "meaning": meaning})
 
 
 class Leaf(NamedTuple):
-    """A value by its full name, `training.clip` or `--num`."""
+    """A value with its full name, such as `training.clip` or `--num`."""
 
     name: str
     kind: type  # bool, int, float, str or Path
-    many: bool  # a tuple of them
-    optional: bool  # or None
+    many: bool  # whether it is a tuple of `kind`
+    optional: bool  # whether None is allowed
     choices: Collection[Any]
     option: Option
-    default: Any  # MISSING: it must be given
+    default: Any  # MISSING: the value must be given
 
     @property
     def allowed(self) -> str:
-        """What the value may be, to follow "it must be"."""
+        """The allowed values as a phrase that continues "it must be"."""
         o, show = self.option, ("{:d}" if self.kind is int else "{:g}").format
         words = _WORDS[self.kind]
         if self.choices:
@@ -105,7 +106,7 @@ class Leaf(NamedTuple):
         return f"{words}; several with commas between" if self.many and not (o.repeated or o.positional) else words
 
     def check(self, value: Any) -> Any:
-        """The value in the field's own type. Raises `UserError` that names the field, the value and what is allowed."""
+        """The value in the field's type. Raises `UserError` that names the field, the value and the allowed values."""
         if self.optional and value in (None, ""):
             return None
         try:
@@ -120,7 +121,7 @@ class Leaf(NamedTuple):
             raise UserError(f"{self.name} = {shown} is not allowed; it must be {self.allowed}{hint}") from None
 
     def allows(self, value: Any) -> bool:
-        """Whether `check` takes the value."""
+        """Whether `check` accepts the value."""
         try:
             self.check(value)
         except UserError:
@@ -128,14 +129,14 @@ class Leaf(NamedTuple):
         return True
 
     def read(self, text: str) -> Any:
-        """The value that was typed, of a tuple without `repeated` all of it."""
+        """The value of the typed text, not yet checked. For a tuple with commas it is the whole list."""
         if self.many and not (self.option.repeated or self.option.positional):
             inner = text.strip().removeprefix("(").removesuffix(")").removeprefix("[").removesuffix("]")
             return [self._typed(part.strip()) for part in inner.split(",") if part.strip()]
         return self._typed(text)
 
     def _typed(self, text: str) -> Any:
-        """A value of the field's kind, or the text as it is, for `check` to refuse."""
+        """A value of the field's kind. A text that is none is returned as it is, and `check` refuses it."""
         try:
             if self.kind is bool:
                 return {"true": True, "false": False}[text.lower()]
@@ -167,9 +168,9 @@ class Leaf(NamedTuple):
 
 
 def leaves(cls: type, tree: Mapping[str, Any] | None = None, prefix: str = "") -> dict[str, Leaf]:
-    """All values of a dataclass of options by full name; `tree` says which dataclass a field by `one_of` holds.
+    """All values of a dataclass of options by full name. `tree` selects the dataclass of each `one_of` field.
 
-    Raises `TypeError` for a field without `option`, or of a type that is no option's.
+    Raises `TypeError` for a field without `option` or with a type that is not supported.
     """
     found: dict[str, Leaf] = {}
     for field, hint in _fields(cls):
@@ -188,10 +189,10 @@ def leaves(cls: type, tree: Mapping[str, Any] | None = None, prefix: str = "") -
 
 
 def build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
-    """The dataclass whose fields are the tree's values, defaults where it has none.
+    """Builds the dataclass from the tree's values and, for the other fields, the defaults.
 
-    Infinity, which JSON lacks, may be "inf". Raises `UserError` for a name that is no field, a field that is
-    missing, or a value that is not allowed.
+    Infinity may be written as "inf", because JSON has no infinity. Raises `UserError` for an unknown field, a missing
+    field, or a value that is not allowed.
     """
     if not isinstance(tree, Mapping):
         raise UserError(f"{prefix.rstrip('.')} = {tree!r} is not allowed; it must be a group of fields")
@@ -218,7 +219,7 @@ def build(cls: type[T], tree: Mapping[str, Any], prefix: str = "") -> T:
 
 
 class Checked:
-    """Base of the dataclasses of options: whatever makes one, its values are allowed ones."""
+    """Base class of the dataclasses of options. Every instance is validated when it is created."""
 
     def __post_init__(self) -> None:
         validate(self)
@@ -232,7 +233,7 @@ def validate(instance: Any, prefix: str = "") -> None:
 
 
 def check_files(instance: Any, prefix: str = "") -> None:
-    """Raises `UserError` if a file that is to be read does not exist, or one that is to be written cannot be."""
+    """Raises `UserError` if an input file does not exist or an output file cannot be written."""
     values = flatten(instance, prefix)
     for name, leaf in leaves(type(instance), _names(instance), prefix).items():
         files = values[name] if leaf.many else [values[name]]
@@ -242,7 +243,7 @@ def check_files(instance: Any, prefix: str = "") -> None:
 
 
 def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
-    """The values by full name."""
+    """The values of all fields by full name."""
     found: dict[str, Any] = {}
     for field, hint in _fields(type(instance)):
         name, value = prefix + field.name, getattr(instance, field.name)
@@ -254,12 +255,15 @@ def flatten(instance: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def free_names(instance: Any) -> frozenset[str]:
-    """Full names of the values that change no number of a run."""
+    """Full names of the fields that change no number of a run."""
     return frozenset(n for n, leaf in leaves(type(instance), _names(instance)).items() if leaf.option.free)
 
 
 def plain(instance: Any) -> dict[str, Any]:
-    """A tree of what JSON can hold, which `build` reads back: infinities as text, tuples as lists, paths as text."""
+    """The values as nested dicts that JSON can hold: infinities and paths as text, tuples as lists.
+
+    `build` reads it.
+    """
     tree: dict[str, Any] = {}
     for name, value in flatten(instance).items():
         *groups, last = name.split(".")
@@ -271,7 +275,7 @@ def plain(instance: Any) -> dict[str, Any]:
 
 
 def check_divisors(group: str, of: Any, widths: str, *divisors: str) -> None:
-    """Raises `UserError` unless each field in `divisors` divides the field `widths`, or every element of it."""
+    """Raises `UserError` unless each field named in `divisors` divides the field `widths` or every element of it."""
     value = getattr(of, widths)
     for name in divisors:
         divisor = getattr(of, name)
@@ -281,7 +285,7 @@ def check_divisors(group: str, of: Any, widths: str, *divisors: str) -> None:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to add to an error: " (did you mean NEAREST?)", or nothing. A field of the same last name is nearest."""
+    """The ending of an error: " (did you mean NEAREST?)", or "". A field with the same last part counts as nearest."""
     names = list(known)
     same_end = [n for n in names if n.rpartition(".")[2].lstrip("-") == name.rpartition(".")[2].lstrip("-")]
     near = same_end or difflib.get_close_matches(name, names, 1)
@@ -309,7 +313,7 @@ def _name_in(field: dataclasses.Field[Any], value: Any) -> str:
 
 
 def _names(instance: Any) -> dict[str, Any]:
-    """The tree of names alone, which tells `leaves` the dataclasses that the instance holds."""
+    """A tree with the group names only; it tells `leaves` which dataclasses the instance holds."""
     found: dict[str, Any] = {}
     for field, hint in _fields(type(instance)):
         value = getattr(instance, field.name)
@@ -333,7 +337,7 @@ def _leaf(name: str, hint: Any, field: dataclasses.Field[Any]) -> Leaf:
     literal = typing.get_args(kind) if typing.get_origin(kind) is Literal else ()
     kind = str if literal else kind
     if kind not in _WORDS:
-        raise TypeError(f"{name} is of type {hint}, which is no option's")
+        raise TypeError(f"{name} has the type {hint}, which options do not support")
     return Leaf(name, kind, many, optional, literal or stated.choices, stated, field.default)
 
 

@@ -1,4 +1,4 @@
-"""Data parallelism: one axis of devices, "data", over which every batch is split and every parameter repeated."""
+"""Data parallelism over one axis of devices, "data": every batch is split over it, and every parameter replicated."""
 
 import os
 from collections.abc import Callable
@@ -16,10 +16,10 @@ EVERYWHERE, SPLIT = PartitionSpec(), PartitionSpec(AXIS)
 
 
 def use_cpu_cores(batch: int) -> None:
-    """Makes a device of each CPU core, as many as divide `batch`; XLA alone leaves cores idle on small models.
+    """Makes each CPU core a device, up to the largest number that divides `batch`.
 
-    Before anything else of JAX. JAX_NUM_CPU_DEVICES, if set, decides instead, as it must where several processes share
-    a machine's cores; GPUs and TPUs are not touched.
+    One device leaves cores idle on small models. Call this before any other function of JAX. If JAX_NUM_CPU_DEVICES is
+    set, it decides instead; set it if several processes share the cores of a machine. GPUs and TPUs are not affected.
     """
     if jax.config.jax_num_cpu_devices > 0:  # type: ignore[attr-defined]
         return
@@ -28,7 +28,7 @@ def use_cpu_cores(batch: int) -> None:
 
 
 def data_mesh(trajectories: int, micro_batches: int, devices: np.ndarray | None = None) -> Mesh:
-    """All devices, or those given, in a row.
+    """A mesh of all devices, or of those given, along one axis.
 
     Raises `UserError` if the trajectories cannot be split over micro-batches and devices.
     """
@@ -45,12 +45,12 @@ def data_mesh(trajectories: int, micro_batches: int, devices: np.ndarray | None 
 
 
 def all_devices() -> Mesh:
-    """Every device there is, in a row."""
+    """A mesh of all devices along one axis."""
     return jax.make_mesh((len(jax.devices()),), (AXIS,), axis_types=(AxisType.Auto,))
 
 
 def host_memory() -> AbstractContextManager[Any]:
-    """Arrays that are made in here stay in the host's memory until they are placed: no device has them twice."""
+    """A context in which new arrays stay in the host's memory until `place`, so that no device holds them twice."""
     if jax.default_backend() == "cpu":
         return nullcontext()
     try:
@@ -60,15 +60,19 @@ def host_memory() -> AbstractContextManager[Any]:
 
 
 def split(function: Callable[..., Any], mesh: Mesh, inputs: Any, outputs: Any, **options: Any) -> Any:
-    """`function` compiled to run on each device, on its part of the inputs; `options` are those of `jax.jit`.
+    """`function` compiled to run on each device with the device's part of the inputs.
 
-    Unchecked: a checked map would sum a gradient over the devices wherever it is taken, in every micro-batch.
+    `inputs` and `outputs` are partition specs; `options` are those of `jax.jit`. `check_vma` is off, because a checked
+    map would sum every gradient over the devices, and so once in every micro-batch.
     """
     return jax.jit(jax.shard_map(function, mesh=mesh, in_specs=inputs, out_specs=outputs, check_vma=False), **options)
 
 
 def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
-    """The arrays of `tree`, the same in every process, on the mesh's devices: repeated on each, or split by `spec`."""
+    """The arrays of `tree` on the mesh's devices: replicated, or split by `spec`.
+
+    All processes give the same arrays.
+    """
     sharding = NamedSharding(mesh, spec)
     if jax.process_count() == 1:
         return jax.device_put(tree, sharding)
@@ -83,13 +87,13 @@ def place(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh, spec: PartitionSpec = EVERYWHERE) -> Any:
-    """Shapes alone, as of arrays that `place` has placed."""
+    """The shapes, types and shardings that `place` would give to the arrays of `tree`."""
     sharding = NamedSharding(mesh, spec)
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
 
 
 def gather(array: jax.Array, mesh: Mesh) -> np.ndarray:
-    """All of an array that is split over the devices, in every process's own memory."""
+    """The whole of an array that is split over the devices, as NumPy, in every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(jax.jit(lambda a: a, out_shardings=NamedSharding(mesh, EVERYWHERE))(array))

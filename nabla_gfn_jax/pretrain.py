@@ -1,7 +1,7 @@
 """Trains the miniature Stable Diffusion that ships with the package: `python -m nabla_gfn_jax.pretrain`.
 
-Drawings → tokenizer → VAE → latents → UNet and text encoder → a diffusers folder, `WORKDIR/model`. Stopped, it goes on
-from its last save; every stage that is done is read back, not repeated.
+Drawings → tokenizer → VAE → latents → UNet and text encoder → a diffusers folder, `WORKDIR/model`. The same command
+resumes from the last save; finished stages are read from the workdir and not repeated.
 """
 
 import sys
@@ -28,15 +28,15 @@ from nabla_gfn_jax.runs.workdir import claim
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Where the model is made."""
+    """The options of the command beside the settings."""
 
-    config: str = option("emoji_base", "a shipped config's name or a Python file")
+    config: str = option("emoji_base", "name of a shipped config, or a Python file")
     workdir: Path | None = option(None, "folder of the run [runs/CONFIG/seedN]")
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """The stages, in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
+    """Runs the stages in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
     options, config = parse_run(argv, Options, Pretraining, __doc__)
     with claim(options.workdir or default_workdir(options.config, config.seed), flatten(config)) as workdir:
         use_compilation_cache()
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def make(config: Pretraining, workdir: Path) -> None:
-    """Trains the parts, one after another, and writes the model and how good it is."""
+    """Trains the parts one after another, and writes the model and report.json with its PSNR on held-out drawings."""
     drawings = load_drawings()
     base = drawings.base()
     json_files = describe(config)

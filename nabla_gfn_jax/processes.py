@@ -1,4 +1,4 @@
-"""One run in several processes, each with its devices: how they find each other, and what they do if one dies."""
+"""A run in several processes, each with its own devices: how they connect, and what they do if one dies."""
 
 import os
 import sys
@@ -15,25 +15,30 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
 
 _FIND_EACH_OTHER = 120  # seconds
-_SILENCE = 30  # seconds without a sign of life after which a process counts as dead
+_SILENCE = 30  # seconds without a heartbeat after which a process counts as dead
 _COMPILING = 3600  # seconds that a process waits for others that are alive
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions(Checked):
-    """Who this process is, of several that make one run."""
+    """The place of this process among several that make one run."""
 
-    distributed: bool = option(False, "one process of several: the cluster says which (TPU pod, Slurm, Open MPI, ...)")
-    coordinator: str | None = option(None, "the same without a cluster: HOST:PORT of process 0")
-    num_processes: int | None = option(None, "with --coordinator, how many processes there are", minimum=1)
-    process_id: int | None = option(None, "with --coordinator, which of them this one is, from 0", minimum=0)
+    distributed: bool = option(
+        False, "run as one of several processes, as the cluster says (TPU pod, Slurm, Open MPI, ...)"
+    )
+    coordinator: str | None = option(None, "HOST:PORT of process 0, for several processes without such a cluster")
+    num_processes: int | None = option(None, "with --coordinator, the number of processes", minimum=1)
+    process_id: int | None = option(None, "with --coordinator, the number of this process, from 0", minimum=0)
 
 
 def join(options: ProcessOptions) -> None:
-    """Makes this process one of several, if the options say so. Before anything else of JAX.
+    """Connects this process with the others if the options say so. Call it before any other function of JAX.
 
-    `--distributed` takes what TPU pods, Slurm, Open MPI and Kubernetes say of the processes;
-    `--coordinator=HOST:PORT --num_processes=N --process_id=I` says it, the coordinator being process 0.
+    With `--distributed`, TPU pods, Slurm, Open MPI and Kubernetes tell the process its place. Without them,
+    `--coordinator=HOST:PORT --num_processes=N --process_id=I` gives it; the coordinator is process 0.
+
+    Raises:
+        UserError: the options are incomplete, or the processes do not connect within two minutes.
     """
     explicit = (options.coordinator, options.num_processes, options.process_id)
     asked = [value is not None for value in explicit]
@@ -51,24 +56,26 @@ def join(options: ProcessOptions) -> None:
 
 
 def meet(where: str) -> None:
-    """Waits until all processes are here, before what they do together: collectives give each other half a minute, and
-    compiling may take one process longer than that. `where` is the barrier's name; use each once per run.
+    """Waits until all processes have reached this point, for up to an hour.
+
+    Call it before a collective operation: these wait only half a minute, and compiling may take one process longer.
+    `where` is the barrier's name; use each name once per run.
     """
     if jax.process_count() > 1:
         ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * _COMPILING)
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes."""
+    """Whether this is process 0, which alone writes files."""
     return jax.process_index() == 0
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """An error ends this process at once and, where it is one of several, without waiting for the others.
+    """A context in which an error ends this process immediately, without waiting for the other processes.
 
-    What JAX raises when another has died is reported in one line. Those that wait for the coordinator's sign of life
-    are ended by JAX itself.
+    The error that JAX raises when another process has died is reported in one line. JAX itself ends the processes that
+    miss the coordinator's heartbeat.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""Named streams of random numbers, so that no two uses of a key draw the same ones."""
+"""Named streams of random numbers, so that two uses of one key never draw the same numbers."""
 
 import zlib
 
@@ -8,5 +8,5 @@ from nabla_gfn_jax.typing import PRNGKey
 
 
 def stream(key: PRNGKey, name: str) -> PRNGKey:
-    """The key of the stream `name` under `key`: one key, as of a sample or a run."""
+    """The key of the stream `name`, derived from the key of a sample or of a run."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -1,9 +1,9 @@
-"""Where things that can be made again are kept between runs."""
+"""The folder for files that are kept between runs and can be recreated."""
 
 import os
 from pathlib import Path
 
 
 def user_cache(name: str) -> Path:
-    """The folder `name` in this package's part of the user's cache, $XDG_CACHE_HOME or ~/.cache; not yet made."""
+    """The folder `name` of this package in $XDG_CACHE_HOME or ~/.cache. The folder is not created."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nabla_gfn_jax" / name

@@ -183,7 +183,7 @@ def test_a_config_that_fails(tmp_path, text, said):
 
 def test_a_config_that_is_no_python_file(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match=r"is no Python file; give a file\.py, or one of aesthetic, "):
+    with pytest.raises(UserError, match=r"is not a Python file; give a file\.py, or one of aesthetic, "):
         load_config(tmp_path / "config.json")
 
 

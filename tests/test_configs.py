@@ -71,5 +71,5 @@ def test_the_papers_numbers(name):
 def test_an_unknown_variant():
     with pytest.raises(UserError, match="there is no variant 'quick'; use none, or one of forward_only, fast"):
         load_settings(Settings, f"{FOLDER / 'hps.py'}:quick")
-    with pytest.raises(UserError, match="has no variants, so 'fast' is none"):
+    with pytest.raises(UserError, match="has no variants; leave out :fast"):
         load_settings(Settings, f"{FOLDER / 'emoji.py'}:fast")

@@ -1,7 +1,7 @@
-"""Where a run's numbers go: always `metrics.jsonl`, and TensorBoard or Weights & Biases on request.
+"""The log of a run: always `metrics.jsonl`, and TensorBoard or Weights & Biases on request.
 
-A row is an epoch's: of the trajectories that were sampled in it, and of the update that was made in it. `COLUMNS` says
-what each number is of. The row after the last epoch's has the last policy's reward, and no update.
+There is one row per epoch, for the trajectories that the epoch sampled and the updates that it made. `COLUMNS` says
+what each number describes. One more row after the last epoch has the final policy's reward and no update.
 """
 
 import json
@@ -30,7 +30,7 @@ class Column(NamedTuple):
 
 
 def _columns_of_algorithms() -> tuple[Column, ...]:
-    """What `columns` of the algorithms' classes say of the numbers that only some of them have."""
+    """The columns that some algorithms declare in their class attribute `columns`."""
     found: dict[str, tuple[str, list[str]]] = {}
     for algorithm, cls in ALGORITHMS.items():
         for name, meaning in getattr(cls, "columns", {}).items():
@@ -39,26 +39,26 @@ def _columns_of_algorithms() -> tuple[Column, ...]:
 
 
 COLUMNS = (
-    Column("epoch", "", EPOCH, "its number; the one after the last only samples"),
-    Column("step", "updates", POLICY, "how many updates it had seen; 0: the base model, or the LoRA started from"),
-    Column("updates", "updates", EPOCH, "how many updates have been made when it ends"),
+    Column("epoch", "", EPOCH, "number of the epoch; one more after the last epoch only samples"),
+    Column("step", "updates", POLICY, "number of updates before; at 0 the base model, or the LoRA of lora.start_from"),
+    Column("updates", "updates", EPOCH, "number of updates when the epoch ends"),
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
-    Column("reward_mean_PART", "log R", POLICY, "the mean of each part of a reward that is a sum, without its weight"),
-    Column("loss", "", UPDATE, "what is minimised, a mean over the epoch's optimizer steps"),
+    Column("reward_mean_PART", "log R", POLICY, "mean of each part of a reward that is a sum, without its weight"),
+    Column("loss", "", UPDATE, "the minimised loss, a mean over the epoch's optimizer steps"),
     *_columns_of_algorithms(),
-    Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before it is clipped"),
-    Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before it is clipped, where there is a g_φ"),
+    Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before clipping"),
+    Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before clipping, if there is a g_φ"),
     Column(
         "grad_norm_flow",
         "",
         UPDATE,
-        "norm of the gradient of the scalar head, log F or V, where there is one",
+        "norm of the gradient of the scalar head, log F or V, if there is one",
     ),
     Column("seconds", "s", EPOCH, "duration"),
-    Column("images_per_second", "1/s", EPOCH, "images sampled in the epoch, by its duration"),
-    Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device, by its duration"),
-    Column("device_memory_gib", "GiB", EPOCH, "the most that a device, or a CPU's process, has held so far"),
+    Column("images_per_second", "1/s", EPOCH, "images sampled in the epoch, divided by its duration"),
+    Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device, divided by the epoch's duration"),
+    Column("device_memory_gib", "GiB", EPOCH, "largest memory that a device, or a CPU's process, has used so far"),
 )
 
 
@@ -69,17 +69,17 @@ def table() -> str:
 
 
 class Sink(NamedTuple):
-    """Another place for the rows; their place on its axis is the epoch."""
+    """A second destination of the rows, with the epoch as the step."""
 
     write: Callable[[Mapping[str, float]], None]
     close: Callable[[], None]
 
 
 class MetricsLog:
-    """Appends a row an epoch to `metrics.jsonl`; the rows of epochs that a resumed run repeats are replaced.
+    """Appends one row per epoch to `metrics.jsonl`. A resumed run replaces the rows of epochs that it repeats.
 
-    `run_id` names the run on Weights & Biases: a resumed run goes on with its own. Without `write`, which is for the
-    processes that do not write, nothing happens.
+    `run_id` names the run on Weights & Biases, so that a resumed run continues the same one. If `write` is false, as in
+    all processes but the first, nothing is written.
     """
 
     def __init__(
