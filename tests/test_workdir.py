@@ -230,7 +230,7 @@ def test_other_versions_are_told(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(workdir, "versions", lambda: real | {"jax": "9.9"})
     with claim(tmp_path, SETTINGS):
         pass
-    assert re.fullmatch(r"the run goes on with other versions than before: jax \S+ → 9\.9\n", capsys.readouterr().err)
+    assert re.fullmatch(r"the run resumes with other versions than before: jax \S+ → 9\.9\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("older", ["config.json", "checkpoints", "metrics.jsonl"])

@@ -1,4 +1,4 @@
-"""Saving and restoring a training run with Orbax: atomic, the newest few kept."""
+"""Saves and restores a training run with Orbax. A save is atomic, and only the newest saves are kept."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -12,9 +12,9 @@ from nabla_gfn_jax.errors import UserError
 
 
 class Checkpoints:
-    """Saves of one tree of arrays under `folder`, by step. A save that is cut short is never the latest.
+    """The saves of one tree of arrays under `folder`, by step. An interrupted save is never the latest.
 
-    A context manager, which frees Orbax's threads; one for each run.
+    This is a context manager, which frees Orbax's threads. `keep` is the number of newest saves to keep.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -29,17 +29,17 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest save's step."""
+        """The step of the newest save; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any) -> None:
-        """Writes `tree`; does nothing if that step is saved already."""
+        """Writes `tree`, unless the newest save has this step already."""
         if step != self.latest:
             state = jax.tree.map(_one_copy, flax.serialization.to_state_dict(tree))
             self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def restore(self, like: Any) -> Any:
-        """The newest save, in the shape of `like`. Raises `UserError` if it is damaged or of another configuration."""
+        """The newest save as a tree like `like`. Raises `UserError` if it is damaged or has another structure."""
         state = flax.serialization.to_state_dict(like)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:

@@ -1,4 +1,4 @@
-"""What was measured of a run's models: a row of `WORKDIR/evaluations.jsonl` each."""
+"""Measurements of a run's models, one row per model in `WORKDIR/evaluations.jsonl`."""
 
 import json
 import os
@@ -12,13 +12,13 @@ NAME = "evaluations.jsonl"
 
 
 def append(workdir: Path, row: Mapping[str, Any]) -> None:
-    """Adds a row, in one write: programs that do so at the same time do not cut each other's rows."""
+    """Appends a row in a single write, so that rows of simultaneous programs do not mix."""
     file = workdir / NAME
     line = json.dumps(plain(row), allow_nan=False) + "\n"
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         size = os.fstat(descriptor).st_size
-        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # a row that a crash cut short stays a line of its own
+        if size and os.pread(descriptor, 1, size - 1) != b"\n":  # keeps a row that a crash cut short on its own line
             line = "\n" + line
         os.write(descriptor, line.encode())
         os.fsync(descriptor)
@@ -27,7 +27,7 @@ def append(workdir: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """All rows but such as a crash cut short."""
+    """All rows, except those that a crash cut short."""
     rows = []
     file = workdir / NAME
     for line in file.read_text().splitlines() if file.is_file() else []:

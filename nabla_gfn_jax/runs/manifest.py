@@ -1,4 +1,4 @@
-"""What a run is, in its workdir's `manifest.json`: enough to say what its numbers and LoRA files are of."""
+"""The description of a run in its workdir's `manifest.json`: config, inputs, versions and devices."""
 
 import json
 import platform
@@ -18,16 +18,16 @@ from nabla_gfn_jax.errors import UserError
 
 NAME = "manifest.json"
 _PACKAGES = ("nabla_gfn_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_SHOWN = 5  # changes in one message
+_SHOWN = 5  # the most changes that one message lists
 
 Input = Path | Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A run. Fields from `model` to `lora_until_step` repeat what of the config tells how to sample with its result."""
+    """A run. The fields from `model` to `lora_until_step` repeat the parts of the config that sampling needs."""
 
-    id: str  # a UUID, made with the workdir: the run on Weights & Biases
+    id: str  # a UUID, created with the workdir; it names the run on Weights & Biases
     config: dict[str, Any]  # nested; infinite numbers as text, see `files.plain`
     model: str | None = None
     prompts: str | None = None
@@ -38,33 +38,33 @@ class Manifest:
     num_steps: int | None = None
     guidance: float | None = None
     lora_until_step: int | None = None
-    inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # by name: sha256 and where it came from
-    starts: tuple[dict[str, Any], ...] = ()  # when, by which process, and with which versions and devices
+    inputs: dict[str, dict[str, str]] = field(default_factory=dict)  # by name: SHA-256 and origin
+    starts: tuple[dict[str, Any], ...] = ()  # of each start: time, process, versions, devices
 
     @property
     def versions(self) -> dict[str, str]:
-        """Of Python and the packages, at the last start."""
+        """Versions of Python and the packages at the last start."""
         return dict(self.starts[-1]["versions"]) if self.starts else {}
 
     @property
     def devices(self) -> dict[str, Any]:
-        """Kind, number and number of processes, at the last start."""
+        """Kind and number of the devices, and number of processes, at the last start."""
         return dict(self.starts[-1]["devices"]) if self.starts else {}
 
     def about_lora(self, updates: int) -> dict[str, Any]:
-        """What a LoRA file says of itself. Two runs of the same config on the same inputs write the same."""
+        """The description in the header of a LoRA file. Runs of the same config on the same inputs write the same."""
         how = ("sampler", "num_steps", "guidance", "lora_until_step")
         names = ("model", "prompts", "reward", "algorithm", "beta", *how)
         about = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return {"updates": updates, **about, "inputs": {name: given["sha256"] for name, given in self.inputs.items()}}
 
     def write(self, workdir: Path) -> None:
-        """Writes it, in the place of the one before."""
+        """Writes the manifest to the workdir and replaces an earlier one."""
         write_json(workdir / NAME, asdict(self))
 
 
 def read(workdir: Path) -> Manifest:
-    """The manifest of a workdir. Raises `UserError` if there is none, or it is damaged."""
+    """The manifest of a workdir. Raises `UserError` if there is none or it is damaged."""
     file = workdir / NAME
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
@@ -83,7 +83,7 @@ def _number(value: float | str | None) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that a run's numbers depend on."""
+    """The versions of Python and of the packages that affect a run's numbers."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -94,12 +94,12 @@ def versions() -> dict[str, str]:
 
 
 def devices() -> dict[str, Any]:
-    """What the run computes on, over all its processes."""
+    """The devices of all processes of the run."""
     return {"kind": jax.devices()[0].device_kind, "count": jax.device_count(), "processes": jax.process_count()}
 
 
 def describe_inputs(inputs: Mapping[str, Input]) -> dict[str, dict[str, str]]:
-    """SHA-256 and origin of each file, or of each list of texts. Raises `UserError` for a file that cannot be read."""
+    """SHA-256 and origin of each file or list of texts. Raises `UserError` for a file that cannot be read."""
     return {name: _describe(given) for name, given in inputs.items()}
 
 
@@ -115,14 +115,14 @@ def _describe(given: Input) -> dict[str, str]:
 
 
 def compare_configs(before: Mapping[str, Any], now: Mapping[str, Any], free: Sequence[str] | set[str]) -> list[str]:
-    """What differs between two nested configs, a text each, but for the fields, by dotted name, that may."""
+    """The differences between two nested configs, one text each. `free` are dotted names of fields to ignore."""
     old, new = flatten(before), flatten(plain(now))
     changed = sorted(name for name in old | new if old.get(name) != new.get(name) and name not in free)
     return _shorten([f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed])
 
 
 def compare_inputs(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Mapping[str, str]]) -> list[str]:
-    """Which inputs differ in what they hold, a text each; where they came from may change."""
+    """The inputs whose contents differ, one text each. Their origin is not compared."""
     changed = []
     for name in sorted({*before, *now}):
         if name not in now:
@@ -135,7 +135,7 @@ def compare_inputs(before: Mapping[str, Mapping[str, str]], now: Mapping[str, Ma
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested config's values by dotted name."""
+    """The values of a nested config by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
@@ -143,7 +143,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The nested config of values by dotted name."""
+    """The nested config that has the given values by dotted name."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *groups, leaf = name.split(".")

@@ -108,7 +108,7 @@ class MetricsLog:
             self._sinks.append(_wandb(workdir, run_id, config))
 
     def write(self, row: Mapping[str, float]) -> None:
-        """`row` has an epoch. Numbers that are not finite are written as null."""
+        """Appends a row, which must have an "epoch". Numbers that are not finite are written as null."""
         if not self._writes:
             return
         with self._file.open("a", encoding="utf-8") as file:
@@ -119,16 +119,16 @@ class MetricsLog:
             sink.write(row)
 
     def close(self) -> None:
-        """Waits until everything is written."""
+        """Closes TensorBoard and Weights & Biases after everything is written."""
         for sink in self._sinks:
             sink.close()
 
 
 def read(workdir: Path, *, tell: bool = False) -> list[dict[str, Any]]:
-    """The rows of a workdir's log, none if there is no log.
+    """The rows of a workdir's log; an empty list if there is no log.
 
-    Leaves out lines that are not whole: the last, if the program was killed in it, and any a disk has damaged, which
-    `tell` reports.
+    Broken lines are skipped: the last line if the program was killed while writing it, and any damaged line. With
+    `tell`, damaged lines are reported on stderr.
     """
     file = workdir / "metrics.jsonl"
     if not file.exists():
@@ -150,7 +150,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def check_sinks(*, tensorboard: bool, wandb: bool) -> None:
-    """Raises `UserError` if a logger is wanted whose package is not installed; before any work."""
+    """Raises `UserError` if the package of a requested logger is not installed."""
     for option, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
         if wanted and find_spec(package) is None:
             raise UserError(f"logging.{option} needs {package}; pip install 'nabla_gfn_jax[logging]'")
@@ -162,7 +162,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
-    """Begins the folder's event files anew with the rows there are: each is there once, whatever was before."""
+    """Replaces the folder's event files and writes `rows` to the new one, so that each row is there once."""
     from tensorboardX import SummaryWriter
 
     for file in folder.glob("events.out.tfevents.*"):
@@ -179,7 +179,7 @@ def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
 
 
 def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
-    """Its server leaves out rows of epochs that it has: a resumed run's are the same numbers."""
+    """A run on Weights & Biases. Its server ignores repeated epochs, and a resumed run repeats the same numbers."""
     import wandb
 
     run = wandb.init(

@@ -1,4 +1,4 @@
-"""A run's folder: who may write into it, and what is in it."""
+"""The folder of a run: its lock, its manifest and its LoRAs."""
 
 import os
 import socket
@@ -31,7 +31,7 @@ from nabla_gfn_jax.runs.manifest import (
 from nabla_gfn_jax.typing import Params
 
 _LOCK = ".lock"
-_OLDER = ("config.json", "checkpoints", "metrics.jsonl")  # of these a run without a manifest has one
+_OLDER = ("config.json", "checkpoints", "metrics.jsonl")  # a run of an older version has one of these
 
 
 class Workdir:
@@ -41,9 +41,9 @@ class Workdir:
         self.path, self.manifest, self.writes = path, manifest, writes
 
     def record_inputs(self, inputs: Mapping[str, Input]) -> None:
-        """Writes what the run reads into the manifest: by name files, or texts.
+        """Records the run's inputs, files or lists of texts by name, in the manifest.
 
-        On a resume raises `UserError`, one line, if any of them holds something else than when the run began.
+        On a resume, raises `UserError` if the contents of an input have changed since the run began.
         """
         found = describe_inputs(inputs)
         if not self.writes and (self.path / NAME).exists():
@@ -53,27 +53,27 @@ class Workdir:
             if changed:
                 reason = "; ".join(changed)
                 raise UserError(
-                    f"what the run in {self.path} reads has changed: {reason}; restore it, or choose another --workdir"
+                    f"inputs of the run in {self.path} have changed: {reason}; restore them or choose another --workdir"
                 )
         elif self.writes:
             self.manifest = replace(self.manifest, inputs=found)
             self.manifest.write(self.path)
 
     def save_lora(self, updates: int, lora: Params, *, keep: int = 0) -> None:
-        """Writes the LoRA after so many updates in both layouts, and removes all but the newest `keep`, if not 0."""
+        """Writes the LoRA after `updates` updates in both layouts, and keeps the newest `keep` LoRAs (0: all)."""
         if self.writes:
             loras.save(self.path, updates, lora, self.manifest.about_lora(updates), keep)
 
     def lora(self, updates: int) -> Path:
-        """The folder of the LoRA after so many updates."""
+        """The folder for the LoRA after `updates` updates."""
         return loras.folder(self.path, updates)
 
     def loras(self) -> dict[int, Path]:
-        """The folders of the LoRAs that are there, by updates, the first first."""
+        """The folders of the LoRAs by their number of updates, in ascending order."""
         return loras.saved(self.path)
 
     def latest_lora(self) -> Path | None:
-        """The folder of the one with the most updates."""
+        """The folder of the LoRA with the most updates; None if there is no LoRA."""
         return loras.latest(self.path)
 
 
@@ -86,16 +86,20 @@ def claim(
     *,
     write: bool = True,
 ) -> Iterator[Workdir]:
-    """Makes the folder and its manifest, or checks that a run of these settings is in it, and holds its lock meanwhile.
+    """Creates the workdir, or checks that it holds a run of these settings; keeps it locked within the context.
 
-    A run that has left nothing but its manifest is forgotten, so that a mistake in a first command binds nobody.
+    If an earlier run has written only its manifest, the new settings replace it, so that a mistake in the first command
+    has no consequence. The operating system releases the lock however the program ends.
 
-    `settings`: by dotted name, of which those in `free` may differ from the run's. `about`: the fields of `Manifest`
-    that repeat some of them. The lock is the operating system's, which releases it however the program ends. Of a run
-    in several processes, one writes; the others, with `write` False, take no lock and only compare.
+    Args:
+        path: the workdir.
+        settings: the run's settings by dotted name.
+        free: names of settings that may differ from those of an earlier run in the workdir.
+        about: the fields of `Manifest` that repeat some of the settings.
+        write: true for one process of the run. The other processes take no lock and only compare.
 
-    Raises `UserError`, one line, if another program has the lock, the folder cannot be written, or it holds another
-    run.
+    Raises:
+        UserError: another program holds the lock, the folder cannot be written, or it holds another run.
     """
     lock = FileLock(path / _LOCK, timeout=0, thread_local=False)
     try:
@@ -117,7 +121,7 @@ def claim(
 def _manifest(
     path: Path, settings: Mapping[str, Any], free: Collection[str], about: Mapping[str, Any], *, write: bool
 ) -> Manifest:
-    """The run's that is in the folder, brought up to date, or a new one; written if this process writes."""
+    """The updated manifest of the run in the folder, or a new one. It is written if this process writes."""
     config = plain(unflatten(settings))
     if (path / NAME).exists() and _has_results(path):
         found = read(path)
@@ -146,14 +150,14 @@ def _manifest(
 
 
 def _has_results(path: Path) -> bool:
-    """Whether a run has left any file but its manifest and its lock."""
+    """Whether the folder has files other than the manifest and hidden files such as the lock."""
     return any(file.is_file() and file.name != NAME and file.name[0] != "." for file in path.rglob("*"))
 
 
 def _tell_of_other_versions(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     changed = [f"{name} {before[name]} → {now.get(name)}" for name in before if before[name] != now.get(name)]
     if changed:
-        print(f"the run goes on with other versions than before: {', '.join(changed)}", file=sys.stderr)
+        print(f"the run resumes with other versions than before: {', '.join(changed)}", file=sys.stderr)
 
 
 def _by_whom(path: Path) -> str:

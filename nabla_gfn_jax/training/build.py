@@ -1,4 +1,4 @@
-"""From settings to a trainer: what the settings name is found, checked and loaded."""
+"""Builds a trainer from settings: finds, checks and loads everything that the settings name."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -27,31 +27,34 @@ from nabla_gfn_jax.typing import Params
 
 
 def check(settings: Settings) -> None:
-    """Raises `UserError` for a model, prompts or an extra that are not to be found; loads no weights."""
+    """Raises `UserError` if the model, the prompts or a required extra is missing. Loads no weights."""
     check_sinks(tensorboard=settings.logging.tensorboard, wandb=settings.logging.wandb)
     resolve_model(settings.model)
     prompts_of(settings)
 
 
 def build(settings: Settings) -> Trainer:
-    """Loads what the settings name. Raises `UserError` for whatever is wrong, before any long work."""
+    """Loads everything that the settings name. Raises `UserError` for any error in them, before any long work."""
     mesh = data_mesh(settings.training.trajectories, settings.training.micro_batches)
     found = prompt_set(settings.prompts)
     with host_memory():
-        reward = load_reward(settings.reward)  # first: its files are not yet known to be there
+        reward = load_reward(settings.reward)  # first, because its files have not been checked yet
         base = load_model(settings.model, DTYPES[settings.model_dtype])
         table = make_table(base, reward, found.train)
     return assemble(settings, mesh, base, reward, table, len(found.train), found.weights)
 
 
 def free_fields(settings: Settings) -> frozenset[str]:
-    """What may change on a resume: the fields that change no number of the run. A rate that falls counts its epochs."""
+    """The fields that a resume may change, because they change no number of the run.
+
+    A learning rate that declines depends on `num_epochs`, which is then not free.
+    """
     counted = frozenset() if settings.training.decline == "constant" else {"training.num_epochs"}
     return options.free_names(settings) - counted
 
 
 def length(settings: Settings) -> Plan:
-    """How long the run is and what it leaves on the way."""
+    """The length of the run and the intervals of its outputs."""
     return Plan(
         seed=settings.seed,
         samples=settings.training.trajectories,
@@ -72,7 +75,7 @@ def assemble(
     num_prompts: int,
     weights: tuple[float, ...] | None = None,
 ) -> Trainer:
-    """A run's trainer from its model, reward and table, whose arrays may be shapes alone, for these devices."""
+    """The trainer of a run for the devices of `mesh`. Arrays of model, reward and table may be shapes only."""
     c, algorithm = settings.training, settings.algorithm
     base = base.on(mesh.devices.flat[0].platform, remat=c.remat)
     check_heads(settings, base)
@@ -106,39 +109,39 @@ def assemble(
 
 
 def check_heads(settings: Settings, base: BaseModel) -> None:
-    """Raises `UserError` if a head's UNet halves the model's latents more often than they can be."""
+    """Raises `UserError` if the model's latents cannot be halved as often as a head's UNet needs."""
     levels, shape = len(settings.correction.block_out_channels), base.latent_shape
     if settings.algorithm.heads() and any(side % 2 ** (levels - 1) for side in shape[:-1]):
         widths, sides = settings.correction.block_out_channels, " x ".join(map(str, shape[:-1]))
         raise UserError(
-            f"correction.block_out_channels = {widths} has {levels} levels, each half the size of the one before, and "
-            f"latents of this model are {sides}; take fewer levels"
+            f"correction.block_out_channels = {widths} has {levels} levels, each half the size of the previous one, "
+            f"but latents of this model are {sides}; take fewer levels"
         )
 
 
 def starting_lora(file: Path | None, base: BaseModel) -> Params | None:
-    """The LoRA in `file`, whose layers and ranks are then those that are trained; None for no file.
+    """The LoRA in `file`, whose layers and ranks are then trained; None for no file.
 
-    Raises `UserError` if it adapts more than the UNet.
+    Raises `UserError` if the LoRA adapts the text encoder too.
     """
     if file is None:
         return None
     lora = load_lora(file, base.params["unet"], base.params["text_encoder"])
     if TEXT_ENCODER in lora:
         raise UserError(
-            f"lora.start_from = {file} adapts the text encoder too, which training leaves as it is; "
+            f"lora.start_from = {file} adapts the text encoder too, which training does not change; "
             "start from a LoRA of the UNet alone"
         )
     return lora
 
 
 def prompts_of(settings: Settings) -> tuple[str, ...]:
-    """The prompts that training samples images of."""
+    """The training prompts."""
     return prompt_set(settings.prompts).train
 
 
 def about(settings: Settings) -> dict[str, Any]:
-    """What a run's manifest and LoRA files say of it, see `runs.manifest.Manifest`."""
+    """The fields of `runs.manifest.Manifest` that repeat settings of the run."""
     found = {name: getattr(settings, name) for name in ("model", "prompts", "reward")}
     found |= {
         name: getattr(settings.sampling, name) for name in ("sampler", "num_steps", "guidance", "lora_until_step")
@@ -147,7 +150,7 @@ def about(settings: Settings) -> dict[str, Any]:
 
 
 def inputs(settings: Settings, reward: Reward) -> dict[str, Input]:
-    """What a run reads, by name: files, and the prompts' texts."""
+    """The inputs of a run by name: files, and the texts of the prompts."""
     prompts = prompt_set(settings.prompts)
     named: dict[str, Input] = {"prompts": prompts.train}
     named |= {} if prompts.weights is None else {"prompt_weights": [repr(weight) for weight in prompts.weights]}

@@ -1,4 +1,4 @@
-"""A run's policy, judged while it trains as `evaluate --workdir` would judge it afterwards."""
+"""Evaluates a run's policy during training, as `evaluate --workdir` does afterwards."""
 
 from collections.abc import Mapping
 
@@ -15,9 +15,9 @@ from nabla_gfn_jax.typing import Params
 
 
 class Judge:
-    """Samples the held-out prompts from the base model, once, and from each LoRA that the run saves.
+    """Samples the held-out prompts from the base model once, and from each LoRA that the run saves.
 
-    The noise has the seed 0, whatever the run's is, so that runs are compared with the same noise.
+    The seed of the noise is 0 for every run, so that runs are compared with the same noise.
     """
 
     def __init__(self, settings: Settings, trainer: Trainer, workdir: Workdir):
@@ -32,7 +32,7 @@ class Judge:
         self._what = describe(settings.model, settings.model_dtype, sampler, settings.reward, hashes)
 
     def __call__(self, updates: int, lora: Params) -> None:
-        """Adds the row of the LoRA after so many updates to the workdir's evaluations.jsonl. In all processes."""
+        """Appends the row of the LoRA after `updates` updates to evaluations.jsonl. All processes must call it."""
         kept = self._workdir.path / BASE_SAMPLES if jax.process_count() == 1 else None
         base = self._evaluator.base_states(self._num, kept, self._what)
         evaluation = self._evaluator.evaluate(self._evaluator.states(lora, self._num), base)

@@ -1,4 +1,4 @@
-"""log R of latents, a few images at a time: what the VAE and the reward keep of each is much of an update's memory."""
+"""log R of latents, a few images at a time, because the activations of VAE and reward take much memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,9 +15,9 @@ Score = Callable[[Params, Latents, PromptIds], PerSample]  # (frozen parameters,
 
 
 def in_parts(function: Callable[..., Any], size: int, *rows: PyTree[Any]) -> Any:
-    """`function(*rows)`, trees of arrays with one leading axis, computed for at most `size` rows at once (0: all).
+    """`function(*rows)`, computed for at most `size` rows at a time (0: all). All arrays have the same leading axis.
 
-    Parts are equal: their size is the largest up to `size` that divides the rows.
+    The parts are equal: their size is the largest divisor of the number of rows that is at most `size`.
     """
     count = len(jax.tree.leaves(rows)[0])
     size = max(n for n in range(1, count + 1) if count % n == 0 and (n <= size or n == 1)) if size else count
@@ -29,10 +29,10 @@ def in_parts(function: Callable[..., Any], size: int, *rows: PyTree[Any]) -> Any
 
 
 def latent_reward(score: Score, size: int) -> Score:
-    """`score` for at most `size` latents at once, differentiable in the latents alone.
+    """`score` for at most `size` latents at a time (0: all), differentiable in the latents only.
 
-    Where a gradient will be asked for, each part's is computed right after its value, by reverse mode, and only that is
-    kept: log R of a sample is one number, so its gradient is all that the backward pass can need.
+    When it is differentiated, the gradient of each part is computed together with its value, and only the gradient is
+    kept. The backward pass needs nothing else, because log R of a sample is one number.
     """
 
     @jax.custom_vjp

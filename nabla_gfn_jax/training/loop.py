@@ -1,8 +1,8 @@
-"""The epochs of a run.
+"""The loop over the epochs of a run.
 
-Epoch e ≥ 1 samples with the policy of the epochs before it and makes `updates_per_epoch` updates: of an algorithm that
-is on-policy on the samples of the same epoch, of another on those of the epoch before. For the latter epoch 0 only
-samples. A last epoch after the others only samples: its row has the reward of the policy that the run leaves.
+Epoch e ≥ 1 samples with the current policy and then makes `updates_per_epoch` updates. An on-policy algorithm trains on
+the samples of the same epoch. Other algorithms train on the samples of the previous epoch; for them, epoch 0 only
+samples. One more epoch after the last only samples; its row has the reward of the final policy.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -30,57 +30,57 @@ Row = dict[str, float]
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands between two epochs: what a resume needs."""
+    """The state of a run between two epochs; a resume starts from it."""
 
     state: TrainState
-    stats: PyTree[np.ndarray]  # the algorithm's
-    data: PyTree[Any] = None  # that waits to be trained on, if the algorithm is not on-policy; None: nothing yet
-    weight: Any = None  # of its samples
+    stats: PyTree[np.ndarray]  # the algorithm's memory
+    data: PyTree[Any] = None  # training data for the next epoch; None for an on-policy algorithm and at the start
+    weight: Any = None  # the weights of the samples in `data`
 
     def tree(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The tree that a checkpoint saves."""
         return {"state": self.state, "stats": self.stats, "data": self.data, "weight": self.weight}
 
 
 class Outputs(Protocol):
-    """Where a run's results go."""
+    """The destinations of a run's results."""
 
     def row(self, row: Row) -> None:
-        """An epoch's numbers."""
+        """Takes the log row of an epoch."""
 
     def images(self, updates: int, images: np.ndarray) -> None:
-        """Samples of the policy after so many updates."""
+        """Takes samples of the policy after `updates` updates, (B, height, width, 3) in [0, 1]."""
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
-        """What a resume needs after the epoch, and the policy."""
+        """Saves the policy, and the state from which a resume continues after this epoch."""
 
     def begins(self, epoch: int) -> None:
-        """An epoch is about to run."""
+        """Is called before an epoch."""
 
     def ends(self, epoch: int) -> None:
-        """It has run."""
+        """Is called after an epoch."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """How long a run is and what it leaves on the way, in epochs."""
+    """The length of a run and the intervals of its outputs, in epochs."""
 
     seed: int
-    samples: int  # an epoch
+    samples: int  # per epoch
     epochs: int
     images_every: int
     save_every: int
-    updates: int  # made when it ends
-    keep_loras: int = 0  # how many of the newest; 0: all
+    updates: int  # in the whole run
+    keep_loras: int = 0  # number of newest LoRAs to keep; 0: all
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
-    """One key a sample from (seed, epoch, sample index) alone: the same on any number of devices."""
+    """One key per sample, (count,), which depends only on the run's key, the epoch and the index of the sample."""
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, epoch), jnp.arange(count))
 
 
 class Programs:
-    """A run's two programs, traced once and compiled at once, and what they are given on the devices."""
+    """The two programs of a run, rollout and update, each traced once. They are compiled simultaneously."""
 
     def __init__(self, trainer: Trainer, plan: Plan, state: TrainState):
         self.trainer, self.meter = trainer, Meter()
@@ -98,7 +98,7 @@ class Programs:
         meet("compiled")
 
     def given(self, epoch: int) -> tuple[Any, Any, np.ndarray]:
-        """Keys and prompts of an epoch's samples, placed, and the prompts on the host."""
+        """The keys and prompt ids of an epoch's samples on the devices, and the prompt ids on the host."""
         keys = sample_keys(self._key, epoch, self._count)
         ids = self._prompts.chosen(keys)
         return (*place((keys, ids), self.trainer.mesh, SPLIT), ids)
@@ -112,19 +112,19 @@ class Programs:
         return self.compiled["update"](self.trainer.frozen, state, data, weight)
 
     def images(self, params: Params) -> np.ndarray:
-        """The same prompts and noise each time, none that training has."""
+        """Samples for the grid. Prompts and noise are the same each time; training never uses this noise."""
         keys = sample_keys(stream(self._key, "grid"), 0, self._count)
         placed = place((keys, self._prompts.cycle(self._count)), self.trainer.mesh, SPLIT)
         return gather(self.trainer.images(self.trainer.frozen, params, *placed), self.trainer.mesh)
 
 
 def first_progress(trainer: Trainer, state: TrainState) -> Progress:
-    """Where a run begins."""
+    """The progress of a new run."""
     return Progress(state, trainer.algorithm.first_stats(trainer.num_prompts))
 
 
 def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[Progress, int]:
-    """Where the last save of `checkpoints` left the run, and the epoch after it; else the run's first of both."""
+    """The progress in the newest checkpoint and the next epoch; without a checkpoint, `progress` and epoch 0 or 1."""
     trainer = programs.trainer
     if checkpoints.latest is None:
         return progress, 1 if trainer.algorithm.on_policy else 0
@@ -138,13 +138,13 @@ def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[
 
 
 def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs: Outputs) -> None:
-    """The epochs from `first` on."""
+    """Runs the epochs from `first` to the end. Raises `UserError` if a number of the log is not finite."""
     per_epoch = programs.trainer.updates_per_epoch
     for epoch in range(first, plan.epochs + 2):
         outputs.begins(epoch)
         last, before = epoch == plan.epochs + 1, per_epoch * max(epoch - 1, 0)
         programs.meter.start()
-        params = jax.tree.map(jnp.copy, progress.state.params)  # the epoch's own: the update overwrites them
+        params = jax.tree.map(jnp.copy, progress.state.params)  # a copy, because the update overwrites them
         if last:
             params |= {"lora": progress.state.policy}
         progress, numbers = one(programs, epoch, params, progress, update=not last)
@@ -160,13 +160,13 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
 
 
 def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, update: bool) -> tuple[Progress, Row]:
-    """An epoch's sampling, with `params`, and, if there is one, its update; what both gave."""
+    """Runs one epoch: samples with `params` and, if `update`, trains. Returns the new progress and the log row."""
     trainer, state = programs.trainer, progress.state
     metrics: dict[str, Any] = {}
     keys, ids, prompt_id = programs.given(epoch)
     sampled: Sampled = programs.rollout(params, keys, ids)
     if not trainer.algorithm.on_policy and update and progress.data is not None:
-        state, metrics = programs.update(state, progress.data, progress.weight)  # begins while that is sampled
+        state, metrics = programs.update(state, progress.data, progress.weight)  # starts while sampling runs
     meet(f"epoch {epoch}")
     scalars = {name: gather(value, trainer.mesh) for name, value in sampled.scalars.items()}
     numbers = {"reward_mean": scalars[TOTAL].mean(), "reward_std": scalars[TOTAL].std()}
@@ -179,11 +179,11 @@ def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, u
     elif update:
         state, metrics = programs.update(state, sampled.data, weight)
         progress = Progress(state, stats)
-    return progress, {name: float(value) for name, value in (metrics | numbers).items()}  # waits for all of it
+    return progress, {name: float(value) for name, value in (metrics | numbers).items()}  # waits for the devices
 
 
 def stop_if_not_finite(row: Row) -> None:
-    """A reward, loss or gradient that is no number ends the run before anything of it is saved as a checkpoint."""
+    """Raises `UserError` if a reward, loss or gradient is not finite, before the epoch is saved as a checkpoint."""
     bad = [name for name, value in row.items() if not np.isfinite(value)]
     if bad:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where a run's results go: its workdir, and a progress bar."""
+"""Writes a run's results to its workdir and shows a progress bar."""
 
 from collections.abc import Callable
 
@@ -14,17 +14,17 @@ from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Plan, Progress, Row
 from nabla_gfn_jax.training.profiling import Trace
 
-_SHOWN_PIXELS = 128  # smaller images are shown larger
+_SHOWN_PIXELS = 128  # smaller images are enlarged in the grid
 
 
 def is_finished(workdir: Workdir, plan: Plan) -> bool:
-    """Whether the run has left all that it will: then nothing needs to be loaded, or compiled, to find it out."""
+    """Whether the run has written all of its results. The check loads and compiles nothing."""
     ends = any(row["epoch"] == plan.epochs + 1 for row in read(workdir.path))
     return ends and plan.updates in workdir.loras()
 
 
 class WorkdirOutputs:
-    """Metrics, images, LoRA files, checkpoints and the trace of one run; the first process alone writes files."""
+    """The metrics, images, LoRA files, checkpoints and trace of a run. Only process 0 writes files."""
 
     def __init__(
         self,
@@ -63,14 +63,14 @@ class WorkdirOutputs:
             save_grid(self._workdir.path / f"samples/update_{updates:05d}.png", images, columns=8, zoom=zoom)
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
-        """LoRA first: a checkpoint that is there has its LoRA. By all processes: a checkpoint is written together."""
+        """Saves the LoRA, then the checkpoint, so that each checkpoint has its LoRA. All processes must call it."""
         self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
         self._checkpoints.save(epoch, progress.tree())
         if self._judge is not None:
             self._judge(updates, progress.state.policy)
 
     def resumes(self, progress: Progress) -> None:
-        """The run goes on from here: the LoRA of a checkpoint is there, also if somebody removed it."""
+        """Is called when a run starts or resumes. Writes the LoRA of the checkpoint again if it was removed."""
         updates = int(progress.state.step)
         if updates > 0 and updates not in self._workdir.loras():
             self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)

@@ -1,4 +1,4 @@
-"""What a run costs: its trace on request, and the work, time and memory of each epoch for the log."""
+"""Measures the cost of a run: the work, time and memory of each epoch, and a trace on request."""
 
 import resource
 import sys
@@ -14,7 +14,7 @@ _TRACED = 2  # epochs
 
 
 class Trace:
-    """A trace of two epochs after the compiling ones, in `workdir/profile`, which TensorBoard and XProf open."""
+    """A trace of two epochs after compilation, in `workdir/profile`, for TensorBoard or XProf."""
 
     def __init__(self, workdir: Path, first: int, last: int, wanted: bool):
         self._folder = workdir / "profile"
@@ -24,7 +24,7 @@ class Trace:
     def before(self, epoch: int) -> None:
         if self._epochs and epoch == self._epochs[0]:
             options = jax.profiler.ProfileOptions()
-            options.python_tracer_level = 0  # Python's calls crowd the program's operations out of the viewer
+            options.python_tracer_level = 0  # Python's calls would hide the program's operations in the viewer
             jax.profiler.start_trace(self._folder, profiler_options=options)
 
     def after(self, epoch: int) -> None:
@@ -35,7 +35,7 @@ class Trace:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that one of this process's devices has held so far; on a CPU, the process."""
+    """The largest memory, in bytes, that a device of this process has used so far; on a CPU, that of the process."""
     stats: list[dict[str, Any] | None] = [device.memory_stats() for device in jax.local_devices()]
     held = [int(s["peak_bytes_in_use"]) for s in stats if s and "peak_bytes_in_use" in s]
     if held:
@@ -45,27 +45,29 @@ def peak_memory() -> int:
 
 
 class Meter:
-    """An epoch's time, and what its compiled functions do in it."""
+    """Measures the time of an epoch and counts the FLOPs of its compiled functions."""
 
     def __init__(self) -> None:
         self._flops: dict[str, float] = {}  # of one call, by name
         self._start, self._done = time.time(), 0.0
 
     def start(self) -> None:
-        """An epoch begins."""
+        """Starts the measurement of an epoch."""
         self._start, self._done = time.time(), 0.0
 
     def know(self, name: str, traced: Any) -> None:
-        """What one call of a traced function does, under its name."""
+        """Stores the FLOPs of one call of a traced function under `name`."""
         self._flops[name] = sum(flops_of(traced.jaxpr).values())
 
     def call(self, name: str) -> None:
-        """Counts a call of a function that is known."""
+        """Counts one call of a function whose FLOPs are stored."""
         self._done += self._flops[name]
 
     def numbers(self, images: int) -> dict[str, float]:
-        """Of the epoch that ends: its seconds, images sampled a second, FLOPs a second of one device, and the peak of a
-        device's memory so far in GiB."""
+        """The columns of the log for an epoch that sampled `images` images.
+
+        These are the seconds, images per second, FLOPs per second of one device, and peak memory of a device in GiB.
+        """
         seconds = time.time() - self._start
         return {
             "seconds": seconds,

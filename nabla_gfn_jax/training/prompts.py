@@ -1,4 +1,4 @@
-"""The prompts of a run: their table, made once, and which of them a sample has."""
+"""The prompts of a run: the table of their features, computed once, and the choice of a prompt for each sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ from nabla_gfn_jax.typing import PRNGKeys
 
 
 def make_table(base: BaseModel, reward: Reward, prompts: Sequence[str]) -> dict[str, Any]:
-    """What base model and reward need of each prompt, on the host; a prompt's id is its row."""
+    """The features of each prompt for base model and reward, on the host. A prompt's id is its row."""
     features = jax.tree.map(np.asarray, reward.encode_prompts(list(prompts)))
     return {"base": base.encode_prompts(prompts), "reward": features}
 
 
 def abstract_table(base: BaseModel, reward: Reward, num_prompts: int, example: str = "") -> dict[str, Any]:
-    """Its shapes. `example` is a prompt that the reward knows."""
+    """The shapes of the table. `example` is a prompt that the reward accepts."""
     one = reward.encode_prompts([example])
     features = jax.tree.map(lambda a: jax.ShapeDtypeStruct((num_prompts, *a.shape[1:]), a.dtype), one)
     return {"base": base.abstract_table(num_prompts), "reward": features}
@@ -29,13 +29,13 @@ def abstract_table(base: BaseModel, reward: Reward, num_prompts: int, example: s
 
 @dataclass(frozen=True)
 class PromptIds:
-    """Which of `number` prompts each sample has."""
+    """Chooses one of `number` prompts for each sample."""
 
     number: int
-    weights: tuple[float, ...] | None = None  # how often each, beside the others; None: all as often
+    weights: tuple[float, ...] | None = None  # relative frequency of each prompt; None: all the same
 
     def chosen(self, keys: PRNGKeys) -> Int[np.ndarray, " batch"]:
-        """One for each key, by the weights."""
+        """A random prompt id for each key, with probabilities proportional to the weights."""
         if self.weights is None:
             choose = lambda key: jax.random.randint(stream(key, "prompt"), (), 0, self.number)  # noqa: E731
             return np.asarray(jax.vmap(choose)(keys))
@@ -45,5 +45,5 @@ class PromptIds:
         return np.minimum(found, np.flatnonzero(self.weights)[-1]).astype(np.int32)
 
     def cycle(self, count: int) -> Int[np.ndarray, " batch"]:
-        """In order, over and over."""
+        """The prompt ids in order, repeated up to `count`."""
         return (np.arange(count) % self.number).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What an update changes, and the optimizer that changes it."""
+"""The state that an update changes, and the optimizer."""
 
 from collections.abc import Collection
 from typing import Literal
@@ -12,9 +12,10 @@ from nabla_gfn_jax.typing import Params
 
 @flax.struct.dataclass
 class TrainState:
-    """Parameters {"lora", and each of the algorithm's heads by name}, their optimizer's state, updates made.
+    """The trained parameters, the optimizer's state and the number of updates.
 
-    `average` is the running mean of the LoRA over the updates, if the run keeps one.
+    `params` has "lora" and each head of the algorithm by name. `average` is the running mean of the LoRA over the
+    updates, or None if the run keeps none.
     """
 
     params: Params
@@ -24,14 +25,14 @@ class TrainState:
 
     @property
     def policy(self) -> Params:
-        """The LoRA that the run leaves: the running mean, if there is one."""
+        """The LoRA that the run saves: the running mean if there is one, otherwise the trained LoRA."""
         return self.params["lora"] if self.average is None else self.average
 
 
 def learning_rate(
     rate: float, decline: Literal["constant", "cosine", "linear"], updates: int
 ) -> float | optax.Schedule:
-    """The learning rate of a run of so many updates: constant, or falling to 0 at the last."""
+    """The learning rate of a run of `updates` updates: constant, or declining to 0 at the last."""
     if decline == "cosine":
         return optax.cosine_decay_schedule(rate, max(updates, 1))
     return rate if decline == "constant" else optax.linear_schedule(rate, 0.0, max(updates, 1))
@@ -46,7 +47,7 @@ def make_optimizer(
     clip: float,
     epsilon: float = 1e-8,
 ) -> optax.GradientTransformation:
-    """AdamW (.9, .999) for LoRA and each head, each with its own weight decay and its own clip of the global norm."""
+    """AdamW (.9, .999). LoRA and heads have different weight decays; each gradient's norm is clipped separately."""
 
     def group(weight_decay: float) -> optax.GradientTransformation:
         adam = optax.adamw(rate, eps=epsilon, weight_decay=weight_decay)

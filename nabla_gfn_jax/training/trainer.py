@@ -1,6 +1,6 @@
-"""The functions of a finetuning run that are compiled: sampling, the update, images.
+"""The compiled functions of a finetuning run: sampling, update and images.
 
-None of them names an algorithm, a reward or a base model: they are written on the three protocols.
+They use the protocols of algorithms, rewards and base models, and name none of them.
 """
 
 from collections.abc import Mapping
@@ -30,39 +30,39 @@ from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKeys, P
 
 @flax.struct.dataclass
 class Sampled:
-    """What an epoch's sampling leaves: what is trained on, and each sample's "log_reward" and other scalars."""
+    """The result of an epoch's sampling: training data, and "log_reward" and other scalars of each sample."""
 
     data: PyTree[Any]
     scalars: dict[str, PerSample]
 
 
 BY_UPDATE = PartitionSpec(None, AXIS)  # leaves (updates, B, …), split by samples
-# How it lies on the devices.
+# The sharding of a `Sampled`.
 SAMPLED_SPLIT = Sampled(data=BY_UPDATE, scalars=SPLIT)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """A base model, a reward, an algorithm and an optimizer, for the devices of a mesh."""
+    """A base model, a reward, an algorithm and an optimizer on the devices of a mesh."""
 
     base: BaseModel
     reward: Reward
     algorithm: Algorithm
     chain: Chain
-    table: Mapping[str, Table]  # of the run's prompts: "base", "reward"
+    table: Mapping[str, Table]  # features of the run's prompts for "base" and "reward"
     num_prompts: int
     guidance: float
     optimizer: optax.GradientTransformation
-    head_options: Mapping[str, Any]  # of the heads' networks
+    head_options: Mapping[str, Any]  # options of the heads' networks
     mesh: Mesh
     micro_batches: int
     updates_per_epoch: int = 1
     images_at_once: int = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
-    start_from: Params | None = None  # a LoRA
-    prompt_weights: tuple[float, ...] | None = None  # how often each prompt is drawn; None: all as often
-    carry_change: bool = False  # in half precision, through the network; or subtract outputs
-    lora_steps: int | None = None  # the first so many steps are the LoRA's; None: all
-    average: float = 0.0  # decay of the running mean of the LoRA; 0: none is kept
+    start_from: Params | None = None  # the LoRA that training starts from; None: a new one
+    prompt_weights: tuple[float, ...] | None = None  # relative frequency of each prompt; None: all the same
+    carry_change: bool = False  # in half precision: carry o_θ − o_# through the network; False: subtract outputs
+    lora_steps: int | None = None  # number of first steps with the LoRA; None: all
+    average: float = 0.0  # decay of the running mean of the LoRA; 0: no running mean
 
     @cached_property
     def heads(self) -> dict[str, HeadNetwork]:
@@ -70,7 +70,7 @@ class Trainer:
         return {name: self.base.head(kind, self.head_options) for name, kind in self.algorithm.heads().items()}
 
     def first_state(self, seed: int, rank: int) -> TrainState:
-        """LoRA and heads as they start: they leave the base model's distribution as it is, or LoRA as `start_from`."""
+        """The initial state. A new LoRA and the heads do not change the base model's distribution."""
         key = jax.random.key(seed)
         lora = self.start_from or self.base.init_lora(stream(key, "lora"), rank)
         params: Params = {"lora": lora} | {name: h.init(stream(key, name)) for name, h in self.heads.items()}
@@ -79,16 +79,16 @@ class Trainer:
 
     @property
     def frozen_params(self) -> Params:
-        """What training reads and never changes; arguments, not constants, of what is compiled."""
+        """The parameters that training does not change. They are arguments, not constants, of the compiled programs."""
         return {"base": self.base.frozen_params, "reward": self.reward.params, "table": dict(self.table)}
 
     @cached_property
     def frozen(self) -> Params:
-        """The same on the devices."""
+        """`frozen_params` on the devices."""
         return place(self.frozen_params, self.mesh)
 
     def model(self, frozen: Params) -> Model:
-        """The algorithm's view of the pieces."""
+        """The functions that the algorithm works with."""
         table = frozen["table"]["base"]
         score = latent_reward(self._score, self.images_at_once)
 
@@ -114,7 +114,7 @@ class Trainer:
 
     @cached_property
     def rollout(self) -> Any:
-        """(frozen, params, keys, prompt_id) → Sampled, compiled when called; a device works on its own samples."""
+        """(frozen, params, keys, prompt_id) → Sampled, compiled when called. Each device works on its own samples."""
         inputs = (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
         return split(self._rollout, self.mesh, inputs, SAMPLED_SPLIT)
 
@@ -126,7 +126,7 @@ class Trainer:
 
     @cached_property
     def images(self) -> Any:
-        """(frozen, params, keys, prompt_id) → Images of a rollout, and nothing that is trained on."""
+        """(frozen, params, keys, prompt_id) → Images, sampled as in a rollout."""
         return split(self._images, self.mesh, (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT), SPLIT)
 
     def _rollout(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Sampled:
@@ -149,15 +149,16 @@ class Trainer:
     def _update(
         self, frozen: Params, state: TrainState, data: PyTree[Any], weight: PerSample
     ) -> tuple[TrainState, Metrics]:
-        """An optimizer step on each of the epoch's batches; metrics are means over them."""
+        """One optimizer step on each of the epoch's batches. The metrics are means over these steps."""
         state, metrics = jax.lax.scan(partial(self._step, self.model(frozen), weight), state, data)
         return state, jax.tree.map(lambda a: a.mean(), metrics)
 
     def _step(
         self, model: Model, weight: PerSample, state: TrainState, data: PyTree[Any]
     ) -> tuple[TrainState, Metrics]:
-        """One optimizer step on the mean gradient over all samples: added up over the micro-batches of a device,
-        then, once, over the devices.
+        """One optimizer step on the mean gradient over all samples.
+
+        The gradient is summed over the micro-batches of a device, and then once over the devices.
         """
         parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), (data, weight))
 
