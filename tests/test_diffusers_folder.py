@@ -144,7 +144,7 @@ def cut(file):
 
 
 DAMAGE = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "is no diffusers model folder: it has no model_index"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "is not a model folder of diffusers: it has no model_index"),
     "no config": (lambda f: (f / "vae/config.json").unlink(), "vae/config.json is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer_config.json is missing"),
@@ -175,7 +175,7 @@ def test_damage_is_named_in_one_line(damage, copy):
 
 
 def test_a_folder_that_does_not_exist(tmp_path):
-    with pytest.raises(UserError, match="nowhere is no diffusers model folder"):
+    with pytest.raises(UserError, match="nowhere is not a model folder of diffusers"):
         load_folder(tmp_path / "nowhere")
 
 

@@ -131,12 +131,12 @@ def test_a_lora_of_some_steps(model):
     paths = sample_paths(by_time, lora, chain, keys, model.latent_shape, prompt, nats=False)
     np.testing.assert_allclose(images, model.decode(model.frozen_params, paths.latents), atol=1e-5)
     for options in ({"lora_from_step": 5}, {"lora_from_step": 3, "lora_until_step": 2}):
-        with pytest.raises(UserError, match=r"with lora_from_step = \d.* the LoRA has none of the 4 steps"):
+        with pytest.raises(UserError, match=r"with lora_from_step = \d.* none of the 4 steps uses the LoRA"):
             replace(HOW, **options)
 
 
 def test_a_size_the_model_cannot_draw(model):
-    with pytest.raises(UserError, match=r"9 x 8 pixels cannot be drawn; take multiples of \d+"):
+    with pytest.raises(UserError, match=r"9 x 8 pixels cannot be sampled; use multiples of \d+"):
         model.sized(9, 8)
 
 
@@ -167,7 +167,7 @@ def test_each_image_says_how_it_was_drawn(tiny_model, tmp_path, capsys):
     ("flags", "said"),
     [
         (["--lora_scale=1,2"], "give one, or one for each LoRA, of which 0"),
-        (["--lora_from_step=51"], "has none of the 50 steps"),
+        (["--lora_from_step=51"], "none of the 50 steps uses the LoRA"),
         (["--height=100000"], "height"),
     ],
 )

@@ -256,7 +256,7 @@ def test_what_it_predicts_is_found_or_asked_for(case, tmp_path):
         assert load_model(str(file)).scheduler["prediction_type"] == "epsilon"
         assert load_model(f"{file}:v_prediction").scheduler["prediction_type"] == "v_prediction"
         return
-    with pytest.raises(UserError, match=r"does not say what it predicts; name it \S+:v_prediction, as models for 768"):
+    with pytest.raises(UserError, match=r"does not say what it predicts; name it \S+:v_prediction if it is for 768"):
         load_model(str(file))
     file.with_suffix(".yaml").write_text('model:\n  params:\n    parameterization: "v"\n')
     assert load_model(str(file)).scheduler["prediction_type"] == "v_prediction"

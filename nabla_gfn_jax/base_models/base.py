@@ -1,7 +1,7 @@
-"""What a base model is: prompts become a table of conditions, a network predicts, latents become images.
+"""The protocol of base models: encode prompts into a table of conditions, predict, and decode latents into images.
 
-Everything that samples or finetunes works with this protocol; `stable_diffusion.py` keeps it. Of a model with other
-networks or another chain, such as a rectified flow, that is the file to write beside it.
+All sampling and finetuning uses this protocol, which `stable_diffusion.py` implements. A model with other networks or
+another chain, such as a rectified flow, needs one more file like it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,12 +15,15 @@ from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKey, PromptIds
 
-Table: TypeAlias = PyTree[Any]  # arrays that say all a network needs of some prompts; a prompt's id is its row
+Table: TypeAlias = PyTree[Any]  # arrays with the features of prompts for a network; a prompt's id is its row
 
 
 @runtime_checkable
 class HeadNetwork(Protocol):
-    """A network beside the policy, zero as it starts; its output is shaped like x, or is one number a sample."""
+    """A network of an algorithm's head.
+
+    Its initial output is zero; the shape is that of x, or (B,) for a scalar head.
+    """
 
     def init(self, key: PRNGKey) -> Params: ...
 
@@ -33,37 +36,37 @@ class HeadNetwork(Protocol):
 class BaseModel(Protocol):
     """A text-to-image diffusion model.
 
-    Its functions take the parameters they read, so that inside `jit` these are arguments and not constants.
+    The parameters are arguments of its functions, so that they are not constants of compiled programs.
     """
 
     @property
     def params(self) -> Params:
-        """All parameters, which may be shapes alone."""
+        """All parameters; they may be shapes only."""
 
     @property
     def frozen_params(self) -> Params:
-        """Those that `predict` and `decode` read."""
+        """The parameters that `predict` and `decode` use."""
 
     @property
     def dtype(self) -> Any:
-        """Of the numbers within `predict`."""
+        """The type in which `predict` computes."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of one latent: height, width, channels."""
+        """The shape of one latent: height, width, channels."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Of one image: height, width, 3."""
+        """The shape of one image: height, width, 3."""
 
     def chain(self, num_steps: int, *, sampler: Sampler = "ddpm", eta: float = 1.0) -> Chain:
-        """The steps of a sampler. Raises `UserError` for one that the model does not have."""
+        """The steps of a sampler. Raises `UserError` if the model does not support it."""
 
     def encode_prompts(self, prompts: Sequence[str], *, negative: str = "", lora: Params | None = None) -> Table:
-        """The prompts' table, row by row, on the host; guidance leads away from `negative`. `lora`: the encoder's."""
+        """The table of the prompts, on the host. `negative` is the negative prompt, `lora` the text encoder's LoRA."""
 
     def abstract_table(self, num_prompts: int) -> Table:
-        """Its shapes."""
+        """The shapes of the table of `num_prompts` prompts."""
 
     def predict(
         self,
@@ -75,7 +78,7 @@ class BaseModel(Protocol):
         prompt_id: PromptIds,
         guidance: float,
     ) -> Latents:
-        """The guided output o_u + w(o_c − o_u) in float32, w = `guidance`; the base model's where `lora` is None."""
+        """The guided output o_u + w(o_c − o_u) in float32, w = `guidance`. With `lora` None it is the base model's."""
 
     def predict_change(
         self,
@@ -87,23 +90,23 @@ class BaseModel(Protocol):
         prompt_id: PromptIds,
         guidance: float,
     ) -> tuple[Latents, Latents]:
-        """The base model's guided output, and the policy's minus it, with an error relative to that difference."""
+        """(o_#, o_θ − o_#), guided. The rounding error of the change is relative to the change."""
 
     def decode(self, params: Params, latents: Latents) -> Images:
-        """Images in [0, 1], clamped, float32."""
+        """Images (B, height, width, 3), clamped to [0, 1], float32."""
 
     def init_lora(self, key: PRNGKey, rank: int) -> Params:
-        """A LoRA that leaves the model as it is."""
+        """A new LoRA, which does not change the model's output."""
 
     def head(self, kind: str, options: Mapping[str, Any]) -> HeadNetwork:
-        """A network for one of an algorithm's heads: "vector" or "scalar"."""
+        """A network for a head of an algorithm; `kind` is "vector" or "scalar"."""
 
     def on(self, platform: str, *, remat: bool) -> "BaseModel":
-        """The model as devices of a platform are to run it; no number depends on it but by rounding."""
+        """The model configured for a platform ("cpu", "gpu", "tpu"). Numbers change only by rounding."""
 
 
 def predictor(model: BaseModel, params: Params, table: Table, guidance: float) -> Predict:
-    """The model's `predict` as samplers and algorithms call it: with prompts' ids for the condition."""
+    """The model's `predict` in the form of `Predict`, with prompt ids as the condition."""
 
     def predict(lora: Params | None, x: Latents, level: Level, condition: PromptIds) -> Latents:
         return model.predict(params, lora, x, level, table, condition, guidance)
@@ -112,7 +115,10 @@ def predictor(model: BaseModel, params: Params, table: Table, guidance: float) -
 
 
 def change_predictor(model: BaseModel, params: Params, table: Table, guidance: float) -> PredictChange | None:
-    """The same of `predict_change`; None where the model computes in float32 and a difference of outputs will do."""
+    """The model's `predict_change` in the form of `PredictChange`, with prompt ids as the condition.
+
+    None if the model computes in float32, because subtracting two outputs is then accurate enough.
+    """
     if model.dtype == jnp.float32:
         return None
 

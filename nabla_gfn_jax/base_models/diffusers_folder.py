@@ -1,4 +1,4 @@
-"""Stable Diffusion in a folder, in diffusers' layout: read it, write it."""
+"""Reads and writes Stable Diffusion as a folder in diffusers' layout."""
 
 from collections import ChainMap
 from collections.abc import Mapping
@@ -22,8 +22,9 @@ from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.typing import Params
 
 _DIFFUSERS_CLASSES = {"unet": "UNet2DConditionModel", "vae": "AutoencoderKL", "scheduler": "DDIMScheduler"}
-# The ids are those of Stable Diffusion's own file; an end of 2 tells transformers to take the highest id for it.
-# transformers computes in the dtype stated here, or else in the file's, which diffusers' other parts are not in.
+# The ids are those of Stable Diffusion's own file. With the end id 2, transformers takes the highest id as the end.
+# transformers computes in the dtype stated here. Without it, it would use the dtype of the weights file, which differs
+# from that of diffusers' other parts.
 _TEXT_ENCODER_JSON: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "model_type": "clip_text_model",
@@ -35,15 +36,17 @@ _TEXT_ENCODER_JSON: dict[str, Any] = {
 
 
 def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
-    """The model in a diffusers folder, parameters and computation in `dtype`, however the files are stored.
+    """Loads the model in a diffusers folder, with parameters and computation in `dtype`.
 
-    Weights may be one file or several with an index; where a part has only its fp16 variant, that is read, and where
-    it has only pickled weights, those. Tensors are read one by one, so that the model is in memory once.
-    Raises `UserError` naming the file that is missing, truncated, of another layout, or at odds with its config.json,
-    and parts that do not fit each other.
+    Weights may be one file or several with an index. The fp16 variant or pickled weights are read if a part has nothing
+    else. Tensors are read one at a time, so that the model is in memory only once.
+
+    Raises:
+        UserError: a file is missing, truncated, of another layout, or contradicts its config.json; or the parts do not
+            fit together.
     """
     if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is no diffusers model folder: it has no model_index.json")
+        raise UserError(f"{folder} is not a model folder of diffusers: it has no model_index.json")
     unet, vae, text_encoder, scheduler = read_architecture(folder, dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)
@@ -55,7 +58,7 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
 def read_architecture(
     folder: Path, dtype: Any
 ) -> tuple[UNet2DConditionModel, AutoencoderKL, CLIPTextModel, dict[str, Any]]:
-    """What the folder's JSON files describe, without weights: UNet, VAE, text encoder, scheduler."""
+    """UNet, VAE, text encoder and scheduler as the folder's JSON files describe them, without weights."""
     unet = UNet2DConditionModel(UNetConfig.from_json(read_json(folder / "unet/config.json")), dtype)
     vae = AutoencoderKL(VAEConfig.from_json(read_json(folder / "vae/config.json")), dtype)
     text_encoder = CLIPTextModel(CLIPTextConfig.from_json(read_json(folder / "text_encoder/config.json")), dtype)
@@ -70,7 +73,7 @@ def _load_params(folder: Path, part: str, expected: Params, dtype: Any) -> Param
 def check_parts_fit(
     folder: Path, unet: UNetConfig, vae: VAEConfig, text: CLIPTextConfig, tokenizer: CLIPTokenizer
 ) -> None:
-    """Raises `UserError` if the parts of the model in `folder` belong to different ones."""
+    """Raises `UserError` if the parts in `folder` belong to different models."""
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         found = f"{unet.in_channels} in, {unet.out_channels} out, {vae.latent_channels} in the VAE"
         raise UserError(f"{folder}: the channels of a latent differ ({found}); use a plain text-to-image model")
@@ -84,7 +87,7 @@ def check_parts_fit(
 
 
 def _read_weights(folder: Path, part: str) -> tuple[Mapping[str, np.ndarray], Path]:
-    """A part's tensors and the file that names them."""
+    """The tensors of a part, and the file that lists them."""
     for file in (folder / name for name in weights_files(part)):
         if file.suffix == ".json" and file.is_file():
             return ChainMap(*(read_state_dict(folder / shard) for shard in shards(file))), file  # type: ignore[arg-type]
@@ -100,9 +103,9 @@ def save_folder(
     params: Params,
     weights_dtype: Any = np.float16,
 ) -> None:
-    """Writes unet, vae, text_encoder and scheduler of a diffusers folder; `emoji.byte_pairs` the rest.
+    """Writes unet, vae, text_encoder and scheduler of a diffusers folder. `emoji.byte_pairs` writes the tokenizer.
 
-    `configs` holds the contents of each part's JSON file under the part's name, `params` their parameters.
+    `configs` has the contents of each part's JSON file by the part's name, and `params` the parameters.
     """
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
     index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
@@ -115,13 +118,13 @@ def save_folder(
     write_json(folder / "text_encoder/config.json", configs["text_encoder"] | _TEXT_ENCODER_JSON)
     for part, stem in WEIGHTS.items():
         state = {key: array.astype(weights_dtype) for key, array in to_state_dict(params[part]).items()}
-        if part == "text_encoder":  # as transformers before 5 has it; later ones read it too
+        if part == "text_encoder":  # the layout of transformers before version 5, which later versions read too
             state = {f"text_model.{key}": array for key, array in state.items()}
         write_safetensors(folder / part / f"{stem}.safetensors", state)
 
 
 def abstract_params(unet: UNet2DConditionModel, vae: AutoencoderKL, text_encoder: CLIPTextModel) -> Params:
-    """Shapes of all parameters, as the configs imply them, without allocating any."""
+    """The shapes of all parameters according to the configs; allocates nothing."""
     key = jax.random.key(0)
     c = unet.config
     latent = jnp.zeros((1, *c.latent_size, c.in_channels))

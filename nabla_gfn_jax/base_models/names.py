@@ -1,4 +1,4 @@
-"""Base models by name: a shipped one's, a folder, a file, or OWNER/NAME on the hub."""
+"""Base models by name: a shipped model, a folder, a file, or OWNER/NAME on the hub."""
 
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 
 SHIPPED_MODELS = {"emoji": Path(__file__).parents[1] / "assets" / "emoji"}
-# Of the frozen UNet, VAE and text encoder; rewards, LoRA, heads and the optimizer are in float32 always.
+# The types of the frozen UNet, VAE and text encoder. Rewards, LoRA, heads and the optimizer are always in float32.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 def resolve_model(name: str) -> Path:
-    """The folder or file of a model. Raises `UserError` if there is none of that name."""
+    """The folder or file of a model. Raises `UserError` if there is no model of that name."""
     plain, choices = split_choices(str(name))
     path = SHIPPED_MODELS.get(plain, Path(plain).expanduser())
     kinds = f"a folder in diffusers' layout, OWNER/NAME on the hub, or a shipped model ({', '.join(SHIPPED_MODELS)})"
@@ -31,7 +31,7 @@ def resolve_model(name: str) -> Path:
     if path.is_file() and path.suffix in ENDINGS:
         return path
     if choices or path.suffix in ENDINGS:
-        raise UserError(f"model {name!r}: there is no file {path}; give one that is there, {kinds}")
+        raise UserError(f"model {name!r}: there is no file {path}; give an existing file, {kinds}")
     found = model_folder(plain)
     if found is None:
         raise UserError(f"model {name!r} does not exist; give a file of weights ({', '.join(ENDINGS)}), {kinds}")
@@ -45,7 +45,7 @@ def model_files(name: str) -> dict[str, Path]:
 
 
 def load_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
-    """The model called `name`, its parameters and computation in `dtype`.
+    """Loads the model called `name`, with parameters and computation in `dtype`.
 
     Raises `UserError` as `load_folder` and `load_single_file` do.
     """
@@ -54,9 +54,9 @@ def load_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
 
 
 def abstract_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
-    """The model without its weights, to compile and not to run: shapes in the place of arrays.
+    """The model with shapes instead of weights, which can be compiled but not run.
 
-    The pinned Stable Diffusion 1.5 need not be here: the models' own defaults are its architecture.
+    The pinned Stable Diffusion 1.5 need not be downloaded, because the default configs are its architecture.
     """
     if name == STABLE_DIFFUSION_1_5 and not Path(name).is_dir():
         unet, vae = UNet2DConditionModel(UNetConfig(), dtype), AutoencoderKL(VAEConfig(), dtype)

@@ -1,8 +1,8 @@
-"""Stable Diffusion 1 or 2 in one file, as its first program and model sites have it: tensors on LDM's names alone.
+"""Reads Stable Diffusion 1 or 2 from one file, the format of the original code (LDM) and of model sites.
 
-What a diffusers folder says in its JSON files is found: widths and depths in the tensors' shapes, heads and activations
-by the text encoder, which tells the two versions apart, the noise schedule where the file has it. What version 2
-predicts is nowhere in some files; then the user says so.
+Such a file has only tensors, with LDM's layer names. The config is derived: widths and depths from the shapes of the
+tensors, the version from the text encoder, heads and activations from the version, and the noise schedule from the file
+if it has one. Some files of version 2 do not say what the UNet predicts; then the user must say it.
 """
 
 import re
@@ -31,14 +31,14 @@ from nabla_gfn_jax.typing import Params
 
 ENDINGS = (".safetensors", *PICKLED)
 PREDICTIONS = ("epsilon", "v_prediction")
-CHOICES = (*PREDICTIONS, "non_ema")  # what may stand behind a file's name
+CHOICES = (*PREDICTIONS, "non_ema")  # the words that may follow a file's name
 
 _UNET, _EMA, _VAE = "model.diffusion_model.", "model_ema.diffusion_model", "first_stage_model."
 _CLIP, _OPEN_CLIP = "cond_stage_model.transformer.", "cond_stage_model.model."
-_WRAPPED = "text_model."  # stands behind `_CLIP` in most files
+_WRAPPED = "text_model."  # follows `_CLIP` in most files
 _HEAD_WIDTH = 64  # of both text encoders, and of version 2's UNet
-_V_PIXELS, _PIXELS = 768, 512  # of version 2's models that predict v, and of all others
-_WORDS = "openai/clip-vit-large-patch14"  # both versions' vocabulary
+_V_PIXELS, _PIXELS = 768, 512  # image size of version 2's models that predict v, and of all others
+_WORDS = "openai/clip-vit-large-patch14"  # has the vocabulary of both versions
 _OPEN_CLIP_NAMES = {
     "token_embedding": "embeddings.token_embedding",
     "ln_final": "final_layer_norm",
@@ -51,23 +51,24 @@ _OPEN_CLIP_NAMES = {
 
 
 def split_choices(name: str) -> tuple[str, tuple[str, ...]]:
-    """`FILE:CHOICE,CHOICE` → the file and the choices; a name without any as it is."""
+    """Splits `FILE:CHOICE,CHOICE` into file and choices. A name without choices is returned as it is, with ()."""
     file, _, said = name.rpartition(":")
     choices = tuple(said.split(","))
     return (file, choices) if file and set(choices) <= set(CHOICES) else (name, ())
 
 
 def load_single_file(file: Path, choices: tuple[str, ...] = (), dtype: Any = jnp.float32) -> StableDiffusion:
-    """The model in `file`, parameters and computation in `dtype`.
+    """Loads the model in `file`, with parameters and computation in `dtype`.
 
-    Of a file with two sets of the UNet's weights the running mean (EMA) is read, as diffusers' folders have it.
+    If the file has two sets of UNet weights, the running mean (EMA) is read, which diffusers' folders contain too.
 
     Args:
         file: safetensors, or a pickle, of which only tensors are read and nothing is executed.
-        choices: of `CHOICES`: what the UNet predicts, where the file does not say so; "non_ema" for the other weights.
+        choices: some of `CHOICES`: the prediction type, if the file does not say it; "non_ema" for the other weights.
+        dtype: type of the parameters and of the computation.
 
     Raises:
-        UserError: names a file that is missing, truncated, no Stable Diffusion 1 or 2, or mute on what it predicts.
+        UserError: the file is missing, truncated, not Stable Diffusion 1 or 2, or does not say what it predicts.
     """
     state = read_state_dict(file)
     unet, vae, text, scheduler = architecture(file, choices, dtype, state)
@@ -98,7 +99,7 @@ def architecture(
         raise UserError(f"{file} is Stable Diffusion XL, which is not supported; use a model of version 1 or 2")
     for part, prefixes in {"UNet": (_UNET,), "VAE": (_VAE,), "text encoder": (_CLIP, _OPEN_CLIP)}.items():
         if not found & set(prefixes):
-            raise UserError(f"{file} holds no {part} on the names {prefixes[0]}…; use a whole Stable Diffusion 1 or 2")
+            raise UserError(f"{file} has no {part} (names {prefixes[0]}…); use a complete Stable Diffusion 1 or 2")
     version_2 = _OPEN_CLIP in found
     kind = _prediction(file, choices, state, version_2)
     scheduler = STABLE_DIFFUSION | {"prediction_type": kind} | _schedule(state)
@@ -111,15 +112,15 @@ def architecture(
 
 
 def files_of(file: Path) -> dict[str, Path]:
-    """What `load_single_file` reads, by name."""
+    """The files that `load_single_file` reads, by name."""
     return {file.name: file, "tokenizer.json": _words()}
 
 
 class _Renamed(Mapping[str, np.ndarray]):
-    """Tensors under other names, each read when it is asked for."""
+    """Tensors under other names. Each is read when it is accessed."""
 
     def __init__(self, state: Mapping[str, np.ndarray], names: Mapping[str, str]):
-        """`names`: the state's by the new ones."""
+        """`names` maps new names to names in `state`."""
         self._state, self._names = state, names
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -137,7 +138,7 @@ def _names(expected: Params) -> list[str]:
 
 
 def _renamed(state: Mapping[str, np.ndarray], prefix: str, old: Mapping[str, str]) -> _Renamed:
-    """The tensors that start with `prefix`, under our names; those that have none keep theirs, to be named as such."""
+    """The tensors whose names start with `prefix`, under our names. Unknown tensors keep their names for the error."""
     ours = {prefix + name: new for new, name in old.items()}
     return _Renamed(state, {ours.get(key, key): key for key in state if key.startswith(prefix)})
 
@@ -150,7 +151,10 @@ def _unet_state(state: Mapping[str, np.ndarray], expected: Params, non_ema: bool
 
 
 def _text_state(state: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """The text encoder's tensors on transformers' names. OpenCLIP's last block is left out, as it is not used."""
+    """The text encoder's tensors under transformers' names.
+
+    OpenCLIP's last block is omitted, because it is not used.
+    """
     if _OPEN_CLIP not in _prefixes(state):
         keys = [key for key in state if key.startswith(_CLIP)]
         return _Renamed(state, {key.removeprefix(_CLIP).removeprefix(_WRAPPED): key for key in keys})
@@ -180,14 +184,14 @@ def _prefixes(state: Mapping[str, np.ndarray]) -> set[str]:
 
 
 def _shapes(state: Mapping[str, np.ndarray], prefix: str) -> dict[str, tuple[int, ...]]:
-    """Of the tensors with this prefix, under their names without it."""
+    """The shapes of the tensors with this prefix, by their names without it."""
     shape = state.shape if isinstance(state, TensorFiles) else lambda key: state[key].shape
     return {key.removeprefix(prefix): shape(key) for key in state if key.startswith(prefix)}
 
 
 def _unet_config(shapes: Mapping[str, tuple[int, ...]], version_2: bool) -> dict[str, Any]:
-    """Fields of `UNetConfig` but the size of a latent."""
-    levels: list[list[tuple[int, bool]]] = [[]]  # of each level its layers: their width, and whether one attends
+    """The fields of `UNetConfig` except the size of a latent."""
+    levels: list[list[tuple[int, bool]]] = [[]]  # for each level, the layers as (width, has attention)
     for block in range(1, 1 + len({key.split(".")[1] for key in shapes if key.startswith("input_blocks.")})):
         kernel = shapes.get(f"input_blocks.{block}.0.in_layers.2.weight")
         if kernel is not None:
@@ -251,7 +255,7 @@ def _blocks(shapes: Mapping[str, tuple[int, ...]]) -> int:
 
 
 def _prediction(file: Path, choices: tuple[str, ...], state: Mapping[str, np.ndarray], version_2: bool) -> str:
-    """What the UNet predicts: as the user says, else as the file, its header or the YAML file beside it does."""
+    """The prediction type, from the user, the file, its header, or the YAML file beside it, in this order."""
     said = next((choice for choice in choices if choice in PREDICTIONS), None)
     if said is not None:
         return said
@@ -264,13 +268,13 @@ def _prediction(file: Path, choices: tuple[str, ...], state: Mapping[str, np.nda
     if stated or "model:" in text or not version_2:
         return "epsilon"
     raise UserError(
-        f"{file} is Stable Diffusion 2 and does not say what it predicts; name it {file}:v_prediction, as models for "
-        f"{_V_PIXELS} pixels do, or {file}:epsilon, as those for {_PIXELS} do"
+        f"{file} is Stable Diffusion 2 and does not say what it predicts; name it {file}:v_prediction if it is for "
+        f"{_V_PIXELS} pixels, or {file}:epsilon if it is for {_PIXELS}"
     )
 
 
 def _schedule(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """What the file's own noise schedule changes of Stable Diffusion's."""
+    """The fields of the file's noise schedule that differ from Stable Diffusion's."""
     if "ztsnr" in state:
         return {"rescale_betas_zero_snr": True}
     if "alphas_cumprod" not in state:
@@ -288,7 +292,7 @@ def _words() -> Path:
 
 
 def _tokenizer(*, version_2: bool, tokens: int) -> CLIPTokenizer:
-    """CLIP's; version 2 fills up with the token of id 0, "!", version 1 with the end's."""
+    """CLIP's tokenizer. Version 2 pads with the token 0, "!", and version 1 with the end token."""
     vocabulary, merges = read_vocabulary(_words().parent)
     padding = 0 if version_2 else vocabulary[END]
     return CLIPTokenizer(make_encoder(vocabulary, merges, [START, END]), tokens, padding, reader=READER)

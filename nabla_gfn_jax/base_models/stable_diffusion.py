@@ -1,4 +1,4 @@
-"""Stable Diffusion as a base model: prompt → text features → guided prediction; latent → image."""
+"""Stable Diffusion as a base model: text features of prompts, guided prediction, and decoding of latents."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ _ENCODED_TOGETHER = 64  # prompts
 
 @flax.struct.dataclass
 class TextFeatures:
-    """What the UNet attends to: each prompt's, and for guidance those of the negative one, "" unless one is given."""
+    """The text features that the UNet attends to, of each prompt and of the negative prompt ("" by default)."""
 
     context: Float[Array | np.ndarray, "prompts tokens width"]
     negative: Float[Array | np.ndarray, "tokens width"]
@@ -62,11 +62,11 @@ class StableDiffusion:
         return (height, width, 3)
 
     def sized(self, height: int, width: int) -> "StableDiffusion":
-        """The model for images of another size in pixels. Raises `UserError` for one that it cannot draw."""
+        """The model for images of another size in pixels. Raises `UserError` if the model cannot sample this size."""
         factor = self.vae.config.downscale
         multiple = factor * 2 ** (len(self.unet.config.block_out_channels) - 1)
         if height % multiple or width % multiple:
-            raise UserError(f"a picture of {height} x {width} pixels cannot be drawn; take multiples of {multiple}")
+            raise UserError(f"an image of {height} x {width} pixels cannot be sampled; use multiples of {multiple}")
         config = replace(self.unet.config, sample_size=(height // factor, width // factor))
         return replace(self, unet=self.unet.clone(config=config))
 
@@ -74,7 +74,7 @@ class StableDiffusion:
         return stable_diffusion_chain(self.scheduler, num_steps, eta, sampler)
 
     def encode_prompts(self, prompts: Sequence[str], *, negative: str = "", lora: Params | None = None) -> TextFeatures:
-        """Each prompt is encoded once, a few at a time. Repeated ones have equal rows."""
+        """Encodes each different prompt once, a few at a time. Repeated prompts have equal rows."""
         unique = list(dict.fromkeys([negative, *prompts]))
         rows = {prompt: row for row, prompt in enumerate(unique)}
         apply = jax.jit(self.text_encoder.apply)
@@ -103,8 +103,7 @@ class StableDiffusion:
     ) -> Latents:
         """Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) as one doubled batch.
 
-        The last layer and the guidance are in float32 whatever the model's dtype: the losses multiply the difference
-        of two outputs.
+        The last layer and the guidance are always in float32, because the losses amplify the difference of two outputs.
         """
         guided: Latents = self._guided(params, lora, x, level, table, prompt_id, guidance)
         return guided
@@ -133,7 +132,7 @@ class StableDiffusion:
         guidance: float,
         kind: Callable[[Array], Any] = lambda a: a,
     ) -> Any:
-        """`kind` is what the network is given for an array: itself, or a `Pair`."""
+        """The guided output. `kind` converts the network's input arrays: to themselves, or to a `Pair`."""
 
         def double(a: Array) -> Array:
             return jnp.concatenate([a, a])
@@ -157,7 +156,7 @@ class StableDiffusion:
         return init_lora(key, self.params["unet"], rank)
 
     def head(self, kind: str, options: Mapping[str, Any]) -> "UNetHead":
-        """A small UNet that attends to the prompt; `options` are fields of its `UNetConfig`."""
+        """A small UNet that attends to the prompt. `options` are fields of its `UNetConfig`."""
         unet, levels = self.unet.config, len(options["block_out_channels"])
         config = UNetConfig(
             sample_size=unet.sample_size,
@@ -177,7 +176,7 @@ class StableDiffusion:
 
 @dataclass(frozen=True)
 class UNetHead:
-    """A UNet in float32 with zeros in its last layer; a scalar one's output is averaged over the latent."""
+    """A UNet in float32 whose last layer starts at zero. A scalar head averages its output over the latent."""
 
     unet: UNet2DConditionModel
     latent_shape: tuple[int, ...]

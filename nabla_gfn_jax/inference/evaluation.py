@@ -1,4 +1,4 @@
-"""Metrics of a base model and of LoRAs on it: which apply, their states, and the base model's states kept for later."""
+"""Measures a base model and its LoRAs: chooses the metrics and keeps the base model's states for later use."""
 
 import hashlib
 import io
@@ -24,31 +24,31 @@ from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Params
 
 BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
-EVERY_CONCEPT = "every_concept"  # of the emoji model: a caption for each
+EVERY_CONCEPT = "every_concept"  # the name of a prompt set: one caption for each concept of the emoji model
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is known of one model."""
+    """The measurements of one model."""
 
     figures: Figures
     certificate: Certificate | None = None
-    tilted: Figures | None = None  # of the base samples, weighted by R^b to this model's mean log R
-    as_few: Figures | None = None  # of this model's samples, as few as those are worth
+    tilted: Figures | None = None  # figures of the base samples, weighted by R^b to this model's mean log R
+    as_few: Figures | None = None  # this model's figures at the effective sample size of `tilted`
 
 
 class Evaluator:
     """Samples one prompt set from several models with the same noise and measures them."""
 
     def __init__(self, sampler: ImageSampler, reward: Reward | None, beta: float | None = None):
-        """Raises `UserError` if the reward cannot judge the prompts. `beta`: what the LoRAs were trained for."""
+        """`beta` is the exponent that the LoRAs were trained for. Raises `UserError` if the reward rejects a prompt."""
         self._sampler = sampler
         self.metrics, self.not_available = choose_metrics(sampler, reward, beta)
 
     def states(self, lora: Params | None, num: int, *, first: int = 0, progress: str | None = None) -> States:
-        """Of images number `first` to `num` − 1 of each prompt."""
+        """The metrics' states for the images number `first` to `num` − 1 of each prompt."""
         states: States = {}
         wants_nats = any(isinstance(metric, Nats) for metric in self.metrics)
         for batch in self._sampler.images(lora, num, first=first, nats=wants_nats, progress=progress):
@@ -58,9 +58,9 @@ class Evaluator:
         return states
 
     def base_states(self, num: int, cache: Path | None, key: Mapping[str, Any], progress: str | None = None) -> States:
-        """Of `num` or more images of each prompt by the base model. What the folder `cache` has is not sampled again.
+        """The states for at least `num` images of each prompt from the base model.
 
-        `key` names everything that the images and their rewards depend on.
+        States in the folder `cache` are used again. `key` has everything that the images and their rewards depend on.
         """
         names = json.dumps([metric.name for metric in self.metrics])
         digest = hashlib.sha256((json.dumps(key, sort_keys=True) + names).encode()).hexdigest()
@@ -75,7 +75,10 @@ class Evaluator:
         return states
 
     def evaluate(self, states: States, base: States | None = None) -> Evaluation:
-        """Figures of every metric; given the base model's states, the certificate and how the tilted base compares."""
+        """The figures of every metric.
+
+        With the base model's states, also the certificate and the tilted base's figures.
+        """
         figures = {k: v for m in self.metrics for k, v in m.compute(states[m.name]).items()}
         nats = next((m for m in self.metrics if isinstance(m, Nats)), None)
         coverage = next((m for m in self.metrics if isinstance(m, Coverage)), None)
@@ -95,7 +98,7 @@ class Evaluator:
 def choose_metrics(
     sampler: ImageSampler, reward: Reward | None, beta: float | None
 ) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics that apply, prepared, and why others do not, by name."""
+    """The metrics that apply, prepared for the prompts, and the reasons why others do not apply, by name."""
     reasons: dict[str, str] = {}
     candidates: list[Metric] = [Coverage()]
     if reward is None:
@@ -118,7 +121,10 @@ def choose_metrics(
 def describe(
     model: str, model_dtype: str, sampler: ImageSampler, reward: str, inputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What figures depend on but the LoRA and the number of images; `inputs`: SHA-256 of the files that were read."""
+    """Everything that figures depend on except the LoRA and the number of images.
+
+    `inputs` has the SHA-256 of the files that were read.
+    """
     return {
         "base_model": model,
         "model_dtype": model_dtype,
@@ -138,7 +144,7 @@ def _write_states(file: Path, states: States) -> None:
 
 
 def _read_states(file: Path) -> States:
-    """What `_write_states` wrote; nothing if the file is damaged, so that it is made again."""
+    """The states that `_write_states` wrote; {} if the file is damaged, so that they are sampled again."""
     found: dict[str, dict[str, np.ndarray]] = {}
     try:
         with np.load(file, allow_pickle=False) as arrays:
@@ -151,9 +157,9 @@ def _read_states(file: Path) -> States:
 
 
 def prompts_to_judge(name: str, number: int, seed: int) -> list[str]:
-    """A prompt set's held-out prompts, or `number` of them drawn without replacement if it is not 0.
+    """The held-out prompts of a set, or, if `number` is not 0, `number` of them drawn without replacement.
 
-    Raises `UserError` if there is no such set or it has fewer.
+    Raises `UserError` if there is no such set or it has fewer prompts.
     """
     known = concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name).held_out)
     if number > len(known):

@@ -1,4 +1,4 @@
-"""Sampling that keeps of each path only what it ends at, and how far it went from the base model's on the way."""
+"""Sampling that keeps only the end of each path and its divergence from the base model's path distribution."""
 
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from nabla_gfn_jax.typing import Latents, Params, PRNGKeys
 
 
 class Paths(NamedTuple):
-    """Where sampled paths end, and their nats (`metrics.certificate`); zeros if the base model itself sampled."""
+    """The ends of sampled paths and their nats (`metrics.certificate`), which are zero if the base model sampled."""
 
     latents: Latents
     spent: Float[Array, "batch steps"]  # ‖μ_θ − μ_#‖²/(2σ²) of each step, summed over elements
@@ -32,15 +32,21 @@ def sample_paths(
     active: Bool[np.ndarray, " steps"] | None = None,
     predict_change: PredictChange | None = None,
 ) -> Paths:
-    """Samples as `diffusion.sampler.sample` does, number for number, in the memory of one state.
-
-    `active`: the steps that the policy takes; the others are the base model's. None: all are the policy's.
-
-    For `nats` the base model is evaluated at each state beside the policy, which doubles the cost; every σ must be
-    above 0. `lora` None is the base model. With `predict_change` both are evaluated as one: then δ has its precision,
-    and the numbers are the sampler's up to rounding.
+    """Samples the same numbers as `diffusion.sampler.sample`, but keeps one state in memory instead of all.
 
     With δ = (μ_θ − μ_#)/σ and y = μ_θ + σ z, log p_#(y|x) − log p_θ(y|x) = −‖δ + z‖²/2 + ‖z‖²/2 = −‖δ‖²/2 − δ·z.
+
+    Args:
+        predict: the network.
+        lora: the policy's LoRA; None for the base model.
+        chain: T steps; with `nats`, every σ must be above 0.
+        keys: (B,), one per sample.
+        shape: the shape of one latent.
+        condition: leaves with leading axis B.
+        nats: also evaluate the base model at each state, which doubles the cost.
+        active: (T,), the steps that the policy takes; the base model takes the others. None: all steps.
+        predict_change: evaluates policy and base model as one network. δ is then more precise in half precision, and
+            the samples agree with the sampler's up to rounding.
     """
     compare = nats and lora is not None
     across = tuple(range(1, 1 + len(shape)))

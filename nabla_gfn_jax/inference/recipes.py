@@ -1,4 +1,4 @@
-"""What a picture's file says of how it was drawn: enough to draw it again."""
+"""The text fields of an image file, with everything that is needed to sample the image again."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,12 +17,17 @@ def recipes(
     num: int,
     size: Sequence[int],
 ) -> Iterator[dict[str, str]]:
-    """Of each of `num` images of each prompt, in their order, what is to stand in its PNG, by keyword.
+    """The text fields by keyword for each of `num` images of each prompt, prompt by prompt.
 
-    "nabla_gfn_jax" has everything, as JSON; "parameters" the same as image viewers and web interfaces show it.
+    "nabla_gfn_jax" has everything as JSON. "parameters" has the same in the form that image viewers and web interfaces
+    show.
 
     Args:
-        loras: strength of each, by its name.
+        model: name of the base model.
+        loras: the strength of each LoRA, by its name.
+        how: how the images were sampled.
+        prompts: the prompts.
+        num: images per prompt.
         size: height and width in pixels.
     """
     whole = {"version": __version__, "model": model, "loras": dict(loras), **asdict(how)}

@@ -1,4 +1,4 @@
-"""Images of a base model, with or without a LoRA, batch after batch, in bounded memory."""
+"""Samples images from a base model, with or without a LoRA, in batches of bounded memory."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -24,11 +24,11 @@ from nabla_gfn_jax.metrics.base import Batch, PathStatistics
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
 from nabla_gfn_jax.typing import Images, Latents, Params, PRNGKeys, PromptIds
 
-CPU_BATCH = 32  # the most images sampled together on a CPU: what its cores must divide
-_MOST = 32  # images together on a device, and fewer of so many pixels that these would not fit
-_PIXELS = 2**21  # sampled together on a device: 8 images of 512 x 512
-_DECODED = 2**19  # pixels decoded together on a device: the VAE's activations take 1 kB or more of each
-_PER_PROMPT = 2**20  # noises set apart for each prompt
+CPU_BATCH = 32  # the most images sampled together on a CPU; the number of cores in use must divide it
+_MOST = 32  # the most images sampled together on a device
+_PIXELS = 2**21  # the most pixels sampled together on a device: 8 images of 512 x 512
+_DECODED = 2**19  # the most pixels decoded together on a device: the VAE's activations take 1 kB or more per pixel
+_PER_PROMPT = 2**20  # number of noises reserved for each prompt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,28 +40,29 @@ class Sampling:
     guidance: float = 5.0
     eta: float = 1.0  # 1: DDPM; 0: DDIM, which has no nats
     seed: int = 0
-    negative: str = ""  # the prompt that guidance leads away from
-    lora_from_step: int = 1  # the first step that a LoRA takes part in, counted from 1
-    lora_until_step: int | None = None  # the last; None: the last of all
+    negative: str = ""  # the negative prompt of the guidance
+    lora_from_step: int = 1  # the first step with the LoRA, counted from 1
+    lora_until_step: int | None = None  # the last step with the LoRA; None: the last step of all
 
     def __post_init__(self) -> None:
-        """Raises `UserError` if a LoRA has no step."""
+        """Raises `UserError` if no step would use the LoRA."""
         if not self.lora_steps.any():
             last = "" if self.lora_until_step is None else f" and lora_until_step = {self.lora_until_step}"
             first = f"lora_from_step = {self.lora_from_step}"
-            raise UserError(f"with {first}{last} the LoRA has none of the {self.steps} steps; give it a range of them")
+            raise UserError(f"with {first}{last} none of the {self.steps} steps uses the LoRA; choose a range of steps")
 
     @property
     def lora_steps(self) -> Bool[np.ndarray, " steps"]:
-        """Which steps are a LoRA's; the others are the base model's."""
+        """True for the steps with the LoRA, False for those of the base model."""
         step = 1 + np.arange(self.steps)
         return (step >= self.lora_from_step) & (step <= (self.lora_until_step or self.steps))
 
 
 class ImageSampler:
-    """Samples images of some prompts. An image depends on the seed, its prompt's place, its number and the model alone.
+    """Samples images of some prompts, which are encoded once.
 
-    Each prompt is encoded once. Raises `UserError` for a way of sampling that the model does not have.
+    An image depends only on the model, the seed, the place of its prompt in the list, and its number. Raises
+    `UserError` if the model does not support the sampling options.
     """
 
     def __init__(self, model: BaseModel, prompts: Sequence[str], how: Sampling, batch: int = 0):
@@ -77,19 +78,19 @@ class ImageSampler:
 
     @property
     def has_nats(self) -> bool:
-        """Whether every step is Gaussian, σ > 0."""
+        """Whether every step has σ > 0, so that its density and the nats exist."""
         return bool(np.all(np.asarray(self.chain.sigma) > 0))
 
     def images(
         self, lora: Params | None, num: int, *, first: int = 0, nats: bool = False, progress: str | None = None
     ) -> Iterator[Batch]:
-        """Images number `first` to `num` − 1 of each prompt, a prompt after the other.
+        """Samples the images number `first` to `num` − 1 of each prompt, prompt by prompt, in batches.
 
         Args:
-            lora: None for the base model. What it has under "text_encoder" adapts that.
-            num, first: image i of a prompt has the same noise in every model, however many are asked for.
-            nats: record path statistics; takes twice the time, with a LoRA.
-            progress: what to call the work on a progress bar, if there is to be one.
+            lora: the LoRA; None for the base model. Its part "text_encoder" adapts the text encoder.
+            num, first: the range of images. Image i of a prompt has the same noise for every model, `num` and `first`.
+            nats: record path statistics; with a LoRA this takes twice the time.
+            progress: the label of a progress bar; None: no bar.
         """
         each = np.arange(first, num)
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
@@ -101,7 +102,7 @@ class ImageSampler:
         with tqdm(total=len(prompt), desc=progress, disable=progress is None, unit=" images") as bar:
             for start in range(0, len(prompt), size):
                 count = min(size, len(prompt) - start)
-                rows = start + np.minimum(np.arange(size), count - 1)  # the last batch is filled up
+                rows = start + np.minimum(np.arange(size), count - 1)  # pads the last batch
                 keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.how.seed), noise[rows])
                 program = self._programs[nats and lora is not None]
                 given = place((keys, prompt[rows].astype(np.int32)), self._mesh, SPLIT)
@@ -134,7 +135,7 @@ class ImageSampler:
                 return (of_base if lora is None else of_policy)(lora, x, level, condition)
 
             how: dict[str, Any] = {"nats": nats, "active": active}
-            if TEXT_ENCODER not in (lora or {}):  # else the two are told different things, and outputs are subtracted
+            if TEXT_ENCODER not in (lora or {}):  # otherwise the two have different contexts; outputs are subtracted
                 how["predict_change"] = change_predictor(model, params, tables[0], self.how.guidance)
             paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, **how)
             images = self._decode(params, paths.latents)
@@ -143,7 +144,7 @@ class ImageSampler:
         return run
 
     def _decode(self, params: Params, latents: Latents) -> Images:
-        """A few at a time."""
+        """Decodes a few latents at a time."""
         count, most = len(latents), max(1, _DECODED // self._pixels())
         size = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
         parts = latents.reshape(count // size, size, *latents.shape[1:])
@@ -152,7 +153,7 @@ class ImageSampler:
 
 
 def scaled(lora: Params, strength: float) -> Params:
-    """The LoRA at another strength: what it adds to each layer, times `strength`."""
+    """The LoRA with its change of each layer multiplied by `strength`."""
 
     def scale(path: tuple[jax.tree_util.DictKey, ...], leaf: Float[Array, "..."]) -> Float[Array, "..."]:
         return leaf * jnp.asarray(strength, leaf.dtype) if path[-1].key == "up" else leaf
@@ -161,7 +162,7 @@ def scaled(lora: Params, strength: float) -> Params:
 
 
 def combined(loras: Sequence[Params]) -> Params:
-    """The LoRA that adds what all of them add: side by side in one pair where several adapt a layer."""
+    """The sum of several LoRAs as one LoRA. The matrices of LoRAs that adapt the same layer are concatenated."""
     pairs: dict[tuple[str, ...], list[Array]] = defaultdict(list)
     for lora in loras:
         for path, leaf in flatten_dict(lora).items():
@@ -171,5 +172,5 @@ def combined(loras: Sequence[Params]) -> Params:
 
 
 def all_images(batches: Iterator[Batch]) -> UInt8[np.ndarray, "n height width 3"]:
-    """The images of all batches, for a grid, in the 256 levels of a picture: a quarter of the memory."""
+    """The images of all batches as uint8, which needs a quarter of the memory of float32."""
     return np.concatenate([levels(batch.images) for batch in batches])

@@ -1,4 +1,4 @@
-"""Which models are to be sampled, and how: as the user says, else as the run or the LoRA file says, else a default."""
+"""The models to sample, and how: from the options, else from the run or the LoRA file, else the defaults."""
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,20 +25,23 @@ _DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectOptions(Checked):
-    """What `sample` and `evaluate` have in common. What is not given is the run's, or in the LoRA file's header."""
+    """The common options of `sample` and `evaluate`.
 
-    workdir: Path | None = option(None, "a run's folder: its LoRAs, sampled as in training", file="existing")
+    An option that is not given is the run's, or is read from the header of the LoRA file.
+    """
+
+    workdir: Path | None = option(None, "folder of a run, whose LoRAs are sampled as in training", file="existing")
     model: str | None = option(
         None,
         "a shipped model, a diffusers folder, a file of weights, or OWNER/NAME on the hub [the run's, or emoji]",
     )
     model_dtype: Literal["float32", "bfloat16"] | None = option(
-        None, "type of the base model's numbers [the run's, or float32]"
+        None, "type of the base model's parameters [the run's, or float32]"
     )
-    sampler: Sampler | None = option(None, "how an image is sampled [the run's, or ddpm]")
-    steps: int | None = option(None, "sampling steps [the run's, or 50]", minimum=1, maximum=999)
+    sampler: Sampler | None = option(None, "the sampler [the run's, or ddpm]")
+    steps: int | None = option(None, "number of sampling steps [the run's, or 50]", minimum=1, maximum=999)
     guidance: float | None = option(
-        None, "classifier-free guidance scale; 1: none [the run's, or 5]", minimum=0, maximum=100
+        None, "classifier-free guidance scale; 1: no guidance [the run's, or 5]", minimum=0, maximum=100
     )
     seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
     batch: int = option(0, "images sampled together; 0: as many as are likely to fit", minimum=0)
@@ -46,22 +49,25 @@ class SubjectOptions(Checked):
 
 @dataclass(frozen=True)
 class Subject:
-    """A base model and LoRAs on it."""
+    """A base model, LoRAs for it, and how they were trained."""
 
     model: str
     model_dtype: str
     how: Sampling
-    loras: dict[str, Path]  # files by a name for the table
-    prompts: str | None  # the set that the LoRAs were trained on, and their reward and β
+    loras: dict[str, Path]  # LoRA files by the names that the table shows
+    prompts: str | None  # the prompt set, reward and β with which the LoRAs were trained
     reward: str | None
     beta: float | None
-    model_files: dict[str, str]  # SHA-256 of the files of the base model that they were trained on
+    model_files: dict[str, str]  # SHA-256 of the files of the base model on which the LoRAs were trained
 
 
 def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float = 1.0) -> Subject:
-    """What the options name: the LoRA files, or all of the workdir's. Says on stderr where options contradict a run.
+    """The subject that the options describe, with the LoRAs `files` or, without them, all LoRAs of the workdir.
 
-    Raises `UserError` if the workdir holds no run, or the files' headers contradict each other and no option decides.
+    Reports on stderr if an option contradicts the run.
+
+    Raises:
+        UserError: the workdir holds no run, or the headers of the files contradict each other and no option decides.
     """
     known: dict[str, Any] = {}
     found = {str(file): file for file in files}
@@ -97,34 +103,34 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
 
 
 def _until(step: int | None, of: int | None, steps: int) -> int | None:
-    """The last step of a LoRA that was trained for `step` of `of` steps, where there are `steps`."""
+    """The last step with the LoRA among `steps` steps, if it was trained with `step` of `of` steps."""
     return step if step is None or of is None else max(1, round(step * steps / of))
 
 
 def hashes_of(model: str, reward: Iterable[Path] = ()) -> dict[str, str]:
-    """SHA-256 of the files of the base model called `model` and of a reward, by the manifest's names for them."""
+    """The SHA-256 of the files of the base model `model` and of a reward, by their names in the manifest."""
     files: dict[str, Path | Sequence[str]] = {f"model/{name}": file for name, file in model_files(model).items()}
     files |= {f"reward/{file.name}": file for file in reward}
     return {name: described["sha256"] for name, described in manifest.describe_inputs(files).items()}
 
 
 def warn_of_another_base(subject: Subject, files: Mapping[str, str]) -> None:
-    """Says on stderr if the LoRAs were trained on another base model than the one whose files these hashes are of."""
+    """Reports on stderr if the LoRAs were trained on another base model. `files` has the hashes of the present one."""
     trained_on = subject.model_files
     changed = sorted(name for name, digest in trained_on.items() if files.get(name) != digest)
     if subject.loras and changed:
-        differ = f"{len(changed)} of its files differ, {changed[0]} among them"
+        differ = f"{len(changed)} of its files differ, such as {changed[0]}"
         print(f"the LoRA was trained on another base model than {subject.model}: {differ}", file=sys.stderr)
 
 
 def _given(options: SubjectOptions) -> dict[str, Any]:
-    """What the user said, under the manifest's names."""
+    """The options that the user gave, under the manifest's names."""
     given = {name: getattr(options, name) for name in ("model", "model_dtype", "sampler", "guidance")}
     return {name: value for name, value in (given | {"num_steps": options.steps}).items() if value is not None}
 
 
 def _agreed(headers: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) -> dict[str, Any]:
-    """What all headers say that say anything."""
+    """The values on which all headers that have them agree."""
     agreed: dict[str, Any] = {}
     for name in ("model", "sampler", "num_steps", "guidance", "lora_until_step", "prompts", "reward", "beta", "inputs"):
         said = {file: about[name] for file, about in headers.items() if name in about}

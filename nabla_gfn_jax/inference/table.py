@@ -1,4 +1,4 @@
-"""Evaluations as tables that say what they show, and as JSON."""
+"""Prints evaluations as tables with legends, and converts them to JSON."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,19 +12,19 @@ from nabla_gfn_jax.metrics.tilt import Estimate, LogZ
 
 NATS_LEGEND = """\
 exponent    b for which P_base · R^b has this mean log R
-needed      nats (KL from the base model) of that P_base · R^b: the least that any model with this mean log R spends
-spent       nats that the model spends: KL of its sampling paths from the base model's
+needed      nats (KL from the base model) of this P_base · R^b: the least that any model with this mean log R spends
+spent       nats that the model spends: KL of its sampling paths from the base model's paths
 efficiency  needed / spent; 1 for P_base · R^b itself
-gap         KL of its paths from those of P_base · R^β: 0 if and only if it samples from P_base · R^β
-share       effective share of the path weights, which make its samples stand for P_base · R^β; 1: all count alike
-std log w   standard deviation of these weights' logarithms; 0 for P_base · R^β itself"""
+gap         KL of the model's paths from those of P_base · R^β: 0 if and only if it samples from P_base · R^β
+share       effective share of the weights that turn its paths into those of P_base · R^β; 1: all weights are equal
+std log w   standard deviation of the logarithms of these weights; 0 for P_base · R^β itself"""
 IMAGES_LEGEND = """\
-Under each model: the base model's samples weighted by R^b to the same mean log R, and the model's own entropies counted
-in as few samples as those are worth. Compare these two lines with each other."""
+Two lines follow each model. The first has the base model's samples weighted by R^b to the same mean log R. The second
+has the model's own entropies at the effective sample size of the first. Compare these two lines with each other."""
 
 
 def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
-    """All tables that the evaluations have figures for."""
+    """Prints all tables for which the evaluations have figures."""
     certificates = {name: e.certificate for name, e in evaluations.items() if e.certificate is not None}
     if certificates:
         print_nats(certificates)
@@ -32,7 +32,7 @@ def print_evaluations(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def print_nats(certificates: Mapping[str, Certificate], parts: int = 10) -> None:
-    """The certificates, one line a model, and by part of the path where the nats are spent."""
+    """Prints the certificates, one line per model, and the nats spent in each of `parts` parts of the path."""
     first = next(iter(certificates.values()))
     beta = "b" if first.at_beta is None else f"β = {first.at_beta.beta:g}"
     columns = ["log R", "exponent", "needed", "spent", "efficiency", f"gap, {beta}", "share", "std log w"]
@@ -50,7 +50,7 @@ def print_nats(certificates: Mapping[str, Certificate], parts: int = 10) -> None
 
 
 def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
-    """The other metrics' figures, with the tilted base model under each."""
+    """Prints the figures of the other metrics, with the tilted base model under each model."""
     rows: dict[str, Figures] = {}
     for name, evaluation in evaluations.items():
         rows[name] = evaluation.figures
@@ -71,7 +71,7 @@ def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
 
 
 def print_columns(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:
-    """Right-aligned cells, the rows' names first."""
+    """Prints right-aligned cells after the names of the rows."""
     widths = [max(len(cell) for cell in column) for column in zip(columns, *rows.values(), strict=True)]
     left = max(map(len, rows))
     for name, cells in {"": columns, **rows}.items():
@@ -104,7 +104,7 @@ def _nats_row(certificate: Certificate) -> list[str]:
 
 
 def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Everything, with all steps, for `files.plain`."""
+    """All figures of an evaluation as nested dicts, with the nats of each step, for `files.plain`."""
     found = {"figures": evaluation.figures, "certificate": evaluation.certificate}
     found |= {"tilted_base": evaluation.tilted, "as_few_samples": evaluation.as_few}
     return {name: _tree(value) for name, value in found.items() if value is not None}
