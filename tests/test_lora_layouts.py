@@ -263,7 +263,7 @@ def test_patterns_in_the_header_of_diffusers(case, tmp_path):
         ("base_model.model.x.lora_B.bias", "is a LoRA with biases"),
         ("lora_te2_text_model_x.lora_down.weight", "is a LoRA for Stable Diffusion XL"),
         ("transformer.x.lora_A.weight", "is a LoRA for a diffusion transformer"),
-        ("emb_params", "is an embedding of textual inversion, no LoRA"),
+        ("emb_params", "is a textual-inversion embedding, not a LoRA"),
     ],
 )
 def test_other_kinds_are_named(key, said, case, tmp_path):
@@ -284,10 +284,10 @@ def test_pefts_settings_that_cannot_be_read(case, tmp_path):
     file = tmp_path / "adapter_config.json"
     settings = json.loads(file.read_text())
     file.write_text(json.dumps(settings | {"init_lora_weights": "pissa"}))
-    with pytest.raises(UserError, match=r"was started by pissa, which changes the model itself; convert it"):
+    with pytest.raises(UserError, match=r"was initialised by pissa, which changes the base weights; convert it"):
         load_lora(tmp_path, *case.params)
     file.write_text(json.dumps(settings | {"alpha_pattern": {"to_(q": 3}}))
-    with pytest.raises(UserError, match=r"alpha_pattern 'to_\(q' is no regular expression"):
+    with pytest.raises(UserError, match=r"alpha_pattern 'to_\(q' is not a regular expression"):
         load_lora(tmp_path, *case.params)
     file.unlink()
     with pytest.raises(UserError, match=r"adapter_config\.json is missing"):
@@ -307,7 +307,7 @@ def test_a_harmful_pickle_is_not_executed(case, tmp_path, capsys):
 
 
 def test_a_folder_without_a_lora(case, tmp_path):
-    with pytest.raises(UserError, match=r"holds no LoRA file called .*adapter_model\.safetensors"):
+    with pytest.raises(UserError, match=r"has no LoRA file called .*adapter_model\.safetensors"):
         load_lora(tmp_path, *case.params)
 
 

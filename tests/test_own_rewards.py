@@ -78,7 +78,7 @@ def test_a_function_in_numpy_for_algorithms_without_its_gradient(file):
     np.testing.assert_allclose(found, [len(p) + i.max() for p, i in zip(PROMPTS, IMAGES, strict=True)], rtol=1e-5)
     again = scores(reward, IMAGES[:1], ["another"])["log_reward"]  # other prompts, beside the first
     np.testing.assert_allclose(again, [7 + IMAGES[0].max()], rtol=1e-5)
-    with pytest.raises(UserError, match=r"mine\.py:length is computed outside of JAX .* without, such as ddpo"):
+    with pytest.raises(UserError, match=r"mine\.py:length is computed outside of JAX .* that needs none, such as ddpo"):
         jax.grad(lambda images: reward.score({}, images, jnp.arange(3, dtype=jnp.int32)).sum())(jnp.asarray(IMAGES))
 
 

@@ -35,7 +35,7 @@ def test_state_dicts(tmp_path):
         state = weights.read_state_dict(tmp_path / name)
         assert state.keys() == {"a"}
         np.testing.assert_array_equal(state["a"], a)
-    with pytest.raises(UserError, match=r"none\.pt holds no state dict"):
+    with pytest.raises(UserError, match=r"none\.pt has no state dict"):
         weights.read_state_dict(tmp_path / "none.pt")
 
 

@@ -1,4 +1,4 @@
-"""JSON and safetensors files, read and written so that a bad one is named in one line."""
+"""Reads and writes JSON and safetensors files. A damaged file is reported in one line."""
 
 import errno
 import json
@@ -18,11 +18,11 @@ from safetensors.numpy import save_file
 
 from nabla_gfn_jax.errors import UserError
 
-_UNFINISHED = ".unfinished"  # how the names of files end that are being written
+_UNFINISHED = ".unfinished"  # the ending of files that are being written
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON file's object. Raises `UserError` naming a file that is missing or not a JSON object."""
+    """The object in a JSON file. Raises `UserError` if the file is missing or is not a JSON object."""
     try:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -36,10 +36,11 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yields the path of a new file, to be written in the block, that takes the place of `file` when the block ends.
+    """Yields the path of a new file for the block to write. At the end of the block, this file replaces `file`.
 
-    Makes the folders that lead to `file`. A reader finds the old contents or the new ones, whole, also after a crash
-    or a power cut, and however many processes write at once: the last to finish wins. An error leaves `file` as it was.
+    Creates the parent folders. A reader always finds either the complete old or the complete new contents, even after a
+    crash or a power cut. If several processes write simultaneously, the last to finish wins. An error leaves `file`
+    unchanged.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
@@ -54,13 +55,16 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
-    """Removes what killed processes left of files called `name` in `folder`. Only for who alone writes them."""
+    """Removes unfinished files called `name` in `folder`, which killed processes left.
+
+    Only the single writer of these files may call it.
+    """
     for file in folder.glob(f".{name}.*{_UNFINISHED}"):
         file.unlink(missing_ok=True)
 
 
 def check_can_write(file: Path) -> None:
-    """Raises `UserError` if `file` could not be written, before the work whose results it is to hold."""
+    """Raises `UserError` if `file` cannot be written. Call it before the work whose results go into the file."""
     try:
         if file.is_dir():
             raise IsADirectoryError("it is a folder")
@@ -83,9 +87,9 @@ def write_json(file: Path, contents: Mapping[str, Any]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """`value` as every JSON reader takes it: tuples as lists, paths as text, NumPy's and JAX's scalars as Python's.
+    """`value` in types of JSON: tuples become lists, paths become text, scalars of NumPy and JAX become Python's.
 
-    JSON has no infinity and no NaN; they become the texts "inf", "-inf" and "nan", which `float` reads.
+    JSON has no infinity and no NaN. They become the texts "inf", "-inf" and "nan", which `float` reads.
     """
     if isinstance(value, Mapping):
         return {str(name): plain(item) for name, item in value.items()}
@@ -99,7 +103,10 @@ def plain(value: Any) -> Any:
 
 
 def _flush(path: Path) -> None:
-    """Waits until a file's contents, or a folder's names, are on the disk. Not every system can open a folder."""
+    """Waits until the contents of a file, or the names in a folder, are on the disk.
+
+    Some systems cannot open folders.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
@@ -116,7 +123,7 @@ def _flush(path: Path) -> None:
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Every tensor of a safetensors file, as stored, and its header's metadata.
+    """All tensors of a safetensors file in their stored types, and the metadata in its header.
 
     Raises `UserError` naming a file that is missing, truncated or damaged.
     """
@@ -124,14 +131,14 @@ def read_safetensors(file: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The metadata in a safetensors file's header. Raises `UserError` as `TensorFiles` does."""
+    """The metadata in the header of a safetensors file. Raises `UserError` as `TensorFiles` does."""
     TensorFiles(file)
     with safe_open(file, framework="np") as opened:
         return opened.metadata() or {}
 
 
 class TensorFiles(Mapping[str, np.ndarray]):
-    """The tensors of safetensors files as stored, each read when it is asked for, so that nothing is held twice.
+    """The tensors of safetensors files in their stored types. Each is read when it is accessed, to save memory.
 
     Raises `UserError` naming a file that is missing, truncated or damaged.
     """
@@ -148,12 +155,12 @@ class TensorFiles(Mapping[str, np.ndarray]):
                 raise UserError(f"{file} is truncated or no safetensors file ({error}); download it again") from error
 
     def __getitem__(self, name: str) -> np.ndarray:
-        # Opened anew for each: the pages that have been read stay mapped, and counted, as long as the file is open.
+        # The file is opened for each tensor, because pages that were read stay mapped while the file is open.
         with safe_open(self._file_of[name], framework="np") as tensors:
             return tensors.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor, which is not read for it."""
+        """The shape of a tensor, found without reading the tensor."""
         with safe_open(self._file_of[name], framework="np") as tensors:
             return tuple(tensors.get_slice(name).get_shape())
 
@@ -165,10 +172,10 @@ class TensorFiles(Mapping[str, np.ndarray]):
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes `tensors` as `replacing` does.
+    """Writes `tensors` as `replacing` does, with `metadata` in the header.
 
-    The header's `metadata` marks them as PyTorch's if none is given, for the programs that ask. One entry at most: the
-    library writes several in any order, and the same tensors then make another file each time.
+    Without `metadata` the header marks the tensors as PyTorch's, because some programs require it. Give at most one
+    entry: the library writes several in random order, so that the same tensors would make different files.
     """
     contiguous = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
     with replacing(file) as unfinished:

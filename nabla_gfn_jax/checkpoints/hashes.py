@@ -1,4 +1,4 @@
-"""SHA-256 of files, without reading gigabytes at every start."""
+"""SHA-256 of files, remembered for large files so that a start need not read gigabytes."""
 
 import hashlib
 import json
@@ -11,15 +11,15 @@ from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.user_cache import user_cache
 
 _LARGE = 2**26  # bytes; a smaller file takes less than a tenth of a second to hash
-_SETTLED = 2.0  # seconds since the last write after which another write shows in the file's time
+_SETTLED = 2.0  # seconds since the last write after which another write changes the file's time
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def sha256(file: Path) -> str:
     """A file's SHA-256 in hexadecimal. Raises `OSError` if it cannot be read.
 
-    A large file is not read again where its hash is known: the hub's cache names the file by it, and ours remembers it
-    by the file's path, size and time of modification.
+    The hash of a large file is taken from its name in the hub's cache, or from the user's cache, which remembers it by
+    path, size and modification time. Otherwise the file is read.
     """
     path = file.resolve()
     if path.parent.name == "blobs" and _SHA256.fullmatch(path.name):
@@ -37,12 +37,12 @@ def sha256(file: Path) -> str:
         pass
     found = read_sha256(path)
     if time.time() - status.st_mtime > _SETTLED:
-        with suppress(OSError):  # a home that cannot be written: the next start reads the file again
+        with suppress(OSError):  # if the cache cannot be written, the next start reads the file again
             write_json(known, state | {"sha256": found})
     return found
 
 
 def read_sha256(file: Path) -> str:
-    """A file's SHA-256, of its contents as they are now. Raises `OSError` if it cannot be read."""
+    """The SHA-256 of a file's present contents, in hexadecimal. Raises `OSError` if it cannot be read."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

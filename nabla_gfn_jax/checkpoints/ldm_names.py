@@ -1,7 +1,7 @@
-"""Names of Stable Diffusion's tensors as its first program (CompVis's latent diffusion, "LDM") has them.
+"""The names of Stable Diffusion's tensors in its original code (CompVis's latent diffusion, "LDM").
 
-Single-file checkpoints and some LoRA files use them. A name here is a layer's or a tensor's, with dots; ours are
-diffusers'.
+Single-file checkpoints and some LoRA files use these names. Here a name is that of a layer or a tensor, with dots. Our
+own names are diffusers' names.
 """
 
 import re
@@ -41,7 +41,7 @@ _BLOCK = re.compile(r"(?P<side>down|up)_blocks\.(?P<level>\d+)\.(?P<kind>\w+)\.(
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """LDM's names by ours, of all layers or tensors of a UNet: what is beside a layer decides its number."""
+    """LDM's names by our names. `names` must have all layers or tensors of a UNet, because LDM numbers its blocks."""
     ours = list(names)
     blocks = [match for match in map(_BLOCK.match, ours) if match]
     layers = 1 + max(int(m["index"]) for m in blocks if m["side"] == "down" and m["kind"] == "resnets")
@@ -57,7 +57,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
         if side == "down":
             rest = rest.replace("conv", "op", 1) if resampler else rest
             block, part = f"input_blocks.{number + 1}", int(kind == "attentions")
-        else:  # an upsampler stands in the block of the last layer
+        else:  # an upsampler belongs to the block of the last layer
             block = f"output_blocks.{number}"
             part = 1 + (level in attends) if resampler else int(kind == "attentions")
         return f"{block}.{part}.{_replace(rest, _RESNET) if kind == 'resnets' else rest}"
@@ -66,7 +66,7 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def vae_names(names: Iterable[str]) -> dict[str, str]:
-    """LDM's names by ours, of all tensors of a VAE."""
+    """LDM's names by our names. `names` must have all tensors of a VAE."""
     ours = list(names)
     levels = 1 + max(int(match["level"]) for match in map(_BLOCK.search, ours) if match)
 
@@ -83,7 +83,7 @@ def vae_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _replace(name: str, table: dict[str, str]) -> str:
-    """`name` with the parts that the table has in the place of its own, whole words between dots alone."""
+    """`name` with its parts replaced according to the table. Only whole words between dots are replaced."""
     for old, new in table.items():
         name = re.sub(rf"(?<![^.]){re.escape(old)}(?![^.])", new, name)
     return name

@@ -1,9 +1,9 @@
-"""LoRA files: written in diffusers' and kohya's layouts, read in all that `lora_names` knows.
+"""Reads LoRA files in all layouts of `lora_names`, and writes them in diffusers' and kohya's layouts.
 
-All hold, for each adapted layer, A or "down" (rank, in) and B or "up" (out, rank); the layer adds
-alpha / rank · B A x. Of a convolution A has the kernel's height and width behind, B is 1x1. Our own scale is 1, so
-alpha equals the rank in what we write (kohya's layout states it, diffusers' takes it for granted, PEFT's has it in a
-file beside), and alpha / rank is folded into "up" in what we read.
+For each adapted layer a file has A or "down" (rank, in) and B or "up" (out, rank); the layer adds alpha / rank · B A x.
+For a convolution, A also has the kernel's height and width, (rank, in, height, width), and B is 1x1. Our own scale is
+1. In files that we write, alpha therefore equals the rank: kohya's layout states alpha, diffusers' layout assumes it.
+In files that we read, alpha / rank is multiplied into "up"; PEFT stores alpha in a second file.
 """
 
 import json
@@ -25,20 +25,20 @@ from nabla_gfn_jax.checkpoints.weights import PICKLED, read_state_dict
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Params
 
-_ABOUT = "nabla_gfn_jax"  # the entry of the header that says what a file of ours is
-_IN_FOLDER = ("diffusers", "pytorch_lora_weights", "adapter_model")  # what a folder's LoRA may be called
+_ABOUT = "nabla_gfn_jax"  # the header's entry that describes a file of this package
+_IN_FOLDER = ("diffusers", "pytorch_lora_weights", "adapter_model")  # the possible names of a LoRA in a folder
 _ENDINGS = (".safetensors", ".bin", ".pt")
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's ways to start that change the model as well
-_SHOWN = 20  # problems in one message
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's initialisations that change the base weights
+_SHOWN = 20  # the most problems that one message lists
 
 AlphaOf = Callable[[str, str, int], float]  # (part, layer, rank) → alpha where scale is alpha / rank
 _Found = dict[tuple[str, str], dict[str, np.ndarray]]  # by part and layer, its matrices
 
 
 def save_lora(file: Path, lora: Params, about: Mapping[str, Any] | None = None) -> None:
-    """Writes the UNet's `lora` collection as diffusers does; `pipe.load_lora_weights(file)` reads it.
+    """Writes the UNet's `lora` collection in diffusers' layout; `pipe.load_lora_weights(file)` reads it.
 
-    `about`: what it is, for the file's header, whence `read_about` has it.
+    `about` is a description for the file's header, which `read_about` returns.
     """
     state = {}
     for name, down, up in _pairs(lora):
@@ -59,7 +59,7 @@ def save_kohya(file: Path, lora: Params, about: Mapping[str, Any] | None = None)
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """What `save_lora` or `save_kohya` was told of the LoRA in `path`; empty if another program wrote it.
+    """The description that `save_lora` or `save_kohya` wrote to the header; {} if another program wrote the file.
 
     Raises `UserError` naming a file that is missing or truncated.
     """
@@ -72,19 +72,20 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def load_lora(path: Path, unet: Params, text_encoder: Params | None = None) -> Params:
-    """The LoRA in a file, or a folder as PEFT and diffusers write it: the `lora` collection, float32, at scale 1.
+    """Loads a LoRA from a file, or from a folder of PEFT or diffusers, as a `lora` collection, float32, at scale 1.
 
-    It is the UNet's tree, and under "text_encoder" the text encoder's where the file adapts that too. A linear layer
-    has down (in, rank) and up (rank, out), a convolution down (height, width, in, rank) and up (rank, out).
+    The result is a tree like the UNet's. If the file adapts the text encoder too, that tree is under "text_encoder". A
+    linear layer has down (in, rank) and up (rank, out), a convolution down (height, width, in, rank) and up (rank,
+    out).
 
     Args:
         path: safetensors, or a pickle (`.bin`, `.pt`), of which only tensors are read and nothing is executed.
-        unet: the UNet's parameters, or their shapes; any of its linear layers and convolutions may be adapted.
-        text_encoder: the text encoder's; without them a file that adapts it is refused.
+        unet: the UNet's parameters or their shapes. Any of its linear layers and convolutions may be adapted.
+        text_encoder: the text encoder's parameters or shapes; without them a LoRA that adapts it is refused.
 
     Raises:
-        UserError: names a file that is missing or truncated, what it is if it is no LoRA, a kind that is not read,
-            or all its tensors that do not fit, together.
+        UserError: the file is missing or truncated, is not a LoRA, is of an unsupported kind, or has tensors that do
+            not fit, all of which are listed.
     """
     file = find_file(path)
     state, metadata = read_state_dict(file), _metadata(file)
@@ -98,7 +99,7 @@ def load_lora(path: Path, unet: Params, text_encoder: Params | None = None) -> P
     if problems or not found:
         more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
         reason = "; ".join([*problems[:_SHOWN], *more]) or "it has no tensors"
-        raise UserError(f"{file} is no LoRA for this model: {reason}")
+        raise UserError(f"{file} is not a LoRA for this model: {reason}")
     alpha_of = _alphas(file, metadata, is_peft=any(key.startswith(PEFT) for key in state))
     paths = {(part, ".".join(p[:-1])): p[:-1] for part, tree in params.items() for p in flatten_dict(tree)}
     lora = {}
@@ -113,13 +114,13 @@ def load_lora(path: Path, unet: Params, text_encoder: Params | None = None) -> P
 
 
 def find_file(path: Path) -> Path:
-    """The LoRA file that a path is, or that is in the folder it is. Raises `UserError` for a folder without one."""
+    """The path itself if it is a file, otherwise the LoRA file in the folder. Raises `UserError` if there is none."""
     if not path.is_dir():
         return path
     names = [stem + ending for stem in _IN_FOLDER for ending in _ENDINGS]
     file = next((path / name for name in names if (path / name).is_file()), None)
     if file is None:
-        raise UserError(f"{path} holds no LoRA file called {', '.join(names)}; name the file itself")
+        raise UserError(f"{path} has no LoRA file called {', '.join(names)}; name the file itself")
     return file
 
 
@@ -132,7 +133,7 @@ def _header(about: Mapping[str, Any] | None) -> dict[str, str] | None:
 
 
 def _pairs(lora: Params) -> list[tuple[str, np.ndarray, np.ndarray]]:
-    """For each adapted layer its dotted name, down (rank, in, …) and up (out, rank, …), float32, in torch's axes."""
+    """For each adapted layer: dotted name, down (rank, in, …) and up (out, rank, …), float32, in PyTorch's axes."""
     leaves = {name: np.asarray(leaf, np.float32) for name, leaf in flatten_dict(lora, sep=".").items()}
     found = []
     for name in (name.removesuffix(".down") for name in leaves if name.endswith(".down")):
@@ -142,13 +143,13 @@ def _pairs(lora: Params) -> list[tuple[str, np.ndarray, np.ndarray]]:
 
 
 def _kernels(params: Params) -> dict[str, tuple[int, ...]]:
-    """Shapes of the kernels of all linear layers and convolutions, by the layer's name."""
+    """The shapes of the kernels of all linear layers and convolutions, by the layer's name."""
     leaves = flatten_dict(params).items()
     return {".".join(path[:-1]): leaf.shape for path, leaf in leaves if path[-1] == "kernel"}
 
 
 def _sort(state: Mapping[str, np.ndarray], names: LayerNames, whose: str) -> tuple[_Found, list[str]]:
-    """The tensors by layer, float32, and what is wrong with the others."""
+    """The tensors by layer, float32, and a problem for each tensor without a layer."""
     found: _Found = defaultdict(dict)
     problems = []
     for key in state:
@@ -161,10 +162,10 @@ def _sort(state: Mapping[str, np.ndarray], names: LayerNames, whose: str) -> tup
 
 
 def _fit(layer: str, matrices: dict[str, np.ndarray], kernel: tuple[int, ...]) -> list[str]:
-    """Brings down to (rank, in) or (rank, in, height, width) and up to (out, rank), in place; says what does not fit.
+    """Reshapes down to (rank, in) or (rank, in, height, width) and up to (out, rank), in place. Returns problems.
 
-    A linear layer and a 1x1 convolution are one thing. Where a convolution has a third matrix, "mid", down is 1x1 and
-    mid of the kernel's size (LyCORIS' Tucker form); the two are one convolution, which is down then.
+    A linear layer and a 1x1 convolution are equivalent. A convolution may have a third matrix, "mid", of the kernel's
+    size, with a 1x1 down (LyCORIS' Tucker form). Both are multiplied into one down.
     """
     missing = [f"{layer} has no {matrix} matrix" for matrix in ("down", "up") if matrix not in matrices]
     if missing:
@@ -195,7 +196,7 @@ def _sized(size: list[int]) -> str:
 
 
 def _alphas(file: Path, metadata: dict[str, str], *, is_peft: bool) -> AlphaOf:
-    """alpha by the settings of PEFT, in its own file beside or, as newer diffusers has them, in the header.
+    """alpha according to PEFT's settings, which are in a file beside the LoRA or, in newer diffusers, in the header.
 
     With rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732) the scale is alpha / √rank.
     """
@@ -203,7 +204,7 @@ def _alphas(file: Path, metadata: dict[str, str], *, is_peft: bool) -> AlphaOf:
 
     def alpha_of(part: str, layer: str, rank: int) -> float:
         settings = of_part[part]
-        # As PEFT looks a layer up: the first pattern that is the end of its name, as a regular expression.
+        # As in PEFT, the first pattern that matches the end of the layer's name, as a regular expression.
         names = (layer, f"text_model.{layer}") if part == TEXT_ENCODER else (layer,)
         patterns = settings.get("alpha_pattern") or {}
         found = (a for p, a in patterns.items() for name in names if re.match(rf"(.*\.)?({p})$", name))
@@ -214,17 +215,17 @@ def _alphas(file: Path, metadata: dict[str, str], *, is_peft: bool) -> AlphaOf:
 
 
 def _peft_settings(file: Path, metadata: dict[str, str], is_peft: bool) -> dict[str, dict[str, Any]]:
-    """The settings of each part of the model. Raises `UserError` for those that a plain LoRA does not have."""
+    """PEFT's settings of each part of the model. Raises `UserError` for settings that a plain LoRA does not have."""
     if is_peft:
         beside = file.with_name("adapter_config.json")
         if not beside.is_file():
-            raise UserError(f"{beside} is missing, which says alpha, and PEFT's LoRA is nothing without; put it there")
+            raise UserError(f"{beside} is missing, but PEFT's LoRA needs it for alpha; put it beside the LoRA file")
         of_part = dict.fromkeys((UNET, TEXT_ENCODER), read_json(beside))
     else:
         try:
             stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         except ValueError as error:
-            raise UserError(f"{file} says in lora_adapter_metadata what is no JSON ({error})") from error
+            raise UserError(f"{file} has invalid JSON in lora_adapter_metadata ({error})") from error
         of_part = {
             p: {k.removeprefix(f"{p}."): v for k, v in stated.items() if k.startswith(f"{p}.")}
             for p in (UNET, TEXT_ENCODER)
@@ -233,12 +234,12 @@ def _peft_settings(file: Path, metadata: dict[str, str], is_peft: bool) -> dict[
         start = str(settings.get("init_lora_weights", ""))
         if start.startswith(_CHANGES_BASE):
             raise UserError(
-                f"{file} was started by {start}, which changes the model itself; convert it to a plain LoRA with "
+                f"{file} was initialised by {start}, which changes the base weights; convert it to a plain LoRA with "
                 "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
             )
         for pattern in settings.get("alpha_pattern") or {}:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise UserError(f"{file}: alpha_pattern {pattern!r} is no regular expression ({error})") from error
+                raise UserError(f"{file}: alpha_pattern {pattern!r} is not a regular expression ({error})") from error
     return of_part

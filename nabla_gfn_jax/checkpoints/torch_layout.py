@@ -1,4 +1,4 @@
-"""PyTorch state dicts to Flax parameters and back: names are the checkpoint's, so the table is short."""
+"""Converts PyTorch state dicts to Flax parameters and back. Our names are those of the checkpoints."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -9,15 +9,15 @@ import numpy as np
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Params
 
-# In a module the checkpoint calls all of these "weight".
+# The checkpoint calls each of these "weight".
 _WEIGHT_LEAVES = ("kernel", "scale", "embedding")
-# Older checkpoints' names of the VAE's attention.
+# Names of the VAE's attention in older checkpoints.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 # torch's MultiheadAttention joins its first projection's name to "weight" and "bias" by an underscore.
 _UNDERSCORED = "in_proj"
-# Buffers some versions save; they carry nothing that is learned.
+# Buffers that some versions save. They hold nothing that is learned.
 _BUFFERS = ("embeddings.position_ids",)
-# transformers before 5 wraps the text encoder once more.
+# transformers before version 5 puts the text encoder into one more module.
 _OLD_PREFIX = "text_model."
 
 
@@ -29,16 +29,16 @@ def torch_name(path: Iterable[str]) -> str:
 
 
 def to_torch_layout(leaf: str, array: np.ndarray) -> np.ndarray:
-    """A Flax array in PyTorch's axes: kernel (h, w, in, out) → (out, in, h, w), (in, out) → (out, in)."""
+    """Transposes a Flax array to PyTorch's axes: kernel (h, w, in, out) → (out, in, h, w), (in, out) → (out, in)."""
     if leaf != "kernel":
         return array
     return np.transpose(array, (3, 2, 0, 1) if array.ndim == 4 else (1, 0))
 
 
 def from_torch_layout(leaf: str, array: np.ndarray, ndim: int) -> np.ndarray:
-    """The inverse of `to_torch_layout`; a 1x1 convolution and a linear layer are one thing.
+    """The inverse of `to_torch_layout`, for a kernel of `ndim` axes. A 1x1 convolution can become a linear layer.
 
-    A kernel that is neither is left as it is.
+    A kernel that is neither a linear layer's nor a convolution's is returned unchanged, so that its shape is reported.
     """
     if leaf != "kernel" or array.ndim not in (2, 4):
         return array
@@ -50,7 +50,7 @@ def from_torch_layout(leaf: str, array: np.ndarray, ndim: int) -> np.ndarray:
 
 
 def to_state_dict(params: Params) -> dict[str, np.ndarray]:
-    """Flax parameters as a PyTorch state dict of contiguous numpy arrays."""
+    """Flax parameters as a PyTorch state dict of contiguous NumPy arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
     paths = [(tuple(str(k.key) for k in path), np.asarray(array)) for path, array in leaves]
     return {torch_name(path): np.ascontiguousarray(to_torch_layout(path[-1], array)) for path, array in paths}
@@ -65,11 +65,18 @@ def from_state_dict(
     place: Callable[[np.ndarray], Any] = np.asarray,
     ignore: Callable[[str], bool] = lambda name: False,
 ) -> Params:
-    """The state dict as Flax parameters shaped like `expected` (or its shapes), one tensor after the other.
+    """Converts a state dict to Flax parameters, one tensor at a time.
 
-    `place` makes of each array, in Flax's axes and the dtype as stored, what is wanted: one on a device, say. Tensors
-    whose name `ignore` is true of are not read. Raises `UserError` naming `source`, `config` that says what to expect,
-    and all tensors that are missing, left over or misshapen, together.
+    Args:
+        state: tensors by PyTorch's names.
+        expected: parameters, or their shapes, that the result must match.
+        source: name of the file, for errors.
+        config: name of what determines `expected`, for errors.
+        place: converts each array, which has Flax's axes and its stored type, for example to an array on a device.
+        ignore: says which tensors are not read, by name.
+
+    Raises:
+        UserError: tensors are missing, unexpected or have wrong shapes; the error lists all of them.
     """
     renamed = {_current_name(name): name for name in state if not ignore(name)}
     for name in _BUFFERS:

@@ -1,9 +1,9 @@
-"""Reads PyTorch's pickled checkpoints (`.pth`, `.pt`, `.bin`) without PyTorch and without running what they hold.
+"""Reads PyTorch's pickled checkpoints (`.pth`, `.pt`, `.bin`) without PyTorch and without executing their contents.
 
-A pickle can call any function it names. This reader knows tensors, their storages and `OrderedDict`, puts a thing that
-does nothing in the place of what training programs keep beside, and refuses every other name, so a checkpoint from a
-stranger can at worst be wrong. Both layouts are read: the zip archive of PyTorch 1.6 and later, and the older sequence
-of pickles followed by raw storages.
+A pickle can call any function that it names. This reader accepts only tensors, their storages and `OrderedDict`. It
+replaces the objects that training programs save beside them by objects that do nothing, and refuses every other name. A
+checkpoint from a stranger can therefore contain wrong numbers but cannot run code. Both layouts are read: the zip
+archive of PyTorch 1.6 and later, and the older sequence of pickles followed by raw storages.
 """
 
 import pickle
@@ -43,7 +43,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor before its storage is read: the older layout has the storages last."""
+    """A tensor whose storage has not been read yet, because the older layout has the storages last."""
 
     storage: _Storage
     offset: int
@@ -51,7 +51,7 @@ class _Tensor:
     strides: tuple[int, ...]
 
     def view(self, raw: bytes) -> np.ndarray:
-        """The tensor as a read-only view into its storage's bytes. Counts are in elements."""
+        """The tensor as a read-only view into the bytes of its storage. Offset and strides are in elements."""
         elements = np.frombuffer(raw, self.storage.dtype)
         numbers = (self.offset, *self.shape, *self.strides)
         if len(self.shape) != len(self.strides) or not all(isinstance(n, int) and n >= 0 for n in numbers):
@@ -73,7 +73,7 @@ def _rebuild_parameter(tensor: _Tensor, *unused: Any) -> _Tensor:
     return tensor
 
 
-# Whose objects training programs keep beside the tensors; they are not made, whatever they are.
+# Modules whose objects training programs save beside the tensors. Their objects are not created.
 _BYSTANDERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "argparse", "numpy", "typing")
 _PLAIN = {
     ("_codecs", "encode"),
@@ -88,7 +88,7 @@ _KNOWN: dict[tuple[str, str], Callable] = {
 
 
 class _Bystander:
-    """Stands for an object of a training program that is beside the tensors: takes what is said of it, does nothing."""
+    """Replaces an object that a training program saved beside the tensors. It accepts all calls and does nothing."""
 
     def __init__(self, *said: Any, **more: Any):
         pass
@@ -100,10 +100,10 @@ class _Bystander:
         pass
 
     def append(self, item: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def extend(self, items: Any) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -115,12 +115,12 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _KNOWN:
             return _KNOWN[module, name]
         if module == "torch" and name in _DTYPES:
-            return np.dtype(_DTYPES[name])  # stands for the storage class; only `persistent_load` sees it
+            return np.dtype(_DTYPES[name])  # replaces the storage class; only `persistent_load` uses it
         if module.partition(".")[0] in _BYSTANDERS or (module, name) in _PLAIN:
             return _Bystander
         raise UserError(
-            f"{self._file} asks for {module}.{name}, and only tensors are read; "
-            "save its state_dict alone, or as safetensors"
+            f"{self._file} asks for {module}.{name}, but only tensors are read; "
+            "save only its state_dict, or save it as safetensors"
         )
 
     def persistent_load(self, pid: Any) -> _Storage:
@@ -131,11 +131,13 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read(file: Path) -> Any:
-    """The object `torch.save` wrote: nested dicts, lists and tuples with tensors as read-only numpy arrays.
+    """The object that `torch.save` wrote: nested dicts, lists and tuples with tensors as read-only NumPy arrays.
 
-    bfloat16 comes as `ml_dtypes.bfloat16`. Raises `UserError` naming the file if it is missing, truncated, no
-    torch checkpoint, or holds anything but tensors, plain Python values and what training programs keep beside (then
-    also naming that thing).
+    bfloat16 becomes `ml_dtypes.bfloat16`.
+
+    Raises:
+        UserError: the file is missing or truncated, is not a checkpoint of PyTorch, or contains an object that is not
+            allowed, which the error names.
     """
     try:
         if zipfile.is_zipfile(file):
@@ -146,7 +148,7 @@ def read(file: Path) -> Any:
         raise
     except FileNotFoundError:
         raise UserError(f"{file} does not exist") from None
-    except Exception as error:  # what a damaged pickle raises depends on where it is damaged
+    except Exception as error:  # a damaged pickle can raise any exception
         raise UserError(f"{file} is truncated or no torch checkpoint; download it again ({error})") from None
 
 

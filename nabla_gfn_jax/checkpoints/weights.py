@@ -1,4 +1,7 @@
-"""Tensors by name from whatever file holds them; a pickled file is converted once and kept as safetensors."""
+"""Reads tensors by name from safetensors or pickles.
+
+A pickle is converted once, and the copy is kept as safetensors.
+"""
 
 import hashlib
 import json
@@ -16,16 +19,16 @@ from nabla_gfn_jax.checkpoints.hashes import read_sha256
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.user_cache import user_cache
 
-PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # how the names of PyTorch's own files end
-_WAIT = 600  # seconds for another program that converts the same file
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")  # endings of PyTorch's own files
+_WAIT = 600  # seconds to wait for another program that converts the same file
 
 
 def read_state_dict(path: Path) -> Mapping[str, np.ndarray]:
-    """Tensors by name, as stored, of safetensors or of a pickled state dict, alone or under "state_dict".
+    """Tensors by name, in their stored types, from safetensors or a pickled state dict (also under "state_dict").
 
-    Each is read when it is asked for; those of a pickle only once its converted copy is in the user's cache. Several
-    programs may ask at once: one converts, the others wait for its copy. Raises `UserError` naming a file that is
-    missing, damaged or holds no tensors.
+    Each tensor is read when it is accessed. A pickle is first converted to a copy in the user's cache. If several
+    programs read the same pickle simultaneously, one converts it and the others wait. Raises `UserError` naming a file
+    that is missing, damaged or has no tensors.
     """
     if path.suffix not in PICKLED:
         return TensorFiles(path)
@@ -46,15 +49,15 @@ def _unpickle(path: Path) -> dict[str, np.ndarray]:
     state = tree.get("state_dict", tree) if isinstance(tree, dict) else {}
     tensors = {name: array for name, array in state.items() if isinstance(array, np.ndarray)}
     if not tensors:
-        raise UserError(f"{path} holds no state dict; download it again")
+        raise UserError(f"{path} has no state dict; download it again")
     return tensors
 
 
 class _Copy:
-    """The converted copy of a file, and a note beside it, written last, that says what the copy must be.
+    """The converted copy of a file, and a note beside it with the copy's hash, which is written last.
 
-    Their names say which state of the file they are of: a file that changes gets another copy, so that a program
-    which is still reading the old one never mixes the two.
+    Their names depend on the size and the time of the file. A changed file therefore gets another copy, and a program
+    that is still reading the old copy is not disturbed.
     """
 
     def __init__(self, source: Path):
@@ -68,7 +71,7 @@ class _Copy:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Held by one program at a time. Where there is no lock to be had, each program converts for itself."""
+        """A lock that one program holds at a time. If locking is not possible, each program converts for itself."""
         lock = FileLock(self._lock)
         try:
             self._lock.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +85,7 @@ class _Copy:
             lock.release()
 
     def read(self) -> TensorFiles | None:
-        """The copy, if it is there and undamaged. Its bytes are read only if it was touched since it was written."""
+        """The copy; None if it is missing or damaged. Its hash is checked only if its size or time has changed."""
         try:
             note = json.loads(self._note.read_text(encoding="utf-8"))
             if note.get("copy") != _touched(self._tensors):
@@ -94,14 +97,14 @@ class _Copy:
             return None
 
     def write(self, tensors: Mapping[str, np.ndarray]) -> None:
-        """Writes the copy, in the place of those of earlier states of the file. Does nothing where it cannot."""
+        """Writes the copy and removes copies of earlier states of the file. Does nothing if it cannot be written."""
         try:
             for old in self._tensors.parent.glob(f"{self._of_path}-*"):
                 if old.stem != self._tensors.stem:
                     old.unlink(missing_ok=True)
             write_safetensors(self._tensors, tensors)
             self._write_note(read_sha256(self._tensors))
-        except OSError as error:  # no room, or a home that cannot be written: the next start converts again
+        except OSError as error:  # the disk is full or read-only; the next start converts again
             logging.getLogger(__name__).info("%s is not kept: %s", self._tensors, error)
 
     def _write_note(self, sha256: str) -> None:
@@ -109,7 +112,7 @@ class _Copy:
 
 
 def _touched(file: Path) -> list[int]:
-    """What changes when a file is written to: its size in bytes and when it was modified, in ns."""
+    """A file's size in bytes and modification time in ns, which change when it is written."""
     status = file.stat()
     return [status.st_size, status.st_mtime_ns]
 

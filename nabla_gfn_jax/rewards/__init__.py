@@ -1,7 +1,7 @@
-"""Rewards by name: a shipped one, a user's own, a server, or a weighted sum. A new one is a line in `REWARDS`.
+"""Rewards by name: a shipped reward, a user's function, a server, or a weighted sum of them.
 
-A name is one or several terms joined by "+", each `REWARD` or `REWARD:WEIGHT`, a REWARD being a key of `REWARDS`,
-`FILE.py:FUNCTION` (`own`), or the URL of a server (`remote`).
+A name is one term, or several joined by "+". Each term is `REWARD` or `REWARD:WEIGHT`, where REWARD is a key of
+`REWARDS`, `FILE.py:FUNCTION` (`own`), or the URL of a server (`remote`). A new shipped reward is a line in `REWARDS`.
 """
 
 import math
@@ -26,7 +26,7 @@ REWARDS: dict[str, Callable[[], Reward]] = {
     "clip_h": clip_score.clip_h,
     "jpeg": jpeg.jpeg,
 }
-# Without their weights, to plan a run; those not named here come with the package.
+# The rewards without their weights, to plan a run. Rewards that are not listed have their weights in the package.
 ABSTRACT: dict[str, Callable[[], Reward]] = {
     "aesthetic": aesthetic.abstract,
     "hps": hps.abstract,
@@ -39,7 +39,7 @@ _URL = ("http://", "https://")
 
 
 class Term(NamedTuple):
-    """A part of a reward: its name, what it is called in a log, and its weight."""
+    """A part of a reward: its name, its label in the log, and its weight."""
 
     reward: str
     label: str
@@ -47,13 +47,13 @@ class Term(NamedTuple):
 
 
 class RewardNames(Collection[str]):
-    """Every name that `load_reward` takes, as the choices of an option; it is iterated by kinds.
+    """The names that `load_reward` accepts, as the choices of an option. Iteration gives the kinds of names.
 
-    Asking for a file that is not there raises the `UserError` that says so.
+    Testing a name raises `UserError` if it names a file that does not exist.
     """
 
     def __init__(self, *more: str):
-        """`more`: other texts that the option allows."""
+        """`more` are other texts that the option allows."""
         self._more = more
 
     def __contains__(self, name: object) -> bool:
@@ -72,10 +72,10 @@ NAMES = RewardNames()
 
 
 def terms(name: str) -> list[Term] | None:
-    """The parts of a reward's name; None if one is no reward. Raises `UserError` for a file that does not exist."""
+    """The parts of a reward's name; None if a part is not a reward. Raises `UserError` if a file does not exist."""
     parts = [_term(text.strip()) for text in name.split("+")]
     found = [part for part in parts if part is not None]
-    if len(found) < len(parts):  # or a file whose path has the sign
+    if len(found) < len(parts):  # the whole may be a file whose path contains "+"
         whole = _term(name)
         found = [whole] if whole else []
     for term in found:
@@ -87,7 +87,7 @@ def terms(name: str) -> list[Term] | None:
 
 
 def _term(text: str) -> Term | None:
-    """`REWARD` or `REWARD:WEIGHT`; None for another text."""
+    """The term `REWARD` or `REWARD:WEIGHT`; None for other texts."""
     weight = 1.0
     if not _is_reward(text):
         text, _, said = text.rpartition(":")
@@ -102,7 +102,7 @@ def _term(text: str) -> Term | None:
 
 
 def _is_reward(name: str) -> bool:
-    """Whether the text is one reward without a weight."""
+    """Whether the text names one reward, without a weight."""
     file = own.split(name)
     if file is not None:
         return file[1].isidentifier()
@@ -113,9 +113,9 @@ def _is_reward(name: str) -> bool:
 
 
 def load_reward(name: str, *, weights: bool = True) -> Reward:
-    """The reward called `name`, or, without weights, one of shapes to compile and not to run.
+    """The reward called `name`. Without `weights` it has shapes instead and can be compiled but not run.
 
-    Raises `UserError` if there is none, or its weights are not installed.
+    Raises `UserError` if there is no such reward or its weights are missing.
     """
     found = terms(name)
     if found is None:

@@ -1,7 +1,7 @@
-"""LAION's aesthetic score: CLIP ViT-L/14's image features and a head fitted to people's ratings of 1 to 10.
+"""LAION's aesthetic score: image features of CLIP ViT-L/14, and a head fitted to human ratings of 1 to 10.
 
-The reward of DDPO (arXiv 2305.13301) and of the paper's first experiment; it ignores the prompt. Schuhmann 2022,
-"improved aesthetic predictor", the weights `sac+logos+ava1-l14-linearMSE.pth`.
+It is a reward of DDPO (arXiv 2305.13301) and of the paper's first experiment, and ignores the prompt. Source: Schuhmann
+2022, "improved aesthetic predictor", weights `sac+logos+ava1-l14-linearMSE.pth`.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,14 @@ from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
 CLIP = "openai/clip-vit-large-patch14"
-# The head's layers by their place in the checkpoint; between them is dropout, and no nonlinearity.
+# The widths of the head's layers by their place in the checkpoint. Only dropout is between them, no nonlinearity.
 _HEAD = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
 _IMAGE_TOWER = ("vision_model.", "visual_projection.")
 _BUFFER = "position_ids"
 
 
 class AestheticModel(nn.Module):
-    """Normalised images (B, image_size, image_size, 3) to a score each."""
+    """Normalised images (B, image_size, image_size, 3) → scores (B,)."""
 
     vision: VisionConfig
     embed_dim: int
@@ -46,14 +46,14 @@ class AestheticModel(nn.Module):
 
 
 def aesthetic() -> Reward:
-    """log R = the score, about 1 to 10, from the released files. Raises `UserError` naming a file that is not there."""
+    """log R = the score, about 1 to 10, with the released weights. Raises `UserError` naming a file that is missing."""
     clip = hub.find("aesthetic", "model.safetensors", repo=CLIP)
     head = hub.find("aesthetic", "aesthetic-model.pth", repo="trl-lib/ddpo-aesthetic-predictor")
     return from_files(clip, head)
 
 
 def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_dim: int = VIT_L_14_DIM) -> Reward:
-    """`clip`: transformers' CLIP, of which the image tower is read; `head`: the state dict of LAION's head."""
+    """The reward from weights files: `clip` is transformers' CLIP (its image tower is read), `head` is LAION's head."""
     model = AestheticModel(vision, embed_dim)
     expected = _shapes(model)
     tower = from_state_dict(
@@ -71,7 +71,7 @@ def from_files(clip: Path, head: Path, vision: VisionConfig = VIT_L_14, embed_di
 
 
 def abstract() -> Reward:
-    """The reward without its weights: shapes in the place of arrays."""
+    """The reward with shapes instead of weights."""
     model = AestheticModel(VIT_L_14, VIT_L_14_DIM)
     return abstract_reward(_shapes(model), {}, _scorer(model))
 
@@ -91,7 +91,7 @@ def _scorer(model: AestheticModel) -> Callable[[Params, Images, dict[str, Array]
 
 
 def preprocess(images: Images, size: int) -> Resized:
-    """Images stretched to a square of `size` by bicubic interpolation without antialiasing, CLIP's normalisation."""
+    """Stretches images to `size` x `size` (bicubic, no antialiasing) and applies CLIP's normalisation."""
     return clip_normalise(resize(images.astype(jnp.float32), size, size, antialias=False))
 
 

@@ -1,7 +1,8 @@
-"""CLIP score and PickScore: how well image and prompt agree, by CLIP in transformers' layout.
+"""CLIP score and PickScore: the agreement of image and prompt by CLIP, from weights in transformers' layout.
 
-CLIP score is the cosine of their features (Hessel et al. 2021, arXiv 2104.08718, without its factor). PickScore
-(Kirstain et al. 2023, arXiv 2305.01569) is CLIP ViT-H/14 finetuned on people's choices, the cosine times its scale.
+CLIP score is the cosine similarity of the features (Hessel et al. 2021, arXiv 2104.08718, without its factor).
+PickScore (Kirstain et al. 2023, arXiv 2305.01569) is the cosine times the scale of a CLIP ViT-H/14 that was finetuned
+on human choices.
 """
 
 from collections.abc import Callable
@@ -57,17 +58,17 @@ VIT_H = CLIPConfig(
 
 
 def clip() -> Reward:
-    """log R = cosine by OpenAI's CLIP ViT-L/14, -1 to 1. Raises `UserError` naming a file that is not there."""
+    """log R = cosine by OpenAI's CLIP ViT-L/14, -1 to 1. Raises `UserError` naming a file that is missing."""
     return _found("clip", CLIP_L, VIT_L)
 
 
 def clip_h() -> Reward:
-    """log R = cosine by LAION's CLIP ViT-H/14, -1 to 1. Raises `UserError` naming a file that is not there."""
+    """log R = cosine by LAION's CLIP ViT-H/14, -1 to 1. Raises `UserError` naming a file that is missing."""
     return _found("clip_h", CLIP_H, VIT_H)
 
 
 def pick_score() -> Reward:
-    """log R = PickScore v1, about 16 to 26. Raises `UserError` naming a file that is not there."""
+    """log R = PickScore v1, about 16 to 26. Raises `UserError` naming a file that is missing."""
     return _found("pick_score", PICK, VIT_H, scaled=True)
 
 
@@ -78,10 +79,20 @@ def _found(name: str, repo: str, config: CLIPConfig, *, scaled: bool = False) ->
 
 
 def from_files(file: Path, tokenizer: Path, config: CLIPConfig, *, scaled: bool = False) -> Reward:
-    """`file`: transformers' CLIP; `tokenizer`: the folder of CLIP's; `scaled`: the cosine times the file's scale."""
+    """The reward from files.
+
+    Args:
+        file: transformers' CLIP.
+        tokenizer: folder of CLIP's tokenizer.
+        config: sizes of the two towers.
+        scaled: multiply the cosine by the file's scale.
+
+    Raises:
+        UserError: a file is damaged or is not such a CLIP.
+    """
     state = weights.read_state_dict(file)
     if not {"logit_scale", "text_projection.weight"} <= state.keys():
-        raise UserError(f"{file} is no CLIP in transformers' layout: it has no logit_scale or no text_projection")
+        raise UserError(f"{file} is not a CLIP in transformers' layout: it has no logit_scale or no text_projection")
     shapes = _shapes(config)
     text = {
         "tower": from_state_dict(
@@ -109,7 +120,7 @@ def from_files(file: Path, tokenizer: Path, config: CLIPConfig, *, scaled: bool 
 
 
 def abstract(config: CLIPConfig) -> Reward:
-    """The reward without its weights: shapes in the place of arrays."""
+    """The reward with shapes instead of weights."""
     params = {"image": _shapes(config)["image"], "scale": jax.ShapeDtypeStruct((), jnp.float32)}
     return abstract_reward(params, jax.ShapeDtypeStruct((config.embed_dim,), jnp.float32), _scorer(config))
 
@@ -137,7 +148,7 @@ def _tokenizer(folder: Path, tokens: int) -> CLIPTokenizer:
 def _text_tower(
     config: CLIPTextConfig, end: int
 ) -> Callable[[Params, Int[Array, "batch tokens"]], Float[Array, "batch embedding"]]:
-    """Token ids to features, projected where the text ends: what is behind an end is padding."""
+    """A function from token ids to features: the projected state at the first end token. Later tokens are padding."""
 
     def tower(params: Params, ids: Int[Array, "batch tokens"]) -> Float[Array, "batch embedding"]:
         states = jnp.asarray(CLIPTextModel(config).apply({"params": params["tower"]}, ids))
@@ -160,5 +171,5 @@ def _scorer(config: CLIPConfig) -> Callable[[Params, Images, Embeddings], PerSam
 
 
 def preprocess(images: Images, size: int) -> Resized:
-    """As CLIP's processor: the shorter side made `size`, the middle of the longer kept, CLIP's normalisation."""
+    """As CLIP's processor: resizes the shorter side to `size`, crops the middle of the longer side, and normalises."""
     return clip_normalise(crop_longer_side(images.astype(jnp.float32), size))

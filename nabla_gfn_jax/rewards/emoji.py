@@ -1,7 +1,7 @@
-"""The emoji model's two rewards: small heads on the middle layers of an ImageNet network, EfficientNet-Lite0.
+"""The emoji model's two rewards: small heads on the middle layers of EfficientNet-Lite0, an ImageNet network.
 
-The heads were fitted to the drawings by `fit_valence` and `fit_recognisability`, which print how good they are and
-keep the figures in the heads' files.
+`emoji.fit_valence` and `emoji.fit_recognisability` fitted the heads to the drawings. They print the accuracy of the
+heads and store it in the heads' files.
 """
 
 from functools import cache
@@ -37,7 +37,7 @@ def network_params() -> Params:
 
 
 def features(network: Params, images: Images) -> Float[Array, "batch 1008"]:
-    """What is where in the image, as the ImageNet network sees it; in float32 whatever the images come in, or wider."""
+    """The network's features at each place of a coarse grid over the image, in float32 or wider."""
     images = images.astype(np.promote_types(images.dtype, np.float32))
     with jax.default_matmul_precision("highest"):
         layout = jnp.asarray(NETWORK.apply({"params": network}, images, method="layout"))
@@ -64,9 +64,9 @@ def _linear(params: Params, images: Images) -> Float[Array, "batch outputs"]:
 
 
 def valence() -> Reward:
-    """log R = tanh(v), v the guessed mean sentiment of messages with this emoji (-1 to 1); prompts do not matter.
+    """log R = tanh(v), where v predicts the mean sentiment of messages with this emoji (-1 to 1). It ignores prompts.
 
-    The bound keeps log R within the scale people's judgements have, however far an image leaves the drawings.
+    The tanh keeps log R on the scale of human ratings, even for images that are far from the drawings.
     """
 
     def score(params: Params, images: Images, prompts: dict) -> PerSample:
@@ -76,7 +76,7 @@ def valence() -> Reward:
 
 
 def recognisability() -> Reward:
-    """log R = log p(the prompt's animal | image) among the 45 of `SIMPLE_ANIMALS` and "something else"."""
+    """log R = log p(the prompt's animal | image) among the 45 animals of `SIMPLE_ANIMALS` and "something else"."""
 
     def encode(prompts: list[str]) -> Int[Array, " batch"]:
         return jnp.array([_animal(prompt) for prompt in prompts], jnp.int32)

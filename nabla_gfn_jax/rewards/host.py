@@ -1,4 +1,4 @@
-"""Rewards that are computed in Python on the host, of NumPy images: for algorithms that ask for no gradient."""
+"""Rewards that Python computes on the host from NumPy images, for algorithms that need no gradient."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,15 +13,14 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards.reward import Reward
 from nabla_gfn_jax.typing import Images, Params, PerSample
 
-# Images in [0, 1] (B, height, width, 3), float32, and their prompts, to log R of each.
+# Images in [0, 1] (B, height, width, 3), float32, and their prompts → log R of each image.
 Judge = Callable[[Float[np.ndarray, "batch height width 3"], Sequence[str]], Any]
 
 
 def host_reward(judge: Judge, name: str, files: tuple[Path, ...] = ()) -> Reward:
-    """The reward that `judge` says, called on batches as they come; `name` is what errors call it.
+    """The reward whose scores `judge` computes, batch by batch. `name` is its name in errors.
 
-    Whoever asks for its gradient gets a `UserError`, as does a run whose `judge` gives anything but a number for each
-    image.
+    A `UserError` is raised if its gradient is needed, or if `judge` does not return a finite number for each image.
     """
     texts: list[str] = []
 
@@ -52,7 +51,7 @@ def host_reward(judge: Judge, name: str, files: tuple[Path, ...] = ()) -> Reward
     @scores_of.defjvp
     def has_no_gradient(primals: Any, tangents: Any) -> Any:
         raise UserError(
-            f"{name} is computed outside of JAX and has no gradient; use an algorithm without, such as ddpo"
+            f"{name} is computed outside of JAX and has no gradient; use an algorithm that needs none, such as ddpo"
         )
 
     def score(params: Params, images: Images, prompt: Array) -> PerSample:

@@ -1,4 +1,4 @@
-"""Human Preference Score v2.1 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP ViT-H-14 finetuned on people's choices."""
+"""Human Preference Score v2.1 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP ViT-H-14 finetuned on human choices."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,9 +22,9 @@ _UNUSED = "logit_scale"
 
 
 def hps() -> Reward:
-    """log R = cosine of the image's and the prompt's features, -1 to 1, from the released files.
+    """log R = cosine of the features of image and prompt, -1 to 1, with the released weights.
 
-    Raises `UserError` naming a file that is not there, and how to get it.
+    Raises `UserError` that names a missing file and says how to get it.
     """
     file = hub.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2")
     words = hub.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14")
@@ -32,7 +32,9 @@ def hps() -> Reward:
 
 
 def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -> Reward:
-    """`file`: a state dict of open_clip's CLIP, alone or under "state_dict"; `tokenizer`: the folder of CLIP's."""
+    """The reward from files: `file` has a state dict of open_clip's CLIP, `tokenizer` is the folder of CLIP's
+    tokenizer.
+    """
     tokenize = load_open_clip_tokenizer(tokenizer, config.text.max_position_embeddings)
     params = from_state_dict(
         weights.read_state_dict(file),
@@ -52,13 +54,13 @@ def from_files(file: Path, tokenizer: Path, config: OpenCLIPConfig = VIT_H_14) -
 
 
 def abstract(config: OpenCLIPConfig = VIT_H_14) -> Reward:
-    """The reward without its weights: shapes in the place of arrays."""
+    """The reward with shapes instead of weights."""
     features = jax.ShapeDtypeStruct((config.embed_dim,), jnp.float32)
     return abstract_reward(_shapes(config)["visual"], features, _scorer(config))
 
 
 def _shapes(config: OpenCLIPConfig) -> Params:
-    """Of the image tower's parameters, under "visual", and the text tower's beside it."""
+    """The shapes of the text tower's parameters and, under "visual", of the image tower's."""
     vision, text = OpenCLIPVision(config.vision, config.embed_dim), OpenCLIPText(config.text, config.embed_dim)
     size = config.vision.image_size
 
@@ -82,8 +84,8 @@ def _scorer(config: OpenCLIPConfig) -> Callable[[Params, Images, Embeddings], Pe
 
 
 def preprocess(images: Images, size: int) -> Resized:
-    """The longer side made `size`, black to the left and right or above and below, CLIP's normalisation.
+    """Resizes the longer side to `size`, pads the shorter side with black, and applies CLIP's normalisation.
 
-    As the package's own transform, which leaves an image whose longer side is `size` as it is: here it is padded too.
+    The original package does the same, except that it does not pad an image whose longer side already is `size`.
     """
     return clip_normalise(fit_longer_side(images.astype(jnp.float32), size))

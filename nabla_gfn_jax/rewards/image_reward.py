@@ -1,7 +1,7 @@
-"""ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977): BLIP-large and a linear head, trained on people's rankings.
+"""ImageReward v1.0 (Xu et al. 2023, arXiv 2304.05977): BLIP-large and a linear head, trained on human rankings.
 
-A prompt is tokenised once; its first token is BERT's [CLS], which the released program leaves where BLIP puts [ENC].
-Its features are not computed once: the text encoder attends to the image, so BERT runs for every image.
+A prompt is tokenised once. As in the released program, its first token is BERT's [CLS], not BLIP's [ENC]. The features
+of a prompt cannot be computed once, because the text encoder attends to the image. BERT therefore runs for every image.
 """
 
 from collections.abc import Callable
@@ -23,18 +23,18 @@ from nabla_gfn_jax.models.vision_transformer import VisionConfig
 from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, PerSample, Resized, TokenIds
 
-TOKENS = 35  # of a prompt, [CLS] and [SEP] among them: as the paper's model was trained
-# Of the raw scores on the training set: log R is standardised.
+TOKENS = 35  # per prompt, including [CLS] and [SEP], as in the training of the paper's model
+# Mean and standard deviation of the raw scores on the training set; log R is standardised with them.
 _MEAN, _STD = 0.16717362830052426, 1.0333394966054072
-# The head's layers by their place in the checkpoint; between them is dropout, and no nonlinearity.
+# The widths of the head's layers by their place in the checkpoint. Only dropout is between them, no nonlinearity.
 _HEAD = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
-# What the score does not use is left aside, whatever it is: the released program does not ask for more either.
+# Only these tensors are used. All others are ignored, as in the released program.
 _USED = ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
 _BUFFER = "position_ids"
 
 
 class ImageRewardModel(nn.Module):
-    """Normalised images (B, image_size, image_size, 3), token ids and their mask to a score each."""
+    """Normalised images (B, image_size, image_size, 3), token ids and mask (B, 35) → scores (B,)."""
 
     vision: VisionConfig
     text: BertConfig
@@ -49,9 +49,9 @@ class ImageRewardModel(nn.Module):
 
 
 def image_reward() -> Reward:
-    """log R = the standardised score: 0 is the mean of the model's training data and 1 its deviation.
+    """log R = the standardised score, which has mean 0 and standard deviation 1 on the model's training data.
 
-    Raises `UserError` naming a file that is not there, and how to get it.
+    Raises `UserError` that names a missing file and says how to get it.
     """
 
     def find(file: str, repo: str = "THUDM/ImageReward") -> Path:
@@ -62,7 +62,7 @@ def image_reward() -> Reward:
 
 
 def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionConfig = VIT_L_16) -> Reward:
-    """From a state dict of the released program's model, its `med_config.json` and BERT's `vocab.txt`."""
+    """The reward from a state dict of the released program's model, its `med_config.json` and BERT's `vocab.txt`."""
     model = ImageRewardModel(vision, BertConfig.from_json(read_json(med_config), str(med_config)))
     tokenizer = load_bert_tokenizer(vocabulary, TOKENS)
     params = from_state_dict(
@@ -82,8 +82,8 @@ def from_files(file: Path, med_config: Path, vocabulary: Path, vision: VisionCon
 
 
 def abstract() -> Reward:
-    """The reward without its weights: shapes in the place of arrays."""
-    model = ImageRewardModel(VIT_L_16, BertConfig())  # its defaults are the released file's
+    """The reward with shapes instead of weights."""
+    model = ImageRewardModel(VIT_L_16, BertConfig())  # the defaults are those of the released file
     features = {"ids": jax.ShapeDtypeStruct((TOKENS,), jnp.int32), "mask": jax.ShapeDtypeStruct((TOKENS,), jnp.bool_)}
     return abstract_reward(_shapes(model), features, _scorer(model))
 
@@ -109,5 +109,5 @@ def _scorer(model: ImageRewardModel) -> Callable[[Params, Images, dict[str, Arra
 
 
 def preprocess(images: Images, size: int) -> Resized:
-    """The middle square of each image at `size` pixels, in CLIP's normalisation."""
+    """Crops the middle square of each image, resizes it to `size` pixels, and applies CLIP's normalisation."""
     return clip_normalise(crop_longer_side(images.astype(jnp.float32), size))

@@ -15,14 +15,14 @@ _QUALITY = 95
 
 
 def jpeg() -> Reward:
-    """log R = minus the file's kilobytes at quality 95. `jpeg:-1` asks for large files. It has no gradient."""
+    """log R = minus the file's size in kilobytes at quality 95. `jpeg:-1` rewards large files. It has no gradient."""
     return host_reward(minus_kilobytes, "the reward jpeg")
 
 
 def minus_kilobytes(
     images: Float[np.ndarray, "batch height width 3"], prompts: Sequence[str]
 ) -> Float[np.ndarray, " batch"]:
-    """The score of each image in [0, 1]; a kilobyte is 1000 bytes."""
+    """The score of each image in [0, 1]. A kilobyte is 1000 bytes."""
 
     def size(image: np.ndarray) -> int:
         file = io.BytesIO()

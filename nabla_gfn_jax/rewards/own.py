@@ -3,8 +3,8 @@
 The function has one of three forms:
 
     def bright(images): ...             in JAX, differentiable: images in [0, 1] (B, height, width, 3) to log R (B,)
-    def judged(images, prompts): ...    on NumPy images and a list of texts, for algorithms without its gradient
-    def full() -> Reward: ...           all there is to a `Reward`: parameters, features of prompts, a score
+    def judged(images, prompts): ...    on NumPy images and a list of texts, for algorithms that need no gradient
+    def full() -> Reward: ...           a complete `Reward`: parameters, features of prompts, a score
 """
 
 import hashlib
@@ -22,22 +22,22 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards.host import host_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
-_TRIED = (2, 64, 64, 3)  # shape of the images that a function is traced with
+_TRIED = (2, 64, 64, 3)  # shape of the images with which a function is traced
 
 
 def split(name: str) -> tuple[Path, str] | None:
-    """The file and function that `FILE.py:FUNCTION` names; None for another text."""
+    """Splits `FILE.py:FUNCTION` into file and function; None for other texts."""
     file, _, function = name.rpartition(":")
     return (Path(file).expanduser(), function) if file.endswith(".py") and function else None
 
 
 def own(file: Path, name: str) -> Reward:
-    """The reward. Raises `UserError` for a file that cannot be run, or a function that is none of the forms."""
+    """The reward in `name` of `file`. Raises `UserError` if the file fails or the function has no known form."""
     function, called = _function(file, name), f"{file}:{name}"
     try:
         count = len(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        raise UserError(f"{called} is no function; a reward is one of (images), (images, prompts) or ()") from None
+        raise UserError(f"{called} is not a function; a reward is one of (images), (images, prompts) or ()") from None
     if count == 0:
         found = function()
         if not isinstance(found, Reward):

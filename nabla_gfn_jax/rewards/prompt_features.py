@@ -1,4 +1,4 @@
-"""Unit features of prompts from a text tower, each prompt encoded once."""
+"""Normalised features of prompts from a text tower. Each prompt is encoded once."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,9 +18,9 @@ def prompt_encoder(
     params: Params,
     tokenize: Callable[[Sequence[str]], Int[np.ndarray, "batch tokens"]],
 ) -> Callable[[list[str]], Embeddings]:
-    """Prompts to unit features (B, embedding), float32, of the tower's output.
+    """A function from prompts to the tower's normalised features (B, embedding), float32.
 
-    The weights stay in the host's memory, as stored.
+    The weights stay in the host's memory in their stored type.
     """
     known: dict[str, np.ndarray] = {}
 
@@ -44,5 +44,5 @@ def prompt_encoder(
 
 
 def unit(features: Embeddings) -> Embeddings:
-    """Each feature divided by its length."""
+    """Each feature vector divided by its norm."""
     return features / jnp.linalg.norm(features, axis=-1, keepdims=True)

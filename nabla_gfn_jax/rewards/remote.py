@@ -1,7 +1,7 @@
-"""A reward that a server computes: a batch of PNG files and prompts in, a number for each out.
+"""A reward that a server computes from a batch of PNG files and prompts.
 
-The request is a POST of JSON, {"images": [a PNG in base64, …], "prompts": [text, …]}; the answer is JSON too,
-{"scores": [number, …]}.
+The request is a POST of JSON, {"images": [a PNG in base64, …], "prompts": [text, …]}. The answer is JSON,
+{"scores": [number, …]}, with one number per image.
 """
 
 import base64
@@ -22,13 +22,13 @@ from nabla_gfn_jax.rewards.host import host_reward
 from nabla_gfn_jax.rewards.reward import Reward
 
 SECONDS = 60.0  # for a batch
-_FIRST_SECONDS = 8.0  # for the one grey image by which it is tried
+_FIRST_SECONDS = 8.0  # for the grey image that tests the server
 _TRIES = 3
 _PAUSE = 1.0  # seconds before the second try; twice as long before the third
 
 
 def remote(url: str) -> Reward:
-    """log R as the server at `url` says. Raises `UserError`, within seconds, if it does not answer one grey image."""
+    """The reward that the server at `url` computes. Raises `UserError` within seconds if the server does not answer."""
     ask(url, np.full((1, 64, 64, 3), 0.5, np.float32), [""], _FIRST_SECONDS, tries=1)
     return host_reward(lambda images, prompts: ask(url, images, prompts), f"the reward at {url}")
 
@@ -40,7 +40,10 @@ def ask(
     seconds: float = SECONDS,
     tries: int = _TRIES,
 ) -> list[float]:
-    """The scores of images in [0, 1]. Raises `UserError` if the server is down, too slow, or answers something else."""
+    """The scores of images in [0, 1].
+
+    Raises `UserError` if the server is down or too slow, or its answer is invalid.
+    """
     body = json.dumps({"images": [_png(image) for image in images], "prompts": list(prompts)}).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     for attempt in range(tries):
@@ -50,9 +53,9 @@ def ask(
         except (urllib.error.URLError, TimeoutError, ConnectionError, ValueError) as error:
             why = str(error) if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", error)
             if isinstance(error, urllib.error.HTTPError):
-                error.close()  # it holds the connection
+                error.close()  # it keeps the connection open
             if attempt + 1 == tries:
-                raise UserError(f"the reward at {url} does not answer ({why}); start its server, then go on") from error
+                raise UserError(f"the reward at {url} does not answer ({why}); start its server and resume") from error
             time.sleep(_PAUSE * 2**attempt)
     raise AssertionError("unreachable")
 

@@ -1,4 +1,4 @@
-"""What a reward is."""
+"""The interface of rewards."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,16 +10,20 @@ from jaxtyping import PyTree
 
 from nabla_gfn_jax.typing import Images, Params, PerSample
 
-TOTAL = "log_reward"  # the name of the reward itself among its scores
+TOTAL = "log_reward"  # the name of the whole reward among its scores
 
 
 @dataclass(frozen=True)
 class Reward:
     """log R(x) of images, given prompts.
 
-    `encode_prompts` turns prompts into arrays with a leading axis of their number, once, and raises `UserError`
-    for a prompt the reward cannot judge. `score(params, images, prompt_features)` is pure and differentiable: log
-    R(x) of each image in [0, 1], float32, not yet multiplied by β. `files` are those it was read from.
+    Attributes:
+        params: the parameters of `score`.
+        encode_prompts: prompts → arrays with one row per prompt. It is called once per run, and raises `UserError` for
+            a prompt that the reward cannot judge.
+        score: (params, images in [0, 1], features of their prompts) → log R of each image, (B,), float32, without β. It
+            is pure and, unless the reward says otherwise, differentiable in the images.
+        files: the files from which the reward was read.
     """
 
     params: Params
@@ -28,12 +32,15 @@ class Reward:
     files: tuple[Path, ...] = ()
 
     def scores(self, params: Params, images: Images, features: PyTree[Any]) -> dict[str, PerSample]:
-        """`score` under the name `TOTAL`, and whatever a reward tells apart beside it, for the log."""
+        """The result of `score` under the name `TOTAL`, and the parts of a sum under their own names, for the log."""
         return {TOTAL: self.score(params, images, features)}
 
 
 def abstract_reward(shapes: PyTree[Any], features: PyTree[Any], score: Callable[..., PerSample]) -> Reward:
-    """A reward to compile and not to run: `shapes` of its parameters and of one prompt's features, for arrays."""
+    """A reward with shapes instead of arrays, which can be compiled but not run.
+
+    `shapes` are those of the parameters, `features` those of one prompt's features.
+    """
 
     def encode(prompts: list[str]) -> PyTree[Any]:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct((len(prompts), *a.shape), a.dtype), features)

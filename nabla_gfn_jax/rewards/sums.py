@@ -12,7 +12,7 @@ from nabla_gfn_jax.typing import Images, Params, PerSample
 
 @dataclass(frozen=True)
 class SumOfRewards(Reward):
-    """A reward whose `scores` has its parts beside it, each as `log_reward_NAME`, not multiplied by its weight."""
+    """A sum whose `scores` also has each part as `log_reward_NAME`, without its weight."""
 
     parts: tuple[tuple[str, float, Reward], ...] = ()
 
@@ -23,7 +23,7 @@ class SumOfRewards(Reward):
 
 
 def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> SumOfRewards:
-    """The sum of the parts by name, each times its weight. It knows the prompts that all of them know."""
+    """The sum of the named parts, each times its weight. It accepts the prompts that all parts accept."""
 
     def encode(prompts: list[str]) -> dict[str, Any]:
         return {name: part.encode_prompts(prompts) for name, (_, part) in parts.items()}
