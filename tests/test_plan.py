@@ -185,4 +185,4 @@ def test_a_tpu_that_is_not_here(tiny_model):
     assert "8 devices, each 15.75 GiB" in done.stdout
     assert re.search(r"\| 4 updates \|.* 4 all-reduce, \d", done.stdout), done.stdout  # one an update, four an epoch
     assert "loops counted once" not in done.stdout
-    assert "largest micro-batch of an update that fits: 2 trajectories a device" in done.stdout
+    assert "largest micro-batch of an update that fits: 2 trajectories per device" in done.stdout

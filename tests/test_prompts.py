@@ -112,7 +112,7 @@ def test_parquet(tmp_path):
     found = prompt_set(f"{tmp_path}/a.parquet:text,n")
     assert (found.train, found.weights) == (("a cat", "a dog"), (1.0, 3.0))
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"a\.parquet is no parquet file"):
+    with pytest.raises(UserError, match=r"a\.parquet is not a parquet file"):
         prompt_set(f"{tmp_path}/a.parquet:text")
 
 
@@ -173,7 +173,7 @@ def test_a_data_set_of_the_hub(tmp_path, monkeypatch):
 BAD = {
     "empty.txt": ("\n", "has no prompts"),
     "numbers.json": ("[1, 2]", "is not a list of prompts"),
-    "broken.json": ("[", "is no JSON"),
+    "broken.json": ("[", "is not valid JSON"),
     "object.json": ("{}", "is not a list of prompts"),
     "table.csv": ("a,b\n1,2\n", "is a table; name the column of prompts, as in …/table.csv:COLUMN; it has a, b"),
     "picture.png": ("x", "cannot be read; use a file that ends in .txt"),

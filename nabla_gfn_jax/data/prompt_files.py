@@ -1,12 +1,10 @@
-"""Prompts from the files that people keep them in.
+"""Reads prompts from files.
 
-| ending | prompts |
-|---|---|
-| `.txt` | a line each; empty lines and those that begin with # are none |
-| `.csv`, `.tsv`, `.jsonl`, `.parquet` | a row each, of the column that is named, or `prompt`, or the only one |
-| `.json` | a list of texts, or of objects as rows |
+| ending | prompts | |---|---| | `.txt` | one per line; empty lines and lines that begin with # are skipped | | `.csv`,
+`.tsv`, `.jsonl`, `.parquet` | one per row, from the named column, else from `prompt`, else from the only column | |
+`.json` | a list of texts, or of objects as rows |
 
-A second column may hold weights: how often a prompt is to be drawn, beside the others.
+A second column may have weights: the relative frequencies with which training draws the prompts.
 """
 
 import codecs
@@ -21,17 +19,18 @@ from nabla_gfn_jax.errors import UserError
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 ENDINGS = (".txt", ".json", ".jsonl", ".parquet", *_SEPARATORS)
-_USUAL = "prompt"  # the column that is read where none is named
+_USUAL = "prompt"  # the column that is read if none is named
 
 
 def read_prompts(file: Path, columns: str | None = None) -> tuple[list[str], list[float] | None]:
-    """A file's prompts in its order, and their weights if there are any.
+    """The prompts of a file in its order, and their weights, or None if there are none.
 
     Args:
+        file: a file with one of `ENDINGS`.
         columns: `PROMPTS` or `PROMPTS,WEIGHTS`, names of columns of a table.
 
     Raises:
-        UserError: names the file and what is wrong with it.
+        UserError: the file cannot be read, or has no such column.
     """
     if file.suffix == ".txt":
         lines = [line.strip() for line in read_text(file).split("\n")]
@@ -61,20 +60,21 @@ def _only_column(file: Path, rows: list[dict[str, Any]]) -> str:
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a table, by column. Raises `UserError` for a file that is none."""
+    """The rows of a table as dicts by column. Raises `UserError` if the file is not a table."""
     if file.suffix in _SEPARATORS:
         text = io.StringIO(read_text(file), newline="")
         try:
             return list(csv.DictReader(text, strict=True, delimiter=_SEPARATORS[file.suffix]))
         except csv.Error as error:
-            raise UserError(f"{file} is no {file.suffix[1:].upper()} ({error}); a quote may be left open") from error
+            kind = file.suffix[1:].upper()
+            raise UserError(f"{file} is not valid {kind} ({error}); a quote may be left open") from error
     if file.suffix == ".parquet":
         return _parquet(file)
     try:
-        # JSON may hold what is a line end to Python alone.
+        # Not `splitlines`, because JSON texts may contain other characters that it takes for line ends.
         return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
     except ValueError as error:
-        raise UserError(f"{file} is no JSON lines ({error}); download it again") from error
+        raise UserError(f"{file} is not valid JSON lines ({error}); download it again") from error
 
 
 def _parquet(file: Path) -> list[dict[str, Any]]:
@@ -86,12 +86,12 @@ def _parquet(file: Path) -> list[dict[str, Any]]:
     try:
         rows: list[dict[str, Any]] = read_table(file).to_pylist()
     except (ArrowException, OSError) as error:
-        raise UserError(f"{file} is no parquet file ({str(error).splitlines()[0]}); download it again") from error
+        raise UserError(f"{file} is not a parquet file ({str(error).splitlines()[0]}); download it again") from error
     return rows
 
 
 def cell(file: Path, row: Any, column: str) -> str:
-    """The text in a row's column. Raises `UserError` if there is none."""
+    """The text in a column of a row. Raises `UserError` if there is none."""
     if not isinstance(row, dict) or not isinstance(row.get(column), str):
         has = ", ".join(str(name) for name in row) if isinstance(row, dict) else "no columns"
         raise UserError(f"{file} has no text in column {column!r} of every row; it has {has}")
@@ -110,15 +110,15 @@ def _weight(file: Path, row: dict[str, Any], column: str) -> float:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds. Raises `UserError` if it is none."""
+    """The contents of a JSON file. Raises `UserError` if the file is not valid JSON."""
     try:
         return json.loads(read_text(file))
     except ValueError as error:
-        raise UserError(f"{file} is no JSON ({error}); download it again") from error
+        raise UserError(f"{file} is not valid JSON ({error}); download it again") from error
 
 
 def read_text(file: Path) -> str:
-    """A file's text in UTF-8, or in UTF-16 as Windows marks it. Raises `UserError` if it cannot be read."""
+    """The text of a file in UTF-8, or in UTF-16 with a byte order mark. Raises `UserError` if it cannot be read."""
     try:
         contents = file.read_bytes()
         marked = contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -1,15 +1,17 @@
-"""Prompt sets, by name: what training draws from, and what is held out for evaluation.
+"""Prompt sets by name: the prompts for training, and the prompts held out for evaluation.
 
 | name | prompts | held out |
 |---|---|---|
 | `simple_animals` | the 45 animals of DDPO (arXiv 2305.13301) | none, as in the paper |
-| `a_face` | "a face": one prompt, a hundred faces times three vendors to draw, so diversity is counted | none |
+| `a_face` | "a face": this prompt fits a hundred faces by three vendors, so diversity can be counted | none |
 | `hpd_photo`, `hpd_paintings`, `hpd_anime`, `hpd_concept_art` | HPDv2's benchmark (arXiv 2306.09341) | the first 10 |
-| `hpd_photo_paintings` | two of them, as the paper has it | the first 10 of each |
-| `drawbench` | DrawBench (arXiv 2205.11487) but Misspellings and Rare Words | the first 2 of each category |
+| `hpd_photo_paintings` | photo and paintings together, as in the paper | the first 10 of each |
+| `drawbench` | DrawBench (arXiv 2205.11487) without Misspellings and Rare Words | the first 2 of each category |
 | `imagenet_animals` | the 398 animals among ImageNet's classes | none |
-| a path, or `…:COLUMN`, `…:COLUMN,WEIGHTS` | a file of `prompt_files` | none |
+| a path, or `…:COLUMN`, `…:COLUMN,WEIGHTS` | a file that `prompt_files` reads | none |
 | `hub:OWNER/NAME/FILE`, or with columns | such a file of a data set on the hub | none |
+
+Evaluation uses the training prompts of a set that holds out none.
 """
 
 import re
@@ -34,16 +36,16 @@ SIMPLE_ANIMALS = (
 _HPD_HELD_OUT = 10
 _DRAWBENCH_HELD_OUT = 2
 _DRAWBENCH_LEFT_OUT = ("Misspellings", "Rare Words")
-_IMAGENET_ANIMALS = 398  # its first classes
+_IMAGENET_ANIMALS = 398  # ImageNet's first classes
 _HUB_FILE = re.compile(r"hub:(?P<repo>[\w.-]+/[\w.-]+)/(?P<file>[^:]+)(?::(?P<column>.+))?")
-_FOLDER = "prompts"  # in the user's folder of weights
+_FOLDER = "prompts"  # the subfolder of the user's folder of weights
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts in a fixed order; `held_out` are for evaluation alone, and are `train` where a set has none.
+    """Prompts in a fixed order. `held_out` is for evaluation only; it equals `train` if the set holds out none.
 
-    `weights` says how often training draws each of `train`, beside the others; None: all as often.
+    `weights` has the relative frequencies with which training draws the prompts of `train`; None: all the same.
     """
 
     train: tuple[str, ...]
@@ -68,12 +70,12 @@ def prompt_set(name: str) -> PromptSet:
     if not found.train:
         raise UserError(f"prompts = {name!r} has no prompts")
     if found.weights is not None and not any(found.weights):
-        raise UserError(f"prompts = {name!r} gives every prompt the weight 0; one at least must be above")
+        raise UserError(f"prompts = {name!r} gives every prompt the weight 0; at least one weight must be above 0")
     return found
 
 
 def _local(name: str) -> tuple[Path, str | None] | None:
-    """The file and column that `FILE` or `FILE:COLUMN` names, if there is such a file."""
+    """Splits `FILE` or `FILE:COLUMN` into file and column; None if there is no such file."""
     whole, (path, _, column) = Path(name).expanduser(), name.rpartition(":")
     if whole.is_file():
         return whole, None
@@ -114,7 +116,7 @@ def _drawbench() -> PromptSet:
 
 
 def _imagenet_animals() -> PromptSet:
-    """The first name of each class."""
+    """The first name of each animal class."""
     file = hub.find(_FOLDER, "imagenet-1k-id2label.json", repo="huggingface/label-files", repo_type="dataset")
     labels = read_json(file)
     try:

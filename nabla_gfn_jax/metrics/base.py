@@ -1,6 +1,6 @@
-"""What a metric is: a state from each batch of images, states that merge, and figures from a state.
+"""The interface of metrics: a state for each batch of images, states that can be merged, and figures from a state.
 
-A new metric is one file with one class that keeps the `Metric` protocol, and a line in `inference.evaluation`.
+A new metric is one file with one class that follows the `Metric` protocol, and a line in `inference.evaluation`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ from nabla_gfn_jax.metrics.tilt import BaseValues, Estimate, Strata, Values, nor
 
 
 class NotAvailable(Exception):
-    """The metric cannot judge these prompts. Its text says why, in a line."""
+    """The metric cannot be computed for these prompts. The text gives the reason in one line."""
 
 
 class PathStatistics(NamedTuple):
-    """How each sample's path differs from what the base model would have done: see `metrics.certificate.Paths`."""
+    """The divergence of each sample's path from the base model's steps; see `metrics.certificate.Paths`."""
 
     spent: Float[np.ndarray, "batch steps"]
     log_ratio: Float[np.ndarray, " batch"]
@@ -29,37 +29,37 @@ class Batch:
     """Images in [0, 1] that were sampled together."""
 
     images: Float[np.ndarray, "batch height width 3"]
-    prompt: Int[np.ndarray, " batch"]  # of each image: an index into the prompts that the metrics were prepared for
+    prompt: Int[np.ndarray, " batch"]  # of each image: an index into the prompts given to `Metric.prepare`
     paths: PathStatistics | None = None  # None: not recorded, as for the base model itself
 
 
 class State(Protocol):
-    """What is kept of the images that were seen."""
+    """The data that a metric keeps about the images so far."""
 
     def merge(self, other: Any) -> Any:
-        """The state of this one's images and the other's, in this order."""
+        """The state of this state's images followed by those of the other."""
 
 
 @runtime_checkable
 class Metric(Protocol):
-    """`prepare` once, `update` for each batch, `merge` the states, `compute`."""
+    """A measurement of images: `prepare` once, `update` for each batch, `merge` the states, then `compute`."""
 
     @property
     def name(self) -> str: ...
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Before any image is sampled. Raises `NotAvailable` if the metric cannot judge these prompts."""
+        """Is called before sampling. Raises `NotAvailable` if the metric cannot be computed for these prompts."""
 
     def update(self, batch: Batch) -> Any:
         """The state of a batch."""
 
     def compute(self, state: Any, weighting: "Weighting | None" = None) -> dict[str, Estimate]:
-        """Figures by name, of samples that count equally or as the weighting says."""
+        """The figures by name, with equal weights of the samples of a prompt or with the weights of `weighting`."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """A state that keeps a few numbers of each sample: arrays of one leading axis."""
+    """A state with a few numbers per sample: arrays with one common leading axis n."""
 
     prompt: Int[np.ndarray, " n"]
     values: dict[str, np.ndarray]
@@ -69,22 +69,22 @@ class Samples:
         return Samples(np.concatenate([self.prompt, other.prompt]), values)
 
     def by_prompt(self) -> "Samples":
-        """A prompt after the other, in the order they have within each."""
+        """The samples sorted by prompt. Within a prompt, the order is kept."""
         order = np.argsort(self.prompt, kind="stable")
         return Samples(self.prompt[order], {name: array[order] for name, array in self.values.items()})
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """Weights of samples sorted by prompt, the same total for each prompt, and what a bootstrap makes of them."""
+    """Weights of samples that are sorted by prompt. Each prompt has the same total weight."""
 
     strata: Strata
     weights: Values  # sum to 1
-    replicates: Float[np.ndarray, "replicates n"]
+    replicates: Float[np.ndarray, "replicates n"]  # the weights in each replicate of the bootstrap
 
     @classmethod
     def equal(cls, prompt: Int[np.ndarray, " n"], seed: int = 0) -> "Weighting":
-        """Each sample of a prompt counts as much."""
+        """Equal weights for all samples of a prompt. `seed` is the bootstrap's."""
         strata = Strata(prompt)
         scale = strata.repeat(1.0 / (strata.sizes * len(strata.sizes)))
         replicates = np.array([counts for counts, _ in resamples(strata, strata, seed)])
@@ -92,7 +92,7 @@ class Weighting:
 
     @classmethod
     def tilted(cls, base: Samples, policy: Samples, seed: int = 0) -> "Weighting":
-        """Base samples weighted by R^b to the policy's mean log R. Both have "log_reward", sorted by prompt."""
+        """Base samples weighted by R^b to the policy's mean log R. Both have "log_reward" and are sorted by prompt."""
         mine, theirs = Strata(policy.prompt), Strata(base.prompt)
         reward, base_reward = policy.values["log_reward"], base.values["log_reward"]
 
@@ -105,11 +105,11 @@ class Weighting:
 
     @property
     def effective(self) -> float:
-        """How many equally weighted samples these are worth, all prompts together."""
+        """The effective sample size over all prompts."""
         return float(1.0 / np.square(self.weights).sum())
 
     def estimate(self, figures: Callable[[Values], dict[str, float]]) -> dict[str, Estimate]:
-        """Figures of the weights, with the spread of those of the replicates."""
+        """The figures for the weights. Their standard errors are the spread over the replicates."""
         values, resampled = figures(self.weights), [figures(weights) for weights in self.replicates]
         return {
             name: Estimate(value, float(np.std([figures[name] for figures in resampled], ddof=1)))
@@ -118,5 +118,5 @@ class Weighting:
 
     @property
     def effective_of_prompts(self) -> Float[np.ndarray, " prompts"]:
-        """The same of each prompt's."""
+        """The effective sample size of each prompt."""
         return self.strata.sums(self.weights) ** 2 / self.strata.sums(np.square(self.weights))

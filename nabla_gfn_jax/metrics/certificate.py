@@ -1,18 +1,20 @@
-"""How far is a policy from P_base · R^β? Nats from arrays of rewards and path statistics, with NumPy alone.
+"""The divergence of a policy from P_base · R^β in nats, from arrays of rewards and path statistics, with NumPy only.
 
-A path is a sample with the Gaussian steps that led to it. The policy's steps have mean μ_θ, the base model's μ_#, both
-σ_k. Everything below needs four arrays of the policy's paths and the log rewards of base samples (docs/nats.md):
+A path is a sample with the Gaussian steps that led to it. The steps have mean μ_θ for the policy, μ_# for the base
+model, and the same σ_k. The figures need four arrays of the policy's paths and the log rewards of base samples
+(docs/nats.md):
 
     spent       S = E_θ[Σ_k ‖μ_θ − μ_#‖²/(2σ_k²)], the KL of the policy's paths from the base model's
     log Z(b)    mean over prompts of log E_base[R^b]
     exponent    b such that base samples weighted by R^b have the policy's mean log R, called r
     needed      b·r − log Z(b). No distribution with mean log R = r is nearer to the base model
-    efficiency  needed / spent, at most 1; it is 1 for the tilted base model P_base · R^b alone
-    gap(β)      S − β·r + log Z(β) = KL(policy's paths ‖ P_base · R^β's) ≥ 0. It is least at β = b: spent − needed
+    efficiency  needed / spent, at most 1; it is 1 only for the tilted base model P_base · R^b
+    gap(β)      S − β·r + log Z(β) = KL(policy's paths ‖ paths of P_base · R^β) ≥ 0. Its minimum, at β = b, is
+                spent − needed
     weights     w = R^β · Π p_#(y|x)/p_θ(y|x), constant if and only if the policy is P_base · R^β
 
-Every mean is the mean over prompts of the mean within a prompt; the prompts are taken as fixed. Standard errors are a
-bootstrap's over samples. Sample i of a prompt is taken to have the same noise in both models.
+Every mean is the mean over prompts of the mean within a prompt; the prompts are fixed. Standard errors come from a
+bootstrap over samples, which assumes that sample i of a prompt has the same noise in both models.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,27 +35,27 @@ from nabla_gfn_jax.metrics.tilt import (
     tilt_of,
 )
 
-Figures = Callable[[Values | None, BaseValues | None], list[float]]  # how often each sample counts → figures
+Figures = Callable[[Values | None, BaseValues | None], list[float]]  # counts of each sample → figures
 
 
 @dataclass(frozen=True)
 class Paths:
-    """n sampled paths. A base model's own have spent = 0 and log_ratio = 0: `Paths.of_base`."""
+    """n sampled paths. Paths of the base model have spent = 0 and log_ratio = 0; see `Paths.of_base`."""
 
     log_reward: Values  # log R of the sample, not multiplied by β
     spent: Float[np.ndarray, "n steps"]  # ‖μ_θ − μ_#‖²/(2σ²) of each step, summed over elements
     log_ratio: Values  # log Π p_#(y|x)/p_θ(y|x) = −Σ_k [‖δ_k‖²/2 + δ_k·z_k], δ = (μ_θ − μ_#)/σ, z the noise
-    prompt: Int[np.ndarray, " n"]  # which prompt: any integers
+    prompt: Int[np.ndarray, " n"]  # the prompt of each path, as any integers
 
     @classmethod
     def of_base(cls, log_reward: Values, prompt: Int[np.ndarray, " n"] | None = None) -> "Paths":
-        """Samples of the base model; of one prompt if none is given."""
+        """Paths of the base model with these log rewards. Without `prompt`, all have the same prompt."""
         n = len(log_reward)
         zeros = np.zeros(n)
         return cls(np.asarray(log_reward), zeros[:, None], zeros, np.zeros(n, int) if prompt is None else prompt)
 
     def by_prompt(self) -> "Paths":
-        """The same paths in float64, a prompt after the other, in the order they have within each."""
+        """The paths in float64, sorted by prompt. Within a prompt, the order is kept."""
         order = np.argsort(self.prompt, kind="stable")
         reward, spent, ratio = (np.asarray(a, np.float64)[order] for a in (self.log_reward, self.spent, self.log_ratio))
         return Paths(reward, spent, ratio, self.prompt[order])
@@ -61,38 +63,42 @@ class Paths:
 
 @dataclass(frozen=True)
 class AtBeta:
-    """How far the policy is from P_base · R^β for one β."""
+    """The divergence of the policy from P_base · R^β for one β."""
 
     beta: float
     log_z: LogZ
-    log_z_is_policys: bool  # where base samples are few and the policy's path weights give more, they are taken
+    log_z_is_policys: bool  # True if log Z comes from the policy's path weights, because base samples are too few
     gap: Estimate  # nats; in expectation a lower bound if log_z is one
-    effective_share: Estimate  # of the policy's path weights within a prompt, 1/n to 1
-    log_weight_std: Estimate  # of log w within a prompt; 0 for P_base · R^β itself
+    effective_share: Estimate  # effective sample size of the path weights / samples, within a prompt, 1/n to 1
+    log_weight_std: Estimate  # standard deviation of log w within a prompt; 0 for P_base · R^β itself
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What a policy reached and what it spent. All is 0 for the base model; its efficiency is undefined, NaN."""
+    """The reward that a policy reaches and the nats that it spends.
+
+    For the base model, exponent, needed and spent are 0, and the efficiency is NaN.
+    """
 
     samples: int
     base_samples: int
     log_reward: Estimate
-    exponent: Estimate  # infinite if the policy's mean log R is above (or below) every base sample's
+    exponent: Estimate  # infinite if the policy's mean log R is above (or below) that of every base sample
     needed: Estimate
     spent: Estimate
     efficiency: Estimate
-    at_exponent: AtBeta | None  # the nearest target; None where the exponent is infinite
-    at_beta: AtBeta | None  # the target it was trained for, where that is known
+    at_exponent: AtBeta | None  # for the nearest target; None if the exponent is infinite
+    at_beta: AtBeta | None  # for the target of the training, if it is known
     spent_by_step: Float[np.ndarray, " steps"]
     spent_by_step_error: Float[np.ndarray, " steps"]
     warnings: tuple[str, ...]
 
 
 def certify(policy: Paths, base: Paths, beta: float | None = None, seed: int = 0) -> Certificate:
-    """The certificate of a policy, given base samples of the same prompts; `seed` is the bootstrap's.
+    """The certificate of a policy, given base samples of the same prompts.
 
-    The policy may be the base model itself: `certify(base, base, beta)`. Raises `ValueError` if the prompts differ.
+    `beta` is the exponent of the target, `seed` that of the bootstrap. The policy may be the base model itself:
+    `certify(base, base, beta)`. Raises `ValueError` if the prompts differ.
     """
     pair = _Pair(policy.by_prompt(), base.by_prompt())
     nearest = pair.overall(None, None)[1]
@@ -119,7 +125,7 @@ def certify(policy: Paths, base: Paths, beta: float | None = None, seed: int = 0
 
 
 class _Pair:
-    """A policy's paths beside the base model's, both sorted by prompt."""
+    """The paths of a policy and of the base model, both sorted by prompt."""
 
     def __init__(self, policy: Paths, base: Paths):
         self.policy, self.base = policy, base
@@ -129,7 +135,7 @@ class _Pair:
             raise ValueError(f"the samples of the policy and of the base model are of different prompts: {prompts}")
 
     def means(self, counts: Values | None) -> tuple[float, float]:
-        """Mean log R and spent."""
+        """Mean log R and mean spent nats."""
         return self.mine.mean(self.policy.log_reward, counts), self.mine.mean(self.policy.spent.sum(1), counts)
 
     def overall(self, counts: Values | None, base_counts: BaseValues | None) -> list[float]:
@@ -139,7 +145,7 @@ class _Pair:
         return [reward, tilt.exponent, tilt.needed, spent, tilt.needed / spent if spent > 0 else np.nan]
 
     def estimate(self, functions: Sequence[Figures], seed: int) -> list[list[Estimate]]:
-        """The figures of each function with the bootstrap's standard errors."""
+        """The figures of each function with standard errors from the bootstrap."""
         with np.errstate(invalid="ignore"):
             resampled = [[f(*counts) for f in functions] for counts in resamples(self.mine, self.theirs, seed)]
             errors = [np.std(figures, axis=0, ddof=1).tolist() for figures in zip(*resampled, strict=True)]
@@ -150,7 +156,7 @@ class _Pair:
 
 
 class _Target:
-    """P_base · R^β, seen from a pair's samples."""
+    """The target P_base · R^β, estimated from the samples of a pair."""
 
     def __init__(self, pair: _Pair, beta: float):
         self.beta, self.pair = beta, pair
@@ -161,7 +167,7 @@ class _Target:
             self.log_z, self.is_policys = max((self.log_z, False), (other, True), key=lambda z: z[0].value)
 
     def figures(self, counts: Values | None, base_counts: BaseValues | None) -> list[float]:
-        """Gap with the plain log Z, effective share and standard deviation of the path weights."""
+        """Gap with the uncorrected log Z, effective share and standard deviation of the path weights."""
         mine = self.pair.mine
         weights = normalise(self.log_weight, mine, counts)
         of_base = normalise(self.beta * self.pair.base.log_reward, self.pair.theirs, base_counts)
@@ -181,13 +187,13 @@ def _warnings(pair: _Pair, exponent: float, at_beta: AtBeta | None) -> Iterator[
     if not np.isfinite(exponent):
         yield "the policy's mean log R is beyond that of every base sample: needed and efficiency are lower bounds"
     elif (z := log_z_of(exponent * pair.base.log_reward, pair.theirs)).is_lower_bound:
-        yield f"needed rests on {z.effective:.1f} effective of {z.samples:.0f} base samples a prompt; draw more"
+        yield f"needed rests on {z.effective:.1f} effective of {z.samples:.0f} base samples per prompt; draw more"
     if at_beta is None:
         return
     z = log_z_of(at_beta.beta * pair.base.log_reward, pair.theirs)
     if z.is_lower_bound:
-        few = f"log Z({at_beta.beta:g}) rests on {z.effective:.1f} effective of {z.samples:.0f} base samples a prompt"
+        few = f"log Z({at_beta.beta:g}) rests on {z.effective:.1f} effective of {z.samples:.0f} base samples per prompt"
         if at_beta.log_z_is_policys and not at_beta.log_z.is_lower_bound:
-            yield f"{few}; the policy's own path weights are used, which miss what it never draws"
+            yield f"{few}; the policy's own path weights are used, which miss images that it never samples"
         else:
-            yield f"{few}: it, and so the gap, is a lower bound; draw more"
+            yield f"{few}, so log Z and the gap are lower bounds; draw more"

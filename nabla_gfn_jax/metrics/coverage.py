@@ -1,9 +1,9 @@
-"""Which known drawing does a sample show? Then diversity can be counted instead of guessed.
+"""Coverage: finds the known drawing that each sample shows, so that diversity can be counted.
 
-Every drawing of the base model is a point in 64 dimensions; a sample shows the nearest one. The points are
-discriminant features of EfficientNet-Lite2, not the network of the rewards, and ship with the package, so that no
-picture is needed. `python -m nabla_gfn_jax.emoji.fit_atlas` makes the file and says how often the nearest
-drawing is the right one.
+Every drawing of the base model is a point in 64 dimensions, and a sample shows the nearest drawing. The points are
+discriminant features of EfficientNet-Lite2, which the rewards do not use. They ship with the package, so the drawings
+themselves are not needed. `python -m nabla_gfn_jax.emoji.fit_atlas` makes the file and prints how often the nearest
+drawing is correct.
 """
 
 import json
@@ -33,17 +33,17 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Atlas:
-    """The base model's N drawings: where they lie, and what they are."""
+    """The base model's drawings: their points, concepts and vendors."""
 
     params: Params
     points: Float[Array, "drawings 64"]
     concept: Int[np.ndarray, " drawings"]
     vendor: Int[np.ndarray, " drawings"]
-    names: tuple[str, ...]  # CLDR's, of the concepts
-    captions: tuple[tuple[str, ...], ...]  # of each concept, the most specific first
+    names: tuple[str, ...]  # the CLDR name of each concept
+    captions: tuple[tuple[str, ...], ...]  # the captions of each concept, the most specific first
 
     def captioned(self, caption: str) -> list[int]:
-        """The concepts that a caption describes. Raises `UserError` if it describes none."""
+        """The concepts that have this caption. Raises `UserError` if there is none."""
         found = [i for i, captions in enumerate(self.captions) if caption in captions]
         if not found:
             raise UserError(f"no drawing is called {caption!r}, so coverage cannot be counted for it")
@@ -69,7 +69,7 @@ def atlas() -> Atlas:
 
 
 def layout(network: Params, images: Images) -> Float[Array, "batch 1080"]:
-    """What is where in the image, as EfficientNet-Lite2 sees it."""
+    """EfficientNet-Lite2's features at each place of a coarse grid over the image."""
     with jax.default_matmul_precision("highest"):
         grid = jnp.asarray(NETWORK.apply({"params": network}, images, method="layout"))
     return grid.reshape(grid.shape[0], -1)
@@ -82,7 +82,7 @@ def _nearest(params: Params, points: Float[Array, "drawings 64"], images: Images
 
 
 def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np.ndarray, " batch"]:
-    """For each image in [0, 1] the number of the drawing it shows: an index into `atlas()`'s arrays."""
+    """For each image in [0, 1], the drawing that it shows, as an index into the arrays of `atlas()`."""
     known = atlas()
     padding = -len(images) % _BATCH
     padded = np.pad(np.asarray(images, np.float32), ((0, padding), (0, 0), (0, 0), (0, 0)))
@@ -92,12 +92,12 @@ def nearest_drawing(images: Float[np.ndarray, "batch height width 3"]) -> Int[np
 
 
 def concept_captions() -> list[str]:
-    """One caption, with its article, for each emoji of the base model."""
+    """One caption, with an article, for each concept of the base model."""
     return [captions[min(1, len(captions) - 1)] for captions in atlas().captions]
 
 
 class Coverage:
-    """Which drawings images show, and how evenly; for prompts that are captions of the base model's drawings."""
+    """The drawings that images show, and their entropies. The prompts must be captions of the base model's drawings."""
 
     def __init__(self) -> None:
         self._concepts: list[list[int]] = []
@@ -107,7 +107,7 @@ class Coverage:
         return "coverage"
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        """Raises `NotAvailable` if a prompt is no drawing's caption or the metric's network is not installed."""
+        """Raises `NotAvailable` if a prompt is not a drawing's caption or the metric's network is not installed."""
         try:
             self._concepts = [atlas().captioned(prompt) for prompt in prompts]
         except UserError as error:
@@ -119,7 +119,7 @@ class Coverage:
         return Samples(batch.prompt, {"drawing": drawing, "right": np.asarray(right, bool)})
 
     def compute(self, state: Samples, weighting: Weighting | None = None) -> dict[str, Estimate]:
-        """Share of images that show their prompt; entropies of vendors (mean over prompts) and of all drawings."""
+        """The share of images that show their prompt, and the entropies over vendors (mean of prompts) and drawings."""
         state = state.by_prompt()
         weighting = weighting or Weighting.equal(state.prompt)
         drawing, vendor = state.values["drawing"], atlas().vendor[state.values["drawing"]]
@@ -134,9 +134,10 @@ class Coverage:
         return weighting.estimate(figures)
 
     def compute_as(self, state: Samples, weighting: Weighting) -> dict[str, Estimate]:
-        """The entropies of `compute`, of as few of these samples as those of a weighting of the same prompts are worth.
+        """The entropies of `compute` at the effective sample sizes of `weighting`, which has the same prompts.
 
-        Few samples miss kinds, and no correction sees all of them: only what is counted alike is compared.
+        Few samples miss drawings, and no correction removes this bias completely. Entropies are therefore comparable
+        only at equal sample sizes.
         """
         state = state.by_prompt()
         drawing, vendor = state.values["drawing"], atlas().vendor[state.values["drawing"]]

@@ -1,4 +1,4 @@
-"""The certificate of a policy as a metric: rewards and path statistics of its samples, then nats (`certificate`)."""
+"""The certificate of a policy as a metric, from the rewards and path statistics of its samples (`certificate`)."""
 
 import numpy as np
 
@@ -9,9 +9,9 @@ from nabla_gfn_jax.rewards.reward import TOTAL, Reward
 
 
 class Nats(LogReward):
-    """What `LogReward` keeps, and of each path the nats spent by step and log p_#/p_θ.
+    """`LogReward` with two more values per sample: the nats spent in each step, and log p_#/p_θ of the path.
 
-    A batch without path statistics is the base model's own.
+    A batch without path statistics counts as sampled by the base model.
     """
 
     def __init__(self, reward: Reward, num_steps: int, beta: float | None = None):
@@ -30,7 +30,7 @@ class Nats(LogReward):
         return Samples(batch.prompt, super().update(batch).values | paths._asdict())
 
     def certify(self, state: Samples, base: Samples) -> Certificate:
-        """The certificate, given the state of base samples of the same prompts, sampler and reward."""
+        """The certificate, given the state of base samples with the same prompts, sampler and reward."""
         return certify(_paths(state), _paths(base), self._beta)
 
 

@@ -13,7 +13,7 @@ from nabla_gfn_jax.rewards.reward import TOTAL, Reward
 
 
 class LogReward:
-    """log R(image | prompt), not multiplied by β; its state has what `Reward.scores` names."""
+    """The mean of log R(image | prompt), without β. Its state has the scores of `Reward.scores`."""
 
     def __init__(self, reward: Reward):
         self._reward = reward
@@ -21,7 +21,7 @@ class LogReward:
         self._params = place(reward.params, self._mesh)
         self._score = split(reward.scores, self._mesh, (EVERYWHERE, SPLIT, SPLIT), SPLIT)
         self._features: Any = None
-        self._rows = 0  # of a batch, the largest so far: shorter ones are filled up, so that one program serves all
+        self._rows = 0  # rows of the largest batch so far; smaller batches are padded, so that one program serves all
 
     @property
     def name(self) -> str:

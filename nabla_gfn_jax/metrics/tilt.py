@@ -1,7 +1,7 @@
-"""Samples of several prompts, weighted: the log of a mean weight, effective samples, and the tilt to a mean reward.
+"""Weighted samples of several prompts: log of the mean weight, effective sample size, and the tilt to a mean reward.
 
-NumPy alone. Every mean is the mean over prompts of the mean within a prompt. `counts` say how often each sample counts
-(a bootstrap's); without them each counts once.
+Only NumPy is used. Every mean is the mean over prompts of the mean within a prompt. `counts` says how often each sample
+counts, as in a bootstrap; without it each counts once.
 """
 
 from collections.abc import Iterator
@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-REPLICATES = 200  # of a bootstrap: standard errors to 5 %
-FEW = 20  # effective samples of a prompt, below which log Z is called a lower bound
-_LIMIT = 1e8  # of |b| · (spread of log R): beyond it all weight lies on the best samples
+REPLICATES = 200  # of a bootstrap; standard errors are then accurate to 5 %
+FEW = 20  # with fewer effective samples per prompt, log Z is called a lower bound
+_LIMIT = 1e8  # largest |b| · (standard deviation of log R); beyond it all weight is on the best samples
 
 Values = Float[np.ndarray, " n"]
 BaseValues = Float[np.ndarray, " base"]
@@ -20,14 +20,14 @@ OfPrompts = Float[np.ndarray, " prompts"]
 
 
 class Estimate(NamedTuple):
-    """A figure and its standard error; NaN where there is none."""
+    """A figure and its standard error, which is NaN if there is none."""
 
     value: float
     error: float = float("nan")
 
 
 class Strata:
-    """Where each prompt's samples begin in arrays that are sorted by prompt."""
+    """The ranges of each prompt's samples in arrays that are sorted by prompt."""
 
     def __init__(self, prompt: Int[np.ndarray, " n"]):
         self.prompts, self.starts, self.sizes = np.unique(prompt, return_index=True, return_counts=True)
@@ -48,11 +48,11 @@ class Strata:
         return self.sums(counts * values) / self.sums(counts)
 
     def mean(self, values: Values, counts: Values | None = None) -> float:
-        """Over prompts, of the mean within each."""
+        """The mean over prompts of the mean within each prompt."""
         return float(self.means(values, counts).mean())
 
     def mean_and_error(self, values: Float[np.ndarray, "n ..."]) -> tuple[Any, Any]:
-        """`mean` of each column and its standard error, NaN if a prompt has one sample."""
+        """`mean` of each column and its standard error, which is NaN if a prompt has only one sample."""
         sizes = self.sizes.reshape(-1, *(1,) * (values.ndim - 1)).astype(float)
         means = self.sums(values) / sizes
         squares = self.sums((values - np.repeat(means, self.sizes, axis=0)) ** 2)
@@ -62,15 +62,15 @@ class Strata:
 
 
 class Weights(NamedTuple):
-    """Weights within each prompt, and what was divided out."""
+    """Normalised weights within each prompt."""
 
-    shares: Values  # sum to 1 within each prompt, counts included
+    shares: Values  # counts · weight, normalised to sum 1 within each prompt
     log_mean: OfPrompts  # log of the mean weight
-    effective: OfPrompts  # (Σw)²/Σw²: how many equally weighted samples these are worth
+    effective: OfPrompts  # effective sample size, (Σw)²/Σw²
 
 
 def normalise(log_weight: Values, strata: Strata, counts: Values | None = None) -> Weights:
-    """∝ exp(log_weight) within each prompt."""
+    """Normalises the weights exp(log_weight) within each prompt."""
     counts = np.ones(len(log_weight)) if counts is None else counts
     largest = np.maximum.reduceat(np.where(counts > 0, log_weight, -np.inf), strata.starts)
     weights = np.exp(np.minimum(log_weight - strata.repeat(largest), 0.0))
@@ -83,22 +83,22 @@ def normalise(log_weight: Values, strata: Strata, counts: Values | None = None) 
 
 
 class LogZ(NamedTuple):
-    """Mean over prompts of the log of a mean weight."""
+    """The mean over prompts of the log of the mean weight."""
 
-    value: float  # the jackknife's, which corrects the bias to first order
+    value: float  # the jackknife estimate, which corrects the bias to first order
     error: float  # the jackknife's standard error
-    plain: float  # uncorrected: too low by about (1/effective − 1/samples)/2
-    effective: float  # samples a prompt, the harmonic mean over prompts
-    samples: float  # drawn a prompt, likewise
+    plain: float  # the uncorrected estimate, too low by about (1/effective − 1/samples)/2
+    effective: float  # effective samples per prompt, the harmonic mean over prompts
+    samples: float  # samples per prompt, the harmonic mean over prompts
 
     @property
     def is_lower_bound(self) -> bool:
-        """Whether so few samples carry the weight that the largest weights are likely to be missing."""
+        """Whether there are so few effective samples that the largest weights are probably missing."""
         return self.effective < FEW
 
 
 def log_z(log_weight: Values, prompt: Int[np.ndarray, " n"] | None = None) -> LogZ:
-    """log E[w] of samples in any order: w = R^b of base samples, or the path weights of a policy's samples."""
+    """log E[w] of samples in any order. w is R^b of base samples, or the path weights of a policy's samples."""
     log_weight, strata = _sort(log_weight, prompt)
     return log_z_of(log_weight, strata)
 
@@ -108,7 +108,7 @@ def log_z_of(log_weight: Values, strata: Strata) -> LogZ:
     weights = normalise(log_weight, strata)
     sizes = strata.sizes.astype(float)
     others = strata.repeat(np.maximum(sizes - 1.0, 1.0) / sizes)
-    change = np.log(np.maximum(1.0 - weights.shares, 1e-15) / others)  # of the log mean, if the sample is left out
+    change = np.log(np.maximum(1.0 - weights.shares, 1e-15) / others)  # of the log mean without the sample
     change = np.where(strata.repeat(sizes) > 1, change, 0.0)
     means = strata.means(change)
     squares = strata.sums((change - strata.repeat(means)) ** 2)
@@ -124,18 +124,18 @@ def log_z_of(log_weight: Values, strata: Strata) -> LogZ:
 class Tilt(NamedTuple):
     """Base samples weighted by R^b to a mean log R. No distribution with that mean is nearer to the base model."""
 
-    exponent: float  # b; infinite where the mean lies beyond the samples'
+    exponent: float  # b; infinite if the mean is beyond that of all samples
     needed: float  # b · mean − log Z(b), the KL from the base model in nats; a lower bound if b is infinite
 
 
 def tilt_to(mean: float, log_reward: Values, prompt: Int[np.ndarray, " n"] | None = None) -> Tilt:
-    """The one b for all prompts with which base samples, in any order, have mean log R = `mean`."""
+    """The tilt, with one b for all prompts, that gives base samples (in any order) the mean log R `mean`."""
     log_reward, strata = _sort(log_reward, prompt)
     return tilt_of(mean, log_reward, strata)
 
 
 def tilt_of(mean: float, log_reward: Values, strata: Strata, counts: Values | None = None) -> Tilt:
-    """`tilt_to` of samples that are sorted by prompt: Newton's steps on the increasing b ↦ mean, inside a bracket."""
+    """`tilt_to` for samples that are sorted by prompt. The mean increases with b; Newton's method within a bracket."""
     centre = strata.mean(log_reward, counts)
     centred, goal = log_reward - centre, mean - centre
     scale = strata.mean(centred**2, counts) ** 0.5
@@ -166,9 +166,10 @@ def tilt_of(mean: float, log_reward: Values, strata: Strata, counts: Values | No
 
 
 def resamples(mine: Strata, theirs: Strata, seed: int) -> Iterator[tuple[Values, BaseValues]]:
-    """A bootstrap over samples of two models: how often each sample counts, prompt by prompt.
+    """A bootstrap over the samples of two models: yields the counts of each sample, prompt by prompt.
 
-    The i-th samples of a prompt have the same noise in both models and count equally often: what they share cancels.
+    The i-th samples of a prompt have the same noise in both models. They get the same count, so that their common noise
+    cancels in differences.
     """
     rng = np.random.default_rng(seed)
     for _ in range(REPLICATES):

@@ -1,4 +1,4 @@
-"""Accelerators that need not be here: what they have, by their data sheets, and devices of theirs to compile for."""
+"""Accelerators that need not be attached: their specifications from data sheets, and devices to compile for."""
 
 import os
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One device. `memory` is what a program may use: for GPUs 90 % of it, with XLA_PYTHON_CLIENT_MEM_FRACTION=.9."""
+    """One device. `memory` is what a program may use: for GPUs 90 %, with XLA_PYTHON_CLIENT_MEM_FRACTION=.9."""
 
     kind: Literal["tpu", "gpu"]
     memory: float  # bytes
-    flops: float  # bfloat16, a second
-    float32_flops: float  # in full float32: a TPU makes it of six bfloat16 products
-    bandwidth: float  # bytes of its memory, a second
-    clock: float | None = None  # cycles of the compiler's estimates, a second; None where that is not published
+    flops: float  # in bfloat16, FLOP/s
+    float32_flops: float  # in full float32, FLOP/s; a TPU computes it with six bfloat16 products
+    bandwidth: float  # of the memory, bytes/s
+    clock: float | None = None  # of the cycles that the compiler estimates, 1/s; None if it is not published
     environment: str = ""  # TPU_ACCELERATOR_TYPE
 
 
@@ -62,7 +62,7 @@ CHIPS = {
 }
 _EXAMPLES = "v4:2x2x1, v5e:2x4, v5e:1x1, v5p:2x2x2, v6e:2x4, a100:8, h100:1"
 
-# NVIDIA's data sheets, in the compiler's own words (stream_executor's GpuTargetConfigProto).
+# NVIDIA's data sheets in the compiler's format (stream_executor's GpuTargetConfigProto).
 _GPU = """gpu_device_info {{
   cuda_compute_capability {{ major: {major} }} core_count: {cores} fpus_per_core: {units} clock_rate_ghz: {clock}
   device_memory_size: 85899345920 memory_bandwidth: {bandwidth} l2_cache_size: {cache}
@@ -96,7 +96,7 @@ _GPUS: dict[str, dict[str, Any]] = {
 
 
 def chip_of(topology: str) -> Chip:
-    """The chip that `topology` ("v5e:2x4", "a100:8") is made of."""
+    """The chip of `topology`, such as "v5e:2x4" or "a100:8". Raises `UserError` for an unknown chip."""
     name = topology.partition(":")[0]
     if name not in CHIPS:
         raise UserError(f"topology {topology!r} is unknown; write it like {_EXAMPLES}")
@@ -104,10 +104,13 @@ def chip_of(topology: str) -> Chip:
 
 
 def devices_of(topology: str) -> np.ndarray:
-    """Compile-only devices, in a row. Raises `UserError` for a name there is not, or a compiler that is not installed.
+    """Compile-only devices as a one-dimensional array.
 
-    A TPU's topology is CHIP:XxY (v5e, v6e) or CHIP:XxYxZ (v4, v5p), a GPU's CHIP:GPUS or CHIP:HOSTSxGPUS. Before
-    anything else is compiled for a TPU: its compiler reads the environment once.
+    The topology of TPUs is CHIP:XxY (v5e, v6e) or CHIP:XxYxZ (v4, v5p), that of GPUs CHIP:GPUS or CHIP:HOSTSxGPUS. Call
+    this before anything is compiled for a TPU, because its compiler reads the environment only once.
+
+    Raises:
+        UserError: the topology does not exist, or its compiler is not installed.
     """
     chip = chip_of(topology)
     name, _, shape = topology.partition(":")
@@ -123,13 +126,13 @@ def devices_of(topology: str) -> np.ndarray:
             described = _describe_tpu(name, shape, chip)
     except UserError:
         raise
-    except Exception as error:  # of many kinds, from the compilers' plugins
+    except Exception as error:  # the compilers' plugins raise many kinds
         needs = (
             "libtpu (pip install 'nabla_gfn_jax[tpu]')" if chip.kind == "tpu" else "pip install 'nabla_gfn_jax[plan]'"
         )
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"topology {topology!r} cannot be compiled for ({reason}); names are like {_EXAMPLES}, and the compiler is "
+            f"cannot compile for topology {topology!r} ({reason}); names are like {_EXAMPLES}, and the compiler is "
             f"{needs}"
         ) from error
     return np.asarray(described.devices)
@@ -142,12 +145,12 @@ def _describe_tpu(name: str, shape: str, chip: Chip) -> Any:
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_LOG_DIR": "disabled",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=4194304",  # some attention overflows the usual one
+        "LIBTPU_INIT_ARGS": "--fibers_default_thread_stack_size=4194304",  # some attention overflows the default
     }
     os.environ.update({key: os.environ.get(key, value) for key, value in environment.items()})
     options: dict[str, Any] = {}
     if name == "v4":
-        options["chip_config_name"] = "megacore"  # its two cores as one device
+        options["chip_config_name"] = "megacore"  # the chip's two cores as one device
     if set(shape.split("x")) == {"1"}:
         options["chips_per_host_bounds"] = (1, 1, 1)
     return topologies.get_topology_desc(platform="tpu", topology_name=f"{name}:{shape}", **options)

@@ -1,4 +1,4 @@
-"""What a compiled program's text says that its own summary does not: how often each instruction runs."""
+"""Reads how often each instruction runs from the text of a compiled program; the compiler's summary lacks it."""
 
 import math
 import re
@@ -17,14 +17,14 @@ _CALLED = re.compile(
     r"(?:body|condition|to_apply|calls|branch_computations|called_computations)=(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-# What moves nothing itself.
+# Instructions that move no data themselves.
 _FREE = {"parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional", "call", "iota"}
 _FREE |= {"partition-id", "replica-id", "after-all", "opt-barrier"}
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One line of a program: its opcode, its result's bytes and the names of its operands."""
+    """One line of a program: opcode, size of the result in bytes, and names of the operands."""
 
     name: str
     opcode: str
@@ -35,20 +35,24 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What one call of a program does on a device, loops multiplied by their trips.
+    """The work of one call of a program on a device. The body of a loop counts as often as it runs.
 
-    `bytes` are the results and operands of every instruction, which fusions and caches may spare: at most as many.
-    `cycles` is the compiler's own estimate, 0 where it made none. `unknown_loops`: loops that were counted once.
+    Attributes:
+        bytes: size of the results and operands of all instructions. It is an upper bound of the memory traffic, because
+            fusions and caches may avoid some of it.
+        cycles: the compiler's own estimate, 0 if it made none.
+        collectives: opcode → (number of runs, bytes of all runs).
+        unknown_loops: number of loops whose length is unknown and whose body was counted once.
     """
 
     bytes: float
     cycles: float
-    collectives: dict[str, tuple[int, float]]  # opcode → times it runs, bytes of all of them
+    collectives: dict[str, tuple[int, float]]
     unknown_loops: int
 
 
 def traffic(program: str) -> Traffic:
-    """From the text of a compiled program (`compiled.as_text()`)."""
+    """The traffic of a compiled program, from its text (`compiled.as_text()`)."""
     computations, entry = _parse(program)
     runs = _runs(computations, entry)
     fused = _fused(computations)
@@ -97,7 +101,7 @@ def _parse(program: str) -> tuple[dict[str, list[Instruction]], str]:
 
 
 def _size(text: str) -> int:
-    """Bytes of a result's shape, or of all in a tuple."""
+    """The bytes of a shape, or of all shapes in a tuple."""
     found = [(kind, dims) for kind, dims in _SHAPE.findall(text) if kind in _WIDTHS]
     return sum(_WIDTHS[kind] * math.prod(int(n) for n in dims.split(",") if n) for kind, dims in found)
 
@@ -119,7 +123,7 @@ def _runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, i
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """As the compiler noted them, or the bound of a counter from 0, which is how JAX writes a scan; None: not known."""
+    """The length of a loop: the compiler's note, or the bound of a counter from 0 as in JAX's scan; None if unknown."""
     if noted := _TRIPS.search(loop.line):
         return int(noted[1])
     condition = computations.get(_CONDITION.findall(loop.line)[0], [])
@@ -133,7 +137,7 @@ def _called(i: Instruction) -> list[str]:
 
 
 def _fused(computations: dict[str, list[Instruction]]) -> set[str]:
-    """What runs as one with the instruction that calls it."""
+    """The computations that run as part of the instruction that calls them."""
     inside = {"fusion", "reduce", "reduce-window", "scatter", "sort", "map", "select-and-scatter", "custom-call"}
     inside |= set(_COLLECTIVES) | {f"{kind}-start" for kind in _COLLECTIVES}
     found = {name for body in computations.values() for i in body if i.opcode in inside for name in _called(i)}

@@ -1,4 +1,4 @@
-"""A run's functions compiled for devices that are not here, and what that tells."""
+"""Compiles the functions of a run for devices that are not attached, and derives memory and time."""
 
 import sys
 import time
@@ -20,19 +20,19 @@ from nabla_gfn_jax.training.build import assemble, prompts_of
 from nabla_gfn_jax.training.prompts import abstract_table
 from nabla_gfn_jax.training.trainer import BY_UPDATE, Trainer
 
-_PROMPTS = 1500  # as many as the largest of the paper's sets has, HPDv2's photos and paintings
+_PROMPTS = 1500  # the size of the largest prompt set of the paper, HPDv2's photos and paintings
 PHASES = ("rollout", "update")
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A compiled function of the run on one device; sizes in bytes."""
+    """A compiled function of the run on one device. Sizes are in bytes."""
 
     name: str
     arguments: int
     temporaries: int
-    results: int  # that are not written over arguments
-    flops: dict[str, float]  # by the results' type
+    results: int  # without results that are written over arguments
+    flops: dict[str, float]  # by the operands' type
     traffic: Traffic
     compile_seconds: float
 
@@ -42,18 +42,18 @@ class Phase:
 
 
 class Plan:
-    """A run's functions, compiled for the devices of `mesh`."""
+    """The functions of a run, compiled for the devices of `mesh`."""
 
     def __init__(self, config: Settings, chip: Chip, mesh: Mesh, full_effort: bool):
         self.config, self.chip, self.mesh, self.full_effort = config, chip, mesh, full_effort
         self.trainer: Trainer = abstract_trainer(config, mesh)
 
     def compile(self, name: str, trainer: Trainer | None = None) -> Phase | str:
-        """The phase, or, of one that wants more memory than there is, what the compiler said."""
+        """The compiled phase, or the compiler's message if the phase needs more memory than the device has."""
         trainer = trainer or self.trainer
         function, arguments = self.phase(name, trainer)
         mine = self.config.training.trajectories // self.mesh.size
-        print(f"compiling {name}, micro-batches of {mine // trainer.micro_batches} a device", file=sys.stderr)
+        print(f"compiling {name}, micro-batches of {mine // trainer.micro_batches} per device", file=sys.stderr)
         start = time.time()
         try:
             compiled = function.lower(*arguments).compile(compiler_options=self._compiler_options())
@@ -73,22 +73,28 @@ class Plan:
         )
 
     def least_seconds(self, phase: Phase) -> float:
-        """Of its FLOPs at the chip's peak rates, a bound from below."""
+        """The time of the phase's FLOPs at the chip's peak rates, a lower bound."""
         rounded = sum(flops for kind, flops in phase.flops.items() if kind != FULL)
         return rounded / self.chip.flops + phase.flops.get(FULL, 0.0) / self.chip.float32_flops
 
     def estimated_seconds(self, phase: Phase) -> float | None:
-        """By the compiler's cost model; None where it was not asked or the chip's clock is not known."""
+        """The time by the compiler's cost model; None without `full_effort` or if the chip's clock is unknown."""
         if not (self.full_effort and self.chip.clock and phase.traffic.cycles):
             return None
         return phase.traffic.cycles / self.chip.clock
 
     def fits(self, phase: Phase | str) -> bool:
-        """Whether the chip has the memory. Compilers for GPUs do not refuse."""
+        """Whether the chip has enough memory.
+
+        The check is needed because compilers for GPUs do not refuse a program.
+        """
         return isinstance(phase, Phase) and phase.peak <= self.chip.memory
 
     def largest_micro_batch(self) -> int | None:
-        """The most trajectories a device can take at once in an update, by bisection over the divisors; None: none."""
+        """The largest micro-batch of an update that fits, in trajectories per device; None if none fits.
+
+        It is found by bisection over the divisors of the device's trajectories.
+        """
         mine = self.config.training.trajectories // self.mesh.size
         sizes = [n for n in range(1, mine + 1) if mine % n == 0]
         fitting, beyond = -1, len(sizes)
@@ -103,11 +109,11 @@ class Plan:
 
     def _compiler_options(self) -> dict[str, Any]:
         if self.chip.kind == "gpu":
-            return {"xla_gpu_enable_triton_gemm": False}  # without a GPU to tune its kernels on the UNet fails
+            return {"xla_gpu_enable_triton_gemm": False}  # Triton's kernels for the UNet fail without a GPU to tune on
         return {} if self.full_effort else {"exec_time_optimization_effort": -1.0}
 
     def phase(self, name: str, trainer: Trainer) -> tuple[Any, tuple[Any, ...]]:
-        """The function and the shapes it is called with."""
+        """The function of the phase and the shapes of its arguments."""
         c, everywhere = self.config, lambda tree: placed(tree, self.mesh, EVERYWHERE)
         frozen = everywhere(trainer.frozen_params)
         state = everywhere(jax.eval_shape(lambda: trainer.first_state(0, c.lora.rank)))
@@ -123,9 +129,9 @@ class Plan:
 
 
 def abstract_trainer(config: Settings, mesh: Mesh) -> Trainer:
-    """A run's trainer without weights: shapes in the place of arrays."""
+    """The trainer of a run with shapes instead of weights."""
     base, reward = abstract_model(config.model, DTYPES[config.model_dtype]), load_reward(config.reward, weights=False)
-    # A set that is on the hub need not be here to plan a run whose reward needs none of it.
+    # If the reward does not need the prompts, a prompt set on the hub need not be downloaded.
     prompts = ("",) * _PROMPTS if config.reward in ABSTRACT else prompts_of(config)
     table = abstract_table(base, reward, len(prompts), prompts[0])
     return assemble(config, mesh, base, reward, table, len(prompts))

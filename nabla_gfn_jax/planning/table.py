@@ -1,24 +1,24 @@
-"""A plan as text."""
+"""Formats a plan as text."""
 
 import jax
 
 from nabla_gfn_jax.planning.chips import GIB
 from nabla_gfn_jax.planning.phases import Phase, Plan
 
-_ASSUMED_SHARE = 0.4  # of the peak, where the compiler has estimated nothing
+_ASSUMED_SHARE = 0.4  # of the peak rate, if the compiler has no estimate
 
 
 def show(plan: Plan, phases: dict[str, Phase | str], title: str) -> str:
-    """What was compiled for, each phase's memory, work and time on one device, and what follows for the run."""
+    """The text of a plan: the devices, each phase's memory, work and time on one device, and the time of the run."""
     c, chip, devices = plan.config.training, plan.chip, plan.mesh.size
     lines = [
         f"{title}: {devices} devices, each {chip.memory / GIB:.2f} GiB for programs, "
         f"{chip.flops / 1e12:.0f} TFLOP/s in bfloat16, {chip.bandwidth / 1e9:.0f} GB/s",
-        f"{c.trajectories} trajectories, micro-batches of {c.trajectories // devices // c.micro_batches} a device, "
+        f"{c.trajectories} trajectories, micro-batches of {c.trajectories // devices // c.micro_batches} per device, "
         f"{c.images_at_once or 'all'} images at once",
         f"parameters: {_parameters(plan)}",
         "",
-        "| a device (compiled) | arguments | temporaries | results | peak | of its memory |",
+        "| per device (compiled) | arguments | temporaries | results | peak | share of its memory |",
         "|---|---|---|---|---|---|",
     ]
     for name, phase in phases.items():
@@ -31,7 +31,7 @@ def show(plan: Plan, phases: dict[str, Phase | str], title: str) -> str:
                 f"| {name} | {shown} | {phase.peak / chip.memory:.0%}{'' if plan.fits(phase) else ', too big'} |"
             )
     compiled = [phase for phase in phases.values() if isinstance(phase, Phase)]
-    lines += ["", "| a device | TFLOP (counted) | GB moved, at most | collectives | cost model | at the peak rate |"]
+    lines += ["", "| per device | TFLOP (counted) | GB moved, at most | collectives | cost model | at the peak rate |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [_work(plan, phase) for phase in compiled]
     if len(compiled) == 2:
@@ -60,7 +60,7 @@ def _work(plan: Plan, phase: Phase) -> str:
     at_most = _number(phase.traffic.bytes / 1e9) + (f" ({unknown} loops counted once)" if unknown else "")
     estimate = plan.estimated_seconds(phase)
     best = plan.least_seconds(phase)
-    cost = "not asked for" if estimate is None else f"{_duration(estimate)}, {best / estimate:.0%} of the peak"
+    cost = "none" if estimate is None else f"{_duration(estimate)}, {best / estimate:.0%} of the peak"
     updates = plan.config.training.updates_per_epoch
     name = f"{updates} updates" if phase.name == "update" and updates > 1 else phase.name
     return f"| {name} | {by_type} | {at_most} | {collectives or 'none'} | {cost} | {_duration(best)} |"
@@ -81,7 +81,7 @@ def _run_time(plan: Plan, phases: list[Phase]) -> str:
 
 
 def _number(value: float) -> str:
-    """Three digits."""
+    """The number with three digits."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
