@@ -1,4 +1,4 @@
-"""softmax(q kᵀ / √width) v, by the implementation that suits the device and the layer."""
+"""Attention, softmax(q kᵀ / √width) v, with an implementation that depends on the device and the layer."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,19 +13,19 @@ from nabla_gfn_jax.models.pair import Pair, Paired, filled, policy
 Heads = Float[Array, "batch _ heads width"]
 Implementation = Literal["cudnn", "whole", "in_parts", "by_head"]
 
-_MAX_SCORES = 2**26  # of one part, all heads and the whole batch: 256 MiB in float32
-_MAX_LENGTHS = 1024**2  # queries times keys; below, all scores of a layer are small beside its other activations
-_CPU_SCORES = 2**22  # of one part of one head: 16 MiB in float32, about a cache
-_CPU_LENGTHS = 2**17  # queries times keys; below, a head at a time gains nothing
-_CUDNN_WIDTHS = range(8, 129, 8)  # of a head, on every GPU since Ampere; Hopper alone has wider ones
+_MAX_SCORES = 2**26  # the most scores of one part, over all heads and the whole batch: 256 MiB in float32
+_MAX_LENGTHS = 1024**2  # queries times keys; below, the scores of a layer are small beside its other activations
+_CPU_SCORES = 2**22  # the most scores of one part of one head: 16 MiB in float32, about the size of a cache
+_CPU_LENGTHS = 2**17  # queries times keys; below, one head at a time is no faster
+_CUDNN_WIDTHS = range(8, 129, 8)  # head widths on every GPU since Ampere; only Hopper supports wider heads
 
 
 def implementation(q: Heads, k: Heads, *, platform: str) -> Implementation:
-    """How `attend` computes this layer.
+    """The implementation with which `attend` computes a layer.
 
-    cuDNN's fused kernel, where there is a GPU to run it, takes half precision and heads up to 128 wide (Stable
-    Diffusion's at 16x16 and 8x8 latents have 160), and its gradient no odd number of keys (a prompt's are 77). Others
-    are XLA's: all scores at once where they are few, otherwise queries in parts, on a CPU of one head after another.
+    cuDNN's fused kernel on GPUs needs half precision and heads up to 128 wide (Stable Diffusion's heads at 16x16 and
+    8x8 latents are 160 wide). Its gradient needs an even number of keys (a prompt has 77). All other layers use XLA:
+    all scores simultaneously if they are few, otherwise the queries in parts, and on a CPU one head at a time.
     """
     lengths = q.shape[1] * k.shape[1]
     if platform == "cpu":
@@ -39,10 +39,10 @@ def implementation(q: Heads, k: Heads, *, platform: str) -> Implementation:
 def attend(
     q: Heads | Paired, k: Heads | Paired, v: Heads | Paired, *, platform: str | None = None, **masked: Any
 ) -> Heads | Paired:
-    """Attention of each head, the softmax in float32; of three pairs a pair.
+    """Attention of each head, (B, queries, heads, width), with the softmax in float32. Three pairs give a pair.
 
-    `platform`: what runs it, "cpu", "gpu" or "tpu"; where JAX runs when None. `masked`: `mask` or `is_causal` of
-    `jax.nn.dot_product_attention`; then all scores at once.
+    `platform` is "cpu", "gpu" or "tpu"; None means JAX's default. `masked` are `mask` or `is_causal` of
+    `jax.nn.dot_product_attention`; with them all scores are computed simultaneously.
     """
     if isinstance(q, Pair):
         return _in_parts(q, k, v, _attend_pair) if q.shape[1] * k.shape[1] > _MAX_LENGTHS else _attend_pair(q, k, v)
@@ -62,8 +62,8 @@ def _attend(q: Array, k: Array, v: Array, **options: Any) -> Array:
 def _attend_pair(q: Paired, k: Paired, v: Paired) -> Pair:
     """With scores S and probabilities P: δS = δq (k + δk)ᵀ + q δkᵀ and δy = P δv + δP (v + δv), δP in float32.
 
-    Operands lie side by side where their products are added or share a factor: of products this makes four, as many as
-    the two networks' own attentions have, two of them with twice the width.
+    Operands are concatenated if their products are added or share a factor. This gives four products, two of them with
+    twice the width. The attentions of two separate networks also have four.
     """
     q, k, v = filled(q), filled(k), filled(v)
     product = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -79,7 +79,7 @@ def _attend_pair(q: Paired, k: Paired, v: Paired) -> Pair:
 
 
 def _in_parts(q: Any, k: Any, v: Any, attend: Callable[..., Any] = _attend) -> Any:
-    """One part of the queries after another, each over all keys; a gradient computes a part's scores again."""
+    """Attention for one part of the queries at a time, over all keys. The gradient recomputes the scores of a part."""
     batch, queries, heads, width = q.shape
     size = _part(queries, batch * heads * k.shape[1], _MAX_SCORES)
 
@@ -94,7 +94,7 @@ def _in_parts(q: Any, k: Any, v: Any, attend: Callable[..., Any] = _attend) -> A
 
 
 def _by_head(q: Heads, k: Heads, v: Heads) -> Heads:
-    """The same, of one head of one image at a time, in matrix products that XLA's CPU compiler does well."""
+    """Attention for one head of one image at a time, with matrix products that are fast in XLA's CPU compiler."""
     batch, queries, heads, width = q.shape
     size = _part(queries, k.shape[1], _CPU_SCORES)
 
@@ -113,6 +113,6 @@ def _by_head(q: Heads, k: Heads, v: Heads) -> Heads:
 
 
 def _part(queries: int, scores_of_each: int, most: int) -> int:
-    """The most queries at a time, a divisor of all, whose scores are at most `most`; 1 if there is none."""
+    """The largest divisor of `queries` for which a part has at most `most` scores; 1 if there is none."""
     sizes = [n for n in range(1, queries + 1) if queries % n == 0 and n * scores_of_each <= most]
     return max(sizes, default=1)

@@ -1,4 +1,4 @@
-"""BERT's WordPiece tokenizer, uncased, with the two tokens that BLIP adds (Devlin et al. 2019; Li et al. 2022)."""
+"""BERT's uncased WordPiece tokenizer with the two tokens that BLIP adds (Devlin et al. 2019; Li et al. 2022)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ _ADDED = ("[DEC]", "[ENC]")  # the next ids after BERT's
 
 @dataclass(frozen=True)
 class BertTokenizer:
-    """Prompts to token ids (B, max_length): [CLS], text, [SEP], padding; long text is cut before [SEP]."""
+    """Prompts → token ids (B, max_length): [CLS], text, [SEP], padding. Long text is truncated before [SEP]."""
 
     encoder: Tokenizer
     max_length: int
@@ -25,7 +25,7 @@ class BertTokenizer:
     def __call__(
         self, prompts: Sequence[str]
     ) -> tuple[Int[np.ndarray, "batch tokens"], Bool[np.ndarray, "batch tokens"]]:
-        """The ids, and where they are no padding."""
+        """The token ids, and a mask that is False for padding."""
         start, end, padding = (self.encoder.token_to_id(token) for token in (_START, _END, _PADDING))
         ids = np.full((len(prompts), self.max_length), padding, np.int32)
         mask = np.zeros(ids.shape, bool)
@@ -37,7 +37,7 @@ class BertTokenizer:
 
 
 def load_bert_tokenizer(file: Path, max_length: int) -> BertTokenizer:
-    """From `vocab.txt` or `tokenizer.json` of bert-base-uncased. Raises `UserError` if it is missing or damaged."""
+    """The tokenizer from bert-base-uncased's `vocab.txt` or `tokenizer.json`. Raises `UserError` if it is damaged."""
     vocabulary = _read_vocabulary(file)
     special = (_PADDING, _UNKNOWN, _START, _END, _MASK)
     if not all(token in vocabulary for token in special):

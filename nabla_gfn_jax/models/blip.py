@@ -1,4 +1,4 @@
-"""BLIP's image encoder and image-grounded text encoder, parameters named as in its checkpoints (Li et al. 2022)."""
+"""BLIP's image encoder and image-grounded text encoder (Li et al. 2022). Parameters have its checkpoints' names."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +34,7 @@ VIT_L_16 = VisionConfig(
 
 @dataclass(frozen=True, kw_only=True)
 class BertConfig:
-    """What `med_config.json` says of the text encoder; the width of the image tokens is the image encoder's."""
+    """The text encoder's fields of `med_config.json`. The width of the image tokens is that of the image encoder."""
 
     vocab_size: int = 30524
     hidden_size: int = 768
@@ -57,7 +57,7 @@ class BertConfig:
 
 
 class BLIPVision(nn.Module):
-    """Normalised images (B, image_size, image_size, 3) to tokens (B, 1 + patches, hidden_size)."""
+    """Normalised images (B, image_size, image_size, 3) → tokens (B, 1 + patches, hidden_size)."""
 
     config: VisionConfig
     dtype: Any = jnp.float32
@@ -107,7 +107,7 @@ class BertLayer(nn.Module):
 
 
 class BLIPText(nn.Module):
-    """Token ids (B, tokens), their mask and an image's tokens to the text's last hidden state, one image a text."""
+    """Token ids (B, tokens), their mask, and image tokens → the text's last hidden state (B, tokens, hidden_size)."""
 
     config: BertConfig
     dtype: Any = jnp.float32

@@ -1,4 +1,4 @@
-"""`CLIPTextModel`: the prompt encoder of Stable Diffusion (Radford et al. 2021), as transformers lays it out."""
+"""`CLIPTextModel`: the prompt encoder of Stable Diffusion (Radford et al. 2021), in transformers' layout."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
-    """What `text_encoder/config.json` says of the architecture."""
+    """The fields of `text_encoder/config.json` that describe the architecture."""
 
     vocab_size: int = 49408
     hidden_size: int = 768
@@ -41,7 +41,7 @@ class CLIPTextConfig:
 
 @runtime_checkable
 class EncoderConfig(Protocol):
-    """What a transformer layer needs of its model's config."""
+    """The fields of a model's config that a transformer layer needs."""
 
     @property
     def hidden_size(self) -> int: ...
@@ -57,7 +57,7 @@ class EncoderConfig(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNames:
-    """What a checkpoint calls the parts of a layer. One name in `qkv`: the three are one matrix, in this order."""
+    """The names of a layer's parts in a checkpoint. If `qkv` has one name, the three are one matrix, in this order."""
 
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -66,7 +66,7 @@ class LayerNames:
 
 
 class CLIPEncoderLayer(nn.Module):
-    """Pre-norm transformer layer; each token attends to those before it alone if `causal`."""
+    """Pre-norm transformer layer. If `causal`, each token attends only to itself and earlier tokens."""
 
     config: EncoderConfig
     dtype: Any = jnp.float32
@@ -92,7 +92,7 @@ class CLIPEncoderLayer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Token ids (B, tokens) to the last hidden state after the final layer norm (B, tokens, hidden_size)."""
+    """Token ids (B, tokens) → the last hidden state after the final layer norm (B, tokens, hidden_size)."""
 
     config: CLIPTextConfig
     dtype: Any = jnp.float32

@@ -1,4 +1,4 @@
-"""`CLIPVisionModelWithProjection`: CLIP's image tower (Radford et al. 2021), as transformers lays it out."""
+"""`CLIPVisionModelWithProjection`: CLIP's image tower (Radford et al. 2021), in transformers' layout."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ _NORMAL = nn.initializers.normal(0.02)
 
 
 class CLIPVisionModelWithProjection(nn.Module):
-    """Normalised images (B, image_size, image_size, 3) to features (B, projection_dim), not of unit length."""
+    """Normalised images (B, image_size, image_size, 3) → features (B, projection_dim), not normalised."""
 
     config: VisionConfig
     projection_dim: int

@@ -1,4 +1,4 @@
-"""From a `config.json` beside the weights to a frozen dataclass, refusing what the model does not implement."""
+"""Converts a `config.json` to a frozen dataclass and refuses values that the model does not implement."""
 
 from dataclasses import fields as dataclass_fields
 from typing import Any, TypeVar
@@ -9,11 +9,17 @@ T = TypeVar("T")
 
 
 def read_fields(cls: type[T], values: dict[str, Any], *, only: dict[str, tuple], source: str) -> T:
-    """Fills the dataclass `cls` from `values`; fields it does not have are ignored unless `only` limits them.
+    """Fills the dataclass `cls` from `values`. Fields that it does not have are ignored, except those in `only`.
 
-    `only` names fields of the file whose every value but the listed ones would need code that is not here;
-    an absent field has its default, which is always listed. A list, one value for each level, may mix listed ones.
-    Raises `UserError` naming `source` and the field.
+    Args:
+        cls: the dataclass.
+        values: the contents of the file.
+        only: the implemented values of fields of the file, the default first. A list in the file, with one value per
+            level, may mix them.
+        source: name of the file, for errors.
+
+    Raises:
+        UserError: a field has a value that is not implemented.
     """
     for name, allowed in only.items():
         value = values.get(name, allowed[0])

@@ -1,11 +1,12 @@
-"""2-D convolution that is fast on a CPU, inside `lax.scan` too, with its gradients.
+"""2-D convolution and its gradients in forms that are fast on a CPU, also inside `lax.scan`.
 
-XLA's CPU compiler lowers a convolution in a loop body to its fast kernel only in the layout NHWC · HWIO. The
-transposed convolutions that autodiff makes are not in it and fall to a loop nest: 9 times slower for the input's
-gradient, 25 times for the kernel's (64x8x8x64, 3x3). So both are written here in forms that are fast everywhere.
+In a loop body, XLA's CPU compiler uses its fast kernel only for convolutions in the layout NHWC · HWIO. Autodiff makes
+transposed convolutions in another layout, which become slow loops: 9 times slower for the gradient of the input, 25
+times for that of the kernel (64x8x8x64, 3x3). Both gradients are therefore written here in other forms.
 
-Where the pixels are few and the kernel large, the kernel's way through memory is most of the time. There a CPU gets one
-matrix product, which reads it once: at 2x8x8 pixels, 1280 → 1280 channels, 42 → 11 ms, the input's gradient 84 → 19.
+If there are few pixels and the kernel is large, reading the kernel from memory takes most of the time. On a CPU such a
+convolution is one matrix product, which reads the kernel once. With 2x8x8 pixels and 1280 → 1280 channels, it takes 11
+ms instead of 42, and the gradient of the input 19 ms instead of 84.
 """
 
 from collections.abc import Iterator
@@ -28,9 +29,10 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _few_pixels(shape: tuple[int, ...], kernel: Array, stride: int, padding: Padding) -> bool:
-    """Whether a CPU does better by matrix products: `shape` (B, H, W, _) in as out, and little beside the kernel.
+    """Whether matrix products are faster on a CPU, for an input of `shape` (B, H, W, _).
 
-    At most 2x2 pixels is little in a batch of any size: XLA's convolution is ten times slower there.
+    They are if the output has the input's height and width and the pixels are few compared with the kernel. Up to 2x2
+    pixels count as few for any batch size, because XLA's convolution is ten times slower there.
     """
     size = kernel.shape[0]
     same = stride == 1 and size > 1 and padding == ((size // 2,) * 2,) * 2 and size % 2 == 1
@@ -39,9 +41,9 @@ def _few_pixels(shape: tuple[int, ...], kernel: Array, stride: int, padding: Pad
 
 
 def windows(x: _X, kernel: tuple[int, ...], stride: int, padding: Padding) -> Iterator[Array]:
-    """For each position of a kernel (height, width), row by row, the padded `x` as that position sees it.
+    """For each position of a kernel (height, width), row by row: the pixels of the padded `x` that it multiplies.
 
-    Each is (batch, out_height, out_width, inputs).
+    Each window is (batch, out_height, out_width, inputs).
     """
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, *sizes, channels = padded.shape
@@ -57,7 +59,7 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
         return native(x, kernel)
 
     def by_product(x: Array, kernel: Array) -> Array:
-        """The kernel's positions side by side as the columns of one matrix."""
+        """One matrix product: the windows of all positions are concatenated as columns."""
         columns = jnp.concatenate(list(windows(x, kernel.shape[:2], stride, padding)), axis=-1)
         columns = columns.reshape(-1, columns.shape[-1])
         return (columns @ kernel.reshape(columns.shape[1], -1)).reshape(*x.shape[:3], -1)
@@ -66,9 +68,9 @@ def _forward(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def convolve(x: _X, kernel: _K, stride: int, padding: Padding) -> Float[Array, "batch out_height out_width outputs"]:
-    """Cross-correlation as in torch. `padding`: ((top, bottom), (left, right)) zeros, each at most kernel size - 1.
+    """Cross-correlation as in PyTorch. `padding` is ((top, bottom), (left, right)), each at most kernel size - 1.
 
-    Its gradients are computed at the matmul precision that is set here, wherever they are traced.
+    The gradients use the matmul precision that is set when this function is called, not when they are traced.
     """
     return _convolve(x, kernel, stride, padding, jax.config.jax_default_matmul_precision)  # type: ignore[attr-defined]
 
@@ -95,7 +97,7 @@ def _pull_back(
 
 def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding: Padding, dy: Array) -> Array:
     def by_correlation(dy: Array, kernel: Array) -> Array:
-        """The full correlation of `dy`, its rows and columns spread by the stride, with the mirrored kernel."""
+        """The full correlation of `dy`, with zeros inserted for the stride, with the mirrored kernel."""
         borders = []
         for axis in (0, 1):
             spread = (dy.shape[1 + axis] - 1) * stride + 1
@@ -106,7 +108,7 @@ def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding:
         return _native(spread_out, jnp.swapaxes(kernel[::-1, ::-1], 2, 3), 1, ((0, 0), (0, 0)))
 
     def by_product(dy: Array, kernel: Array) -> Array:
-        """What each pixel of `dy` gives to each position of the kernel, then each at its place: no mirrored copy."""
+        """The product of each pixel of `dy` with each position of the kernel, shifted and summed; mirrors no kernel."""
         batch, height, width, outputs = dy.shape
         given = dy.reshape(-1, outputs) @ kernel.reshape(-1, outputs).T
         given = given.reshape(batch, height, width, *kernel.shape[:3])
@@ -121,7 +123,7 @@ def _input_gradient(shape: tuple[int, ...], kernel: Array, stride: int, padding:
 
 
 def _kernel_gradient(x: Array, shape: tuple[int, ...], stride: int, padding: Padding, dy: Array) -> Array:
-    """One matrix product for each of the kernel's positions on a CPU; the compiler's own convolution elsewhere."""
+    """On a CPU, one matrix product for each position of the kernel; elsewhere the compiler's own convolution."""
 
     def by_position(x: Array, dy: Array) -> Array:
         flat = dy.reshape(-1, dy.shape[-1])

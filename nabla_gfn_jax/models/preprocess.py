@@ -1,4 +1,4 @@
-"""From an image in [0, 1] to what CLIP and its kin were trained on; differentiable."""
+"""Converts images in [0, 1] to the inputs of CLIP and related models. All functions are differentiable."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,20 +6,20 @@ import numpy as np
 from nabla_gfn_jax.models.resize import resize
 from nabla_gfn_jax.typing import Images, Resized
 
-# Mean and deviation of CLIP's training images (Radford et al. 2021's released files).
+# Mean and standard deviation of CLIP's training images (released files of Radford et al. 2021).
 _MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 def clip_normalise(images: Images) -> Images:
-    """(image - mean) / deviation of each colour."""
+    """(image - mean) / standard deviation for each colour."""
     return (images - _MEAN.reshape(1, 1, 1, 3)) / _STD.reshape(1, 1, 1, 3)
 
 
 def fit_longer_side(images: Images, size: int) -> Resized:
-    """The whole image in a square of `size`, by antialiased bicubic interpolation, the rest black.
+    """Resizes the longer side to `size` by antialiased bicubic interpolation, and pads to a square with black.
 
-    Where the black is odd, the right and the bottom have one pixel more.
+    If the padding is odd, the right or the bottom has one pixel more.
     """
     height, width = images.shape[1:3]
     scale = size / max(height, width)
@@ -30,7 +30,7 @@ def fit_longer_side(images: Images, size: int) -> Resized:
 
 
 def crop_longer_side(images: Images, size: int) -> Resized:
-    """The shorter side made `size` by antialiased bicubic interpolation, the middle of the longer side kept."""
+    """Resizes the shorter side to `size` by antialiased bicubic interpolation; crops the middle of the longer one."""
     height, width = images.shape[1:3]
     shorter = min(height, width)
     resized = resize(images, size * height // shorter, size * width // shorter, antialias=True)

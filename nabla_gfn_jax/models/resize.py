@@ -1,4 +1,4 @@
-"""Bicubic resizing as `torch.nn.functional.interpolate` does it, as two products with constant matrices."""
+"""Bicubic resizing as in `torch.nn.functional.interpolate`, computed as two products with constant matrices."""
 
 from functools import cache
 
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 def resize(
     images: Float[Array, "batch height width channels"], height: int, width: int, *, antialias: bool
 ) -> Float[Array, "batch new_height new_width channels"]:
-    """`mode="bicubic", align_corners=False`; values may overshoot those of the image. Linear, so differentiable."""
+    """Resizes as `mode="bicubic", align_corners=False`. It is linear in the images; values may exceed their range."""
     rows = jnp.asarray(_weights(images.shape[1], height, antialias), images.dtype)
     columns = jnp.asarray(_weights(images.shape[2], width, antialias), images.dtype)
     precision = jax.lax.Precision.HIGHEST
@@ -21,11 +21,11 @@ def resize(
 
 @cache
 def _weights(old: int, new: int, antialias: bool) -> Float[np.ndarray, "new old"]:
-    """What each old pixel gives to each new one.
+    """The weight of each old pixel in each new pixel.
 
-    Keys' cubic (1981) with a = -1/2 where antialiased, stretched by the factor of shrinking and cut off at the border;
-    else with a = -3/4, and the border's pixels repeated beyond it. In float32, whose rounding of the positions shows in
-    torch's fifth decimal.
+    With antialiasing, it is the cubic of Keys (1981) with a = -1/2, stretched by the shrinking factor and cut off at
+    the border. Without, a = -3/4, and the pixels of the border are repeated beyond it. Positions are computed in
+    float32 as in PyTorch, because their rounding affects the fifth decimal.
     """
     half, scale = np.float32(0.5), np.float32(old / new)
     shrink = np.float32(1) / max(scale, np.float32(1)) if antialias else np.float32(1)

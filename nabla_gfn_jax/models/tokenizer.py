@@ -15,21 +15,21 @@ from nabla_gfn_jax.errors import UserError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 READER = "the text encoder"
-# Contractions, runs of letters, single digits, runs of other signs (Radford et al. 2021's released files).
+# Contractions, runs of letters, single digits, runs of other characters (released files of Radford et al. 2021).
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 @dataclass(frozen=True)
 class CLIPTokenizer:
-    """Prompts to token ids (B, max_length): start, text, end, padding; long text is cut before the end."""
+    """Prompts → token ids (B, max_length): start, text, end, padding. Long text is truncated before the end token."""
 
     encoder: Tokenizer
     max_length: int
     padding_id: int
     start: str = START
     end: str = END
-    clean: Callable[[str], str] = str  # what is done to a prompt before `encoder` sees it
-    reader: str = ""  # what to call the network that sees the tokens, in a note of prompts that are cut; "": none
+    clean: Callable[[str], str] = str  # is applied to a prompt before `encoder`
+    reader: str = ""  # the network's name in the note about truncated prompts; "": no note
 
     def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "batch tokens"]:
         start, end = self.encoder.token_to_id(self.start), self.encoder.token_to_id(self.end)
@@ -39,8 +39,8 @@ class CLIPTokenizer:
         cut = [p for p, e in zip(prompts, encodings, strict=True) if len(e.ids) > self.max_length - 2]
         if cut and self.reader:
             which = f"{len(cut)} of {len(prompts)} prompts have more than {self.max_length} tokens"
-            rest = f"{self.reader} sees the first alone. The first of them: {cut[0][:60]}…"
-            logging.getLogger(__name__).warning("%s, of which %s", which, rest)
+            rest = f"{self.reader} reads only the first {self.max_length}. The first such prompt: {cut[0][:60]}…"
+            logging.getLogger(__name__).warning("%s; %s", which, rest)
         for row, encoding in enumerate(encodings):
             text = np.asarray([start, *encoding.ids[: self.max_length - 2], end], np.int32)
             ids[row, : len(text)] = text
@@ -48,10 +48,10 @@ class CLIPTokenizer:
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """From a diffusers model's `tokenizer` folder. Raises `UserError` naming a missing or damaged file."""
+    """The tokenizer in a diffusers model's `tokenizer` folder. Raises `UserError` naming a missing or damaged file."""
     settings = read_json(folder / "tokenizer_config.json")
     older = folder / "special_tokens_map.json"
-    if older.is_file() and "added_tokens_decoder" not in settings:  # then its word is the last
+    if older.is_file() and "added_tokens_decoder" not in settings:  # the older file then takes precedence
         settings |= read_json(older)
     padding = settings.get("pad_token", END)
     padding = padding["content"] if isinstance(padding, dict) else padding
@@ -63,16 +63,19 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def make_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
-    """Text to the ids of its byte pairs; the two `special` tokens, start and end, are found in text too."""
+    """A tokenizer from text to ids of byte pairs.
+
+    The two `special` tokens, start and end, may also occur in the text.
+    """
     encoder = text_pipeline(models.BPE(vocabulary, merges, end_of_word_suffix=WORD_END, unk_token=special[1]))
     encoder.add_special_tokens(special)
     return encoder
 
 
 def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Ids and merges, from `tokenizer.json` (all that transformers 5 writes) or `vocab.json` and `merges.txt`.
+    """The ids of tokens and the merges, from `tokenizer.json` or from `vocab.json` and `merges.txt`.
 
-    Raises `UserError` naming a missing or damaged file.
+    transformers 5 writes only `tokenizer.json`. Raises `UserError` naming a missing or damaged file.
     """
     file, *others = vocabulary_files(folder)
     try:
@@ -85,7 +88,7 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
             lines = file.read_text(encoding="utf-8").splitlines()
             pairs = [line for line in lines if line and not line.startswith("#version")]
         merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
-        # CLIP's released merges.txt carries lines beyond those its vocabulary was made of.
+        # CLIP's released merges.txt has more lines than its vocabulary uses.
         return vocabulary, [pair for pair in merges if "".join(pair) in vocabulary]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
@@ -98,7 +101,7 @@ def vocabulary_files(folder: Path) -> tuple[Path, ...]:
 
 
 def text_pipeline(model: models.BPE) -> Tokenizer:
-    """CLIP's way from text to words, lower case and split into bytes, before `model` joins these to tokens."""
+    """CLIP's preparation of text: lowercase, split into words and bytes. `model` then joins the bytes to tokens."""
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]

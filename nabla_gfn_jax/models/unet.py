@@ -1,4 +1,4 @@
-"""`UNet2DConditionModel`: the noise predictor of Stable Diffusion (Rombach et al. 2022), as diffusers lays it out."""
+"""`UNet2DConditionModel`: the noise predictor of Stable Diffusion (Rombach et al. 2022), in diffusers' layout."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,10 @@ from nabla_gfn_jax.typing import Context, Timesteps
 
 @dataclass(frozen=True, kw_only=True)
 class UNetConfig:
-    """What `unet/config.json` says of the architecture. diffusers' `attention_head_dim` is the *number* of heads."""
+    """The fields of `unet/config.json` that describe the architecture.
+
+    In diffusers, `attention_head_dim` is the *number* of heads.
+    """
 
     sample_size: int | tuple[int, int] = 64
     in_channels: int = 4
@@ -90,7 +93,7 @@ class UNetConfig:
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt, gated feed-forward, each with its layer norm and residual."""
+    """Self-attention, cross-attention to the prompt, and gated feed-forward, each with layer norm and residual."""
 
     heads: int
     dtype: Any
@@ -140,11 +143,10 @@ class SpatialTransformer(nn.Module):
 class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or, for v-prediction models, the velocity) in a latent image.
 
-    `apply({"params": base}, x, t, context)` is the reference model and
-    `apply({"params": base, "lora": lora}, x, t, context)` the finetuned policy; nothing is switched or merged. Where x
-    and context are `Pair`s the output is one: the reference's and what the LoRA changes of it.
-    With `remat` a gradient keeps each block's input alone and computes what is within the block again. `platform`
-    ("cpu", "gpu", "tpu"; where JAX runs when None) decides how attention is computed.
+    `apply({"params": base}, x, t, context)` is the base model and `apply({"params": base, "lora": lora}, x, t,
+    context)` the finetuned policy. If x and context are `Pair`s, the output is a pair: the base model's output and its
+    change by the LoRA. With `remat`, only the input of each block is kept for the gradient, and the rest is recomputed.
+    `platform` ("cpu", "gpu", "tpu"; None: JAX's default) determines the implementation of attention.
     """
 
     config: UNetConfig
@@ -165,7 +167,9 @@ class UNet2DConditionModel(nn.Module):
     def __call__(
         self, x: FeatureMap | Paired, t: Timesteps, context: Context | Paired
     ) -> Float[Array, "batch height width out"] | Paired:
-        """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim)."""
+        """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim) → (B, h, w,
+        out).
+        """
         c = self.config
         levels = len(c.block_out_channels)
         context = context.astype(self.dtype)
@@ -200,6 +204,6 @@ class UNet2DConditionModel(nn.Module):
             if i < levels - 1:
                 h = Upsample(width, dtype=self.dtype, name=f"up_blocks.{i}.upsamplers.0")(h)
 
-        # In float32, whatever the dtype: the losses multiply the difference of two outputs.
+        # Always in float32, because the losses amplify the difference of two outputs.
         h = nonlinear(nn.silu, GroupNorm(c.norm_num_groups, c.norm_eps, jnp.float32, name="conv_norm_out")(h))
         return Conv(c.out_channels, dtype=jnp.float32, name="conv_out")(h)

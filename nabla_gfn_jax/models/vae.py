@@ -1,4 +1,4 @@
-"""`AutoencoderKL`: the VAE between images and latents (Rombach et al. 2022), as diffusers lays it out."""
+"""`AutoencoderKL`: the VAE between images and latents (Rombach et al. 2022), in diffusers' layout."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ _EPSILON = 1e-6
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
-    """What `vae/config.json` says of the architecture."""
+    """The fields of `vae/config.json` that describe the architecture."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -76,7 +76,7 @@ class MidBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image to the mean and log variance of its latent (before `quant_conv`)."""
+    """Image → mean and log variance of its latent (before `quant_conv`)."""
 
     config: VAEConfig
     dtype: Any
@@ -100,7 +100,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent (after `post_quant_conv`) to image."""
+    """Latent (after `post_quant_conv`) → image."""
 
     config: VAEConfig
     dtype: Any
@@ -127,10 +127,11 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """Images in [0, 1] (B, H, W, 3) to and from scaled latents (B, H/f, W/f, c), f = `config.downscale`.
+    """Encodes images in [0, 1] (B, H, W, 3) to scaled latents (B, H/f, W/f, c), f = `config.downscale`, and decodes
+    them.
 
-    A latent here is what the diffusion model sees: the VAE's own latent times `config.scaling_factor`. With `remat`
-    a gradient through the decoder keeps each ResNet block's input alone. `platform`: as the UNet's.
+    Latents are scaled for the diffusion model: the VAE's own latent times `config.scaling_factor`. With `remat`, only
+    the input of each of the decoder's ResNet blocks is kept for the gradient. `platform` is as in the UNet.
     """
 
     config: VAEConfig
@@ -153,10 +154,10 @@ class AutoencoderKL(nn.Module):
         return mean * self.config.scaling_factor, std * self.config.scaling_factor
 
     def decode(self, latents: FeatureMap) -> Images:
-        """The decoder's image with [-1, 1] moved to [0, 1]; not clamped."""
+        """The decoder's image, mapped from [-1, 1] to [0, 1] but not clamped."""
         z = self.post_quant_conv(latents / self.config.scaling_factor)
         return 0.5 * self.decoder(z) + 0.5
 
     def __call__(self, images: Images) -> Images:
-        """Encodes to the mean and decodes; the path that creates every parameter."""
+        """Encodes to the mean and decodes. Initialisation uses this method, because it involves every parameter."""
         return self.decode(self.encode(images)[0])

@@ -1,4 +1,4 @@
-"""What the vision transformers of CLIP and BLIP share (Dosovitskiy et al. 2021): their sizes and their first layer."""
+"""The common part of CLIP's and BLIP's vision transformers (Dosovitskiy et al. 2021): their sizes and first layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,12 +26,12 @@ class VisionConfig:
 
     @property
     def tokens(self) -> int:
-        """Patches of an image and the class token."""
+        """The number of tokens: the patches of an image and the class token."""
         return (self.image_size // self.patch_size) ** 2 + 1
 
 
 class PatchEmbedding(nn.Module):
-    """Each square patch of an image as one token, row by row: a convolution whose stride is its size."""
+    """Embeds each square patch of an image as one token, row by row: a convolution whose stride is its kernel size."""
 
     features: int
     patch_size: int
