@@ -146,7 +146,7 @@ def test_prompts_that_are_cut_are_counted(tmp_path, caplog):
     tokenizer(["a cat"])
     assert not caplog.records
     tokenizer(["a cat", "a cat " * 9])
-    assert "1 of 2 prompts have more than 8 tokens, of which the text encoder sees the first alone." in caplog.text
+    assert "1 of 2 prompts have more than 8 tokens; the text encoder reads only the first 8." in caplog.text
 
 
 def test_a_data_set_of_the_hub(tmp_path, monkeypatch):

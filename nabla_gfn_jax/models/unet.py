@@ -143,10 +143,11 @@ class SpatialTransformer(nn.Module):
 class UNet2DConditionModel(nn.Module):
     """Predicts the noise (or, for v-prediction models, the velocity) in a latent image.
 
-    `apply({"params": base}, x, t, context)` is the base model and `apply({"params": base, "lora": lora}, x, t,
-    context)` the finetuned policy. If x and context are `Pair`s, the output is a pair: the base model's output and its
-    change by the LoRA. With `remat`, only the input of each block is kept for the gradient, and the rest is recomputed.
-    `platform` ("cpu", "gpu", "tpu"; None: JAX's default) determines the implementation of attention.
+    `apply({"params": base}, x, t, context)` is the base model.
+    `apply({"params": base, "lora": lora}, x, t, context)` is the finetuned policy. If x and context are `Pair`s, the
+    output is a pair: the base model's output and its change by the LoRA. With `remat`, only the input of each block is
+    kept for the gradient, and the rest is recomputed. `platform` ("cpu", "gpu", "tpu"; None: JAX's default) determines
+    the implementation of attention.
     """
 
     config: UNetConfig
@@ -167,8 +168,12 @@ class UNet2DConditionModel(nn.Module):
     def __call__(
         self, x: FeatureMap | Paired, t: Timesteps, context: Context | Paired
     ) -> Float[Array, "batch height width out"] | Paired:
-        """x (B, h, w, in_channels), t (B,) DDPM time in 0..999, context (B, tokens, cross_attention_dim) → (B, h, w,
-        out).
+        """The output (B, h, w, out_channels), float32.
+
+        Args:
+            x: latents (B, h, w, in_channels).
+            t: DDPM time (B,), 0..999.
+            context: text features (B, tokens, cross_attention_dim).
         """
         c = self.config
         levels = len(c.block_out_channels)
