@@ -1,4 +1,4 @@
-"""Training the emoji VAE: squared and absolute error, a light pull towards the unit Gaussian."""
+"""The loss of the emoji VAE: squared and absolute error, and a small KL term towards the unit Gaussian."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from jaxtyping import Array, Float, UInt8
 from nabla_gfn_jax.models.vae import AutoencoderKL
 from nabla_gfn_jax.typing import Images, Params, PRNGKey
 
-L1_WEIGHT = 0.1  # keeps edges crisper than squared error alone
-KL_WEIGHT = 1e-6  # of the KL in nats per image; the latents need a bounded scale, not a Gaussian shape
+L1_WEIGHT = 0.1  # keeps edges sharper than with the squared error alone
+KL_WEIGHT = 1e-6  # weight of the KL in nats per image; latents need a bounded scale, not a Gaussian distribution
 
 
 def augment(key: PRNGKey, images: Images, max_shift: int = 4) -> Images:
-    """Random mirror, exchange of colour channels (3 of 10) and shift, for each image; margins are white and wrap."""
+    """Mirrors, shifts and (3 of 10) permutes the colour channels of each image at random. Shifts wrap around."""
 
     def one(key: PRNGKey, image: Float[Array, "height width 3"]) -> Float[Array, "height width 3"]:
         mirror, recolour, order, shift = jax.random.split(key, 4)
@@ -29,7 +29,7 @@ def augment(key: PRNGKey, images: Images, max_shift: int = 4) -> Images:
 
 
 def make_loss(vae: AutoencoderKL, drawings: UInt8[np.ndarray, "count height width 3"], batch: int):
-    """`loss(params, key)` on `batch` random, augmented drawings, for `emoji.loop.fit`."""
+    """The function `loss(params, key)` on `batch` random, augmented drawings, for `emoji.loop.fit`."""
     data = jnp.asarray(drawings)
     apply: Any = vae.apply
 
@@ -48,7 +48,7 @@ def make_loss(vae: AutoencoderKL, drawings: UInt8[np.ndarray, "count height widt
 
 
 def psnr(vae: AutoencoderKL, params: Params, drawings: UInt8[np.ndarray, "count height width 3"]) -> float:
-    """Mean over drawings of the peak signal-to-noise ratio (dB, peak 1) of decode(encode(x)), clamped to [0, 1]."""
+    """The peak signal-to-noise ratio (dB, peak 1) of decode(encode(x)), clamped to [0, 1], as a mean over drawings."""
     apply: Any = vae.apply
     reconstruct = jax.jit(lambda x: jnp.clip(apply({"params": params}, x), 0.0, 1.0))
     values: list[float] = []

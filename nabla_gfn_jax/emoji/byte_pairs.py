@@ -12,10 +12,11 @@ from nabla_gfn_jax.models.tokenizer import END, START, WORD_END, text_pipeline
 
 
 def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, max_length: int) -> None:
-    """Learns byte-pair merges from `texts` and writes a tokenizer folder that transformers opens too.
+    """Learns byte-pair merges from `texts` and writes a tokenizer folder, which transformers can read too.
 
-    The vocabulary is CLIP's layout: 256 bytes, the same at a word's end, one entry a merge, start and end; at
-    most `vocab_size` of them. A folder that has one keeps it: ids must not move under trained weights.
+    The vocabulary has CLIP's layout: 256 bytes, the same bytes at the end of a word, one entry per merge, start and
+    end; at most `vocab_size` entries. An existing vocabulary in the folder is kept, because trained weights depend on
+    its ids.
     """
     if (folder / "vocab.json").exists():
         return
@@ -33,7 +34,7 @@ def train_tokenizer(texts: Iterable[str], folder: Path, vocab_size: int, max_len
 
 
 def _count_words(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
-    """How often each word occurs, as its bytes' letters, the last one marked."""
+    """The number of occurrences of each word. A word is a tuple of its bytes' letters; the last one is marked."""
     pipeline = text_pipeline(models.BPE())
     normalise, split = pipeline.normalizer.normalize_str, pipeline.pre_tokenizer.pre_tokenize_str
     words = Counter(word for text in texts for word, _ in split(normalise(text)))
@@ -41,9 +42,9 @@ def _count_words(texts: Iterable[str]) -> Counter[tuple[str, ...]]:
 
 
 def _learn_merges(words: Counter[tuple[str, ...]], limit: int) -> list[tuple[str, str]]:
-    """At most `limit` merges, each of the most frequent pair, of equals the alphabet's first.
+    """At most `limit` merges, each of the most frequent pair; ties are broken alphabetically.
 
-    Sennrich et al. 2016, arXiv 1508.07909. The `tokenizers` library's trainer breaks ties anew in each run.
+    Sennrich et al. 2016, arXiv 1508.07909. The trainer of the `tokenizers` library breaks ties randomly in each run.
     """
     merges: list[tuple[str, str]] = []
     while len(merges) < limit:

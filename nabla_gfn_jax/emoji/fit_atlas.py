@@ -1,7 +1,7 @@
 """Makes the atlas of drawings that `metrics.coverage` reads: `python -m nabla_gfn_jax.emoji.fit_atlas`.
 
-The 64 dimensions are a linear discriminant analysis: directions along which drawings differ most for how much a
-drawing's own perturbed versions differ.
+The 64 dimensions come from a linear discriminant analysis. Along these directions, the variance between drawings is
+largest relative to the variance between the perturbed versions of a drawing.
 """
 
 import json
@@ -24,12 +24,12 @@ from nabla_gfn_jax.models import efficientnet
 
 DIMENSIONS = 64
 COPIES = 4
-_SHRINKAGE = 0.3  # of the scatter within drawings towards a multiple of the identity
+_SHRINKAGE = 0.3  # shrinkage of the within-drawing scatter towards a multiple of the identity
 _BATCH = 64
 
 
 def layouts(drawings: UInt8[np.ndarray, "count 64 64 3"]) -> Float[np.ndarray, "versions count 1080"]:
-    """Features of the drawings as they are (first) and of `COPIES` perturbed versions of each."""
+    """Features of the unperturbed drawings (first) and of `COPIES` perturbed versions of each."""
     network, layout, change = efficientnet.load("lite2"), jax.jit(coverage.layout), jax.jit(perturb)
     padding = -len(drawings) % _BATCH
     images = np.concatenate([drawings, drawings[:padding]]).astype(np.float32) / np.float32(255.0)
@@ -45,7 +45,10 @@ def layouts(drawings: UInt8[np.ndarray, "count 64 64 3"]) -> Float[np.ndarray, "
 def discriminant(
     features: Float[np.ndarray, "versions drawings features"],
 ) -> tuple[Float[np.ndarray, " features"], Float[np.ndarray, "features 64"]]:
-    """Mean and basis: the scatter within drawings is the identity in it, that between them diagonal and largest."""
+    """The mean and the discriminant basis, in which the within-drawing scatter is the identity.
+
+    The scatter between drawings is diagonal in the basis, with the largest values.
+    """
     mean = features[0].mean(axis=0)
     scale = features[0].std(axis=0) + 1e-2
     centred = (features - mean) / scale
@@ -59,7 +62,7 @@ def discriminant(
 
 
 def write_atlas(file: Path, drawings: Drawings, features: Float[np.ndarray, "versions drawings 1080"]) -> None:
-    """Everything but the network: basis and points in half precision."""
+    """Writes the atlas without the network; basis and points are in half precision."""
     mean, basis = discriminant(features.astype(np.float64))
     tensors = {
         "mean": mean.astype(np.float32),

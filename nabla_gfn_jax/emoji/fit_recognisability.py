@@ -1,9 +1,9 @@
 """Fits the recognisability head: `python -m nabla_gfn_jax.emoji.fit_recognisability`, minutes on 2 cores.
 
-A softmax regression on `rewards.emoji.features` tells the 45 animals of `SIMPLE_ANIMALS` and "something else" (the
-other drawings of the base model) apart. Its figures, and the choice of its strength, come from heads that are fitted
-to two vendors' drawings and judge the third's. (ImageNet's own classes of these animals do not serve: their logits
-name few drawings right.)
+The head is a softmax regression on `rewards.emoji.features`. Its classes are the 45 animals of `SIMPLE_ANIMALS` and
+"something else", which is the other drawings of the base model. The strength of the weight decay and the printed
+figures come from heads that are fitted to the drawings of two vendors and evaluated on those of the third. (ImageNet's
+own classes of these animals cannot be used, because their logits classify few drawings correctly.)
 """
 
 import sys
@@ -26,15 +26,15 @@ from nabla_gfn_jax.rewards.emoji import DATA
 
 OTHER = len(SIMPLE_ANIMALS)
 CLASSES = OTHER + 1
-STRENGTHS = (0.01, 0.03, 0.1)  # of the weight decay
+STRENGTHS = (0.01, 0.03, 0.1)  # candidates for the weight decay
 COPIES = 8
-_OTHER_WEIGHT = 0.05  # of a drawing of something else against one of an animal: there are four times as many
-_AMBIGUOUS = ("cat-face", "monkey-face")  # a grinning cat is a cat and a face
+_OTHER_WEIGHT = 0.05  # weight of a drawing that is not an animal relative to an animal; they are four times as many
+_AMBIGUOUS = ("cat-face", "monkey-face")  # a grinning cat is both a cat and a face
 
 
 @dataclass(frozen=True)
 class Examples:
-    """`features`: (versions, drawings, 1008), the unperturbed version first."""
+    """Training examples. `features` is (versions, drawings, 1008), with the unperturbed version first."""
 
     features: Float[np.ndarray, "versions drawings features"]
     label: Int[np.ndarray, " drawings"]
@@ -45,7 +45,7 @@ Head = tuple[Float[np.ndarray, "features classes"], Float[np.ndarray, " classes"
 
 
 def read_examples(folder: Path | None) -> Examples:
-    """The base model's drawings."""
+    """The examples from the base model's drawings."""
     drawings = load_drawings(folder).base()
     label_of = np.full(len(drawings.concepts), OTHER)
     for number, animal in enumerate(SIMPLE_ANIMALS):
@@ -56,7 +56,7 @@ def read_examples(folder: Path | None) -> Examples:
 
 
 def fit(examples: Examples, strength: float) -> Head:
-    """Kernel and bias: least weighted cross-entropy over all versions + strength · Σ (standardised kernel)²."""
+    """The head that minimises weighted cross-entropy over all versions + strength · Σ (standardised kernel)²."""
     versions, count, width = examples.features.shape
     x = examples.features.reshape(-1, width)
     mean, scale = x.mean(axis=0), x.std(axis=0) + np.float32(1e-2)
@@ -84,7 +84,7 @@ def fit(examples: Examples, strength: float) -> Head:
 
 
 def other_vendors(examples: Examples, strength: float) -> Float[np.ndarray, "versions drawings classes"]:
-    """log p of every drawing's classes, by a head that saw only the other vendors' drawings."""
+    """log p of the classes for every drawing, by a head that was fitted to the other vendors' drawings."""
     log_p = np.zeros((*examples.features.shape[:2], CLASSES))
     for vendor in np.unique(examples.vendor):
         seen, test = examples.vendor != vendor, examples.vendor == vendor
@@ -94,7 +94,7 @@ def other_vendors(examples: Examples, strength: float) -> Float[np.ndarray, "ver
 
 
 def figures(examples: Examples, log_p: Float[np.ndarray, "versions drawings classes"]) -> dict[str, str]:
-    """Of the animals' drawings: top-1 among the 45 (chance: 2 %), and mean log p among all 46 classes."""
+    """For the drawings of animals: top-1 accuracy among the 45 (chance: 2 %), and mean log p among all 46 classes."""
     animal = examples.label < OTHER
     label, log_p = examples.label[animal], log_p[:, animal]
     right = log_p[..., :OTHER].argmax(axis=-1) == label
@@ -110,7 +110,7 @@ def figures(examples: Examples, log_p: Float[np.ndarray, "versions drawings clas
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Fits, prints the figures and writes `rewards/data/recognisability.safetensors`."""
+    """Fits the head, prints the figures and writes `rewards/data/recognisability.safetensors`."""
     examples = read_examples(parse(argv, FitOptions, __doc__).emoji)
     judged = {strength: other_vendors(examples, strength) for strength in STRENGTHS}
     found = {strength: figures(examples, log_p) for strength, log_p in judged.items()}

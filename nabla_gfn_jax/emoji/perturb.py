@@ -1,4 +1,4 @@
-"""Drawings as a decoder might draw them: what fitted heads and the coverage metric must see through."""
+"""Perturbs drawings as a decoder might; the fitted heads and the coverage metric must tolerate this."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from nabla_gfn_jax.typing import Images, PRNGKey
 
 
 def perturb(key: PRNGKey, images: Images) -> Images:
-    """Each image scaled by .85 to 1.08, shifted by up to 4 pixels, blurred (σ ≤ 1.3 pixels), noisy (σ ≤ .06)."""
+    """Scales each image by .85 to 1.08, shifts it up to 4 pixels, blurs it (σ ≤ 1.3 pixels), adds noise (σ ≤ .06)."""
 
     def one(key: PRNGKey, image: Float[Array, "height width 3"]) -> Float[Array, "height width 3"]:
         keys = jax.random.split(key, 5)

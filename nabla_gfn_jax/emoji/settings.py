@@ -1,4 +1,4 @@
-"""What a pretraining's config says, and what the fits of the shipped heads and atlas are told."""
+"""The settings of a pretraining, and the options of the fits of the shipped heads and atlas."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,12 +8,12 @@ from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, option
 
 @dataclass(frozen=True, kw_only=True)
 class Fit(Checked):
-    """How long a network is trained, and how."""
+    """How a network is trained."""
 
     steps: int = option(meaning="updates", minimum=1)
-    batch: int = option(meaning="drawings of an update", minimum=1)
-    learning_rate: float = option(meaning="largest learning rate of the cosine", above=0)
-    decay: float = option(meaning="decay of the running mean of the parameters, which is kept", minimum=0, maximum=1)
+    batch: int = option(meaning="drawings per update", minimum=1)
+    learning_rate: float = option(meaning="largest learning rate of the cosine schedule", above=0)
+    decay: float = option(meaning="decay of the running mean of the parameters, which is saved", minimum=0, maximum=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +32,10 @@ class VAE(Fit):
 
 @dataclass(frozen=True, kw_only=True)
 class TextEncoder(Checked):
-    """The transformer that reads prompts."""
+    """The text encoder, a transformer."""
 
     hidden_size: int = option(meaning="width", minimum=1)
-    intermediate_size: int = option(meaning="width within the MLPs", minimum=1)
+    intermediate_size: int = option(meaning="hidden width of the MLPs", minimum=1)
     num_hidden_layers: int = option(meaning="layers", minimum=1)
     num_attention_heads: int = option(meaning="heads of each attention", minimum=1)
 
@@ -63,8 +63,8 @@ class Pretraining(Checked):
     """A miniature Stable Diffusion of emoji."""
 
     seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
-    max_tokens: int = option(meaning="tokens of a prompt", minimum=3)
-    vocab_size: int = option(meaning="tokens that the tokenizer learns", minimum=514)
+    max_tokens: int = option(meaning="largest number of tokens of a prompt", minimum=3)
+    vocab_size: int = option(meaning="largest size of the tokenizer's vocabulary", minimum=514)
     vae: VAE
     text_encoder: TextEncoder
     unet: UNet
@@ -72,6 +72,6 @@ class Pretraining(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class FitOptions(Checked):
-    """Where the drawings are."""
+    """The options of the commands that fit the shipped heads and atlas."""
 
     emoji: Path | None = option(None, "folder of the emoji packages [the user's cache]", file="existing")

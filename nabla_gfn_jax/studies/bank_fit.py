@@ -1,16 +1,18 @@
-"""How much of a known teacher does a LoRA take up? Fits on one frozen bank of base paths, judged by held-out nats.
+"""Measures how much of an exact teacher a LoRA learns, by fits on a fixed bank of base paths and held-out nats.
 
     python -m nabla_gfn_jax.studies.bank_fit --out=runs/bank_fit
 
-Base paths are sampled once, with the adjoint of every step. Sampled again with probability ∝ R^β they are paths of the
-target P_base · R^β, so the adjoint's mean is the exact teacher, whatever the policy (algorithms/path_regression.py).
-What stands between such a teacher and the target is then the clip, the fit and what the LoRA can express:
+Base paths are sampled once, with the adjoint of every step. Resampled with probability ∝ R^β, they are paths of the
+target P_base · R^β. The mean of the adjoint is then the exact teacher for any policy (algorithms/path_regression.py).
+Only the clip, the fit and the expressiveness of the LoRA remain between this teacher and the target. Two results are
+reported:
 
-- *gain*: KL(target ‖ base) − KL(target ‖ policy) on held-out paths, in nats, with the credit clipped as it was in
-  training, and as it is (exact, but its early steps have heavy tails); at most the needed nats. By tenth of the path.
+- the *gain* on held-out paths, KL(target ‖ base) − KL(target ‖ policy) in nats, which is at most the needed nats. It is
+  computed for each tenth of the path, with the credit clipped as in training and with the unclipped credit, which is
+  exact but has heavy tails at early steps.
 - the certificate of the policy's own samples (docs/nats.md).
 
-A GPU does the default in some minutes; a CPU wants fewer paths and updates.
+The default takes some minutes on a GPU. On a CPU, use fewer paths and updates.
 """
 
 import functools
@@ -47,37 +49,39 @@ from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 TENTHS = 10
-AVERAGE = 0.99  # decay of the running mean of the LoRA, which is what is judged
-REPORT = 50  # updates between two losses
+AVERAGE = 0.99  # decay of the running mean of the LoRA, which is evaluated
+REPORT = 50  # updates between two reported losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """The teacher, the fits, and where their results go."""
+    """The teacher, the fits, and the folder for their results."""
 
     out: Path = option(meaning="folder for results.jsonl")
     model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
     reward: str = option("valence", "a reward", choices=REWARDS)
     prompts: str = option("a_face", "a prompt set")
     beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
-    guidance: float = option(2.0, "classifier-free guidance", minimum=0, maximum=100)
-    num_steps: int = option(50, "sampling steps; tenths of them are reported", minimum=10, maximum=999)
-    paths: int = option(8192, "base paths of the bank", minimum=2)
-    held_out: int = option(2048, "base paths to judge on, and samples of each policy", minimum=2)
+    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
+    num_steps: int = option(50, "sampling steps; results are reported by tenths of them", minimum=10, maximum=999)
+    paths: int = option(8192, "base paths in the bank", minimum=2)
+    held_out: int = option(2048, "held-out base paths, and samples of each policy", minimum=2)
     together: int = option(512, "paths sampled together", minimum=1)
     clip_quantile: float = option(
-        0.8, "quantile of the credit's size at each step that it is clipped to", above=0, maximum=1
+        0.8, "the credit is clipped to this quantile of its size at each step", above=0, maximum=1
     )
-    layers: tuple[Literal["attention", "all"], ...] = option(("attention", "all"), "layers with a LoRA: a fit for each")
+    layers: tuple[Literal["attention", "all"], ...] = option(
+        ("attention", "all"), "layers with a LoRA; one fit for each"
+    )
     rank: int = option(8, "rank of the LoRA", minimum=1)
-    rates: tuple[float, ...] = option((3e-4, 1e-3), "learning rates, with cosine decay to 0: a fit for each", above=0)
-    updates: int = option(400, "updates of a fit", minimum=1)
-    batch: int = option(768, "transitions of an update", minimum=1)
+    rates: tuple[float, ...] = option((3e-4, 1e-3), "learning rates, with cosine decay to 0; one fit for each", above=0)
+    updates: int = option(400, "updates per fit", minimum=1)
+    batch: int = option(768, "transitions per update", minimum=1)
     seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
 class Bank(NamedTuple):
-    """Base paths with their credit for β = 1; leaves (T, N, …) unless said."""
+    """Base paths with their credit for β = 1; leaves (T, N, …) unless stated otherwise."""
 
     x: Latents
     base_output: Latents
@@ -97,7 +101,7 @@ class Bench:
 
     @functools.cached_property
     def frozen(self) -> Params:
-        """Arguments of what is compiled: as constants they would be compiled in."""
+        """The parameters, as arguments of compiled functions so that they are not compiled in as constants."""
         table = {
             "base": self.base.encode_prompts(self.prompts),
             "reward": self.reward.encode_prompts(list(self.prompts)),
@@ -105,7 +109,7 @@ class Bench:
         return jax.device_put({"base": self.base.frozen_params, "reward": self.reward.params, "table": table})
 
     def model(self, frozen: Params) -> Model:
-        """The base model with the parameters `frozen`, as algorithms see one."""
+        """The base model with the parameters `frozen`, in the form that algorithms use."""
 
         def log_reward(z: Latents, prompt_id: PromptIds) -> Array:
             features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
@@ -115,13 +119,13 @@ class Bench:
         return Model(self.base.chain(self.options.num_steps), predict, log_reward, {})
 
     def keys(self, stream: int, start: int, count: int) -> tuple[PRNGKeys, PromptIds]:
-        """Of samples `start` and after; their prompts in turn."""
+        """The keys of `count` samples from number `start` on, and their prompt ids, which cycle."""
         numbers = jnp.arange(start, start + count)
         key = jax.random.fold_in(jax.random.key(self.options.seed), stream)
         return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)
 
     def bank(self, stream: int, count: int) -> Bank:
-        """Base paths and their credit, some at a time."""
+        """Samples `count` base paths with their credit, some at a time."""
 
         @jax.jit
         def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> Bank:
@@ -138,7 +142,7 @@ class Bench:
         )
 
     def policy_paths(self, pairs: Params, count: int) -> certificate.Paths:
-        """What the certificate needs of `count` samples of the policy."""
+        """Samples `count` paths of the policy, for the certificate."""
 
         @jax.jit
         def part(frozen: Params, pairs: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
@@ -153,12 +157,12 @@ class Bench:
 
 
 def spans(count: int, size: int) -> list[tuple[int, int]]:
-    """(start, length) of parts of at most `size`."""
+    """The (start, length) of consecutive parts of at most `size`."""
     return [(start, min(size, count - start)) for start in range(0, count, size)]
 
 
 def init_pairs(params: Params, layers: str, rank: int, key: Array) -> Params:
-    """Low-rank pairs by the UNet's layer: down ~ N(0, 1/rank²), up 0; a convolution's kernel is read as a matrix."""
+    """Low-rank pairs by the UNet's layer: down ~ N(0, 1/rank²), up = 0. A convolution's kernel counts as a matrix."""
     pairs = {}
     for number, (path, kernel) in enumerate(sorted(flatten_dict(params["unet"]).items())):
         if path[-1] == "kernel" and (layers == "all" or path[-2] in TARGETS):
@@ -169,7 +173,7 @@ def init_pairs(params: Params, layers: str, rank: int, key: Array) -> Params:
 
 
 def adapt(params: Params, pairs: Params) -> Params:
-    """The parameters with the pairs' products added, in float32, as these studies have them."""
+    """The parameters with the pairs' products added, in float32."""
     flat = {"/".join(path): leaf for path, leaf in flatten_dict(params["unet"]).items()}
     for name, pair in pairs.items():
         flat[name] = flat[name] + (pair["down"] @ pair["up"]).reshape(flat[name].shape)
@@ -177,13 +181,13 @@ def adapt(params: Params, pairs: Params) -> Params:
 
 
 def clip_of(bank: Bank, beta: float, quantile: float) -> Float[Array, " steps"]:
-    """For each step the quantile over paths of the root mean square of β c."""
+    """For each step, the quantile over paths of the root mean square of β c."""
     size = jnp.sqrt(jnp.square(bank.credit).reshape(*bank.credit.shape[:2], -1).mean(axis=-1))
     return jnp.quantile(abs(beta) * size, quantile, axis=1)
 
 
 def nats(bench: Bench, frozen: Params, pairs: Params, bank: Bank, c: Latents, steps: Array, picked: Array) -> Array:
-    """δ·c − ‖δ‖²/2 of each transition (step, path): what it gains over the base model's."""
+    """δ·c − ‖δ‖²/2 of each transition (step, path): its gain over the base model."""
     model = bench.model(frozen | {"base": adapt(frozen["base"], pairs)})
     x, base_output, step = bank.x[steps, picked], bank.base_output[steps, picked], bench.model(frozen).chain[steps]
     output = model.predict(None, x, step.at, bank.prompt_id[picked])
@@ -191,7 +195,7 @@ def nats(bench: Bench, frozen: Params, pairs: Params, bank: Bank, c: Latents, st
 
 
 def fit(bench: Bench, bank: Bank, clip: Array, layers: str, rate: float) -> tuple[Params, list[float]]:
-    """Adam on transitions of target paths; the running mean of the pairs, and the loss as it fell."""
+    """Fits a LoRA with Adam on transitions of target paths. Returns the running mean of the pairs, and the losses."""
     o = bench.options
     pairs = init_pairs(bench.base.params, layers, o.rank, jax.random.key(o.seed))
     optimizer = optax.adam(optax.cosine_decay_schedule(rate, o.updates))
@@ -221,7 +225,7 @@ def fit(bench: Bench, bank: Bank, clip: Array, layers: str, rate: float) -> tupl
 
 
 def gains(bench: Bench, pairs: Params, held_out: Bank, clip: Array) -> dict[str, list[float]]:
-    """By tenth of the path, on held-out paths of the target: nats gained, with the credit clipped and as it is."""
+    """The gain in nats for each tenth of held-out target paths, with clipped and with unclipped credit."""
     o, count = bench.options, len(held_out.log_reward)
     picked = jax.random.categorical(jax.random.key(o.seed + 2), o.beta * held_out.log_reward, shape=(count,))
 
@@ -245,7 +249,7 @@ def gains(bench: Bench, pairs: Params, held_out: Bank, clip: Array) -> dict[str,
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Bank → clip → a fit for each kind of layers and rate → held-out nats and certificate, a line of JSON each."""
+    """Samples the bank, and fits and evaluates each kind of layers and rate; writes one line of JSON for each fit."""
     options = parse(argv, Options, __doc__)
     prompts = prompt_set(options.prompts).train
     use_compilation_cache()
@@ -269,7 +273,7 @@ def main(argv: list[str]) -> None:
 
 
 def line(layers: str, rate: float, gain: dict[str, list[float]], found: certificate.Certificate) -> str:
-    """A fit's result, for people."""
+    """One line of text about the result of a fit."""
     gap = found.at_beta.gap.value if found.at_beta else float("nan")
     gained = f"held-out gain {sum(gain['clipped']):.3f} clipped, {sum(gain['as_it_is']):.3f} as it is"
     reached = f"exponent {found.exponent.value:.2f}, needed {found.needed.value:.3f}, spent {found.spent.value:.3f}"

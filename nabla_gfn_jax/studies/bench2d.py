@@ -1,19 +1,19 @@
-"""Every algorithm on one bench: the exact target in the plane, at equal cost, judged in nats.
+"""Compares all algorithms on a problem in the plane with an exact target, at equal cost, in nats.
 
     python -m nabla_gfn_jax.studies.bench2d --out=docs/bench2d.jsonl
 
-Base, chain and reward are those of `mixture2d`, with a third, harder setting: eight modes, of which the one that the
-reward likes best is rare. The target P_base(x) R(x) and log Z are known in closed form, so that only means over the
-policy's own samples are estimated.
+Base, chain and reward are those of `mixture2d`, with a third, harder setting: eight modes, of which the one with the
+highest reward is rare. The target P_base(x) R(x) and log Z are known in closed form, so only means over the policy's
+samples are estimated.
 
-*Cost* counts evaluations of the network: one for each state that the policy or the base model is asked about, in
-sampling, in the credit and in the update, and one more for each pull-back through it (`evaluations`). The reward and
-small heads are not counted. All methods are judged after the same cost, and again after twice of it: one that has
+The *cost* is the number of evaluations of the network: one for each state at which the policy or the base model is
+evaluated, in sampling, credit and update, and one more for each pull-back (`evaluations`). The reward and small heads
+are not counted. All methods are evaluated after the same cost, and again after twice this cost; a method that has
 converged changes little in between.
 
-A method's learning rate is the best of `--rates` for the mild reward at seed 0, by the gap in the end. It is
-constant, and a running mean of the policy, over about the last tenth of the updates, is what is judged. Rows are
-appended as they are found, and those that are there are not made again.
+A method's learning rate is constant. It is the one in `--rates` with the smallest final gap for the mild reward at seed
+0. The evaluated policy is a running mean over about the last tenth of the updates. Rows are appended to the file, and
+rows that it already has are not computed again.
 """
 
 import json
@@ -56,10 +56,10 @@ from nabla_gfn_jax.studies.plane import (
     evaluations,
 )
 
-TIMES = (1, 2)  # of the budget, after which a policy is judged
+TIMES = (1, 2)  # multiples of the budget after which a policy is evaluated
 BASE, TILTED = "the base model", "the tilted mixture's own network"
-TUNED = ("mild", 0)  # setting and seed that a method's learning rate is chosen in
-DIVERGED = 10_000.0  # nats of gap
+TUNED = ("mild", 0)  # setting and seed for which a method's learning rate is chosen
+DIVERGED = 10_000.0  # a larger gap, in nats, counts as divergence
 FIGURES = ("kl_policy_target", "kl_target_policy", "exponent", "spent", "efficiency")
 Row = dict[str, Any]
 
@@ -91,29 +91,29 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """What of the bench is made, and where its rows are."""
+    """The methods, settings and seeds to run, and the file for the rows."""
 
     out: Path = option(meaning="file of JSON lines to which rows are added", file="output", endings=(".jsonl",))
-    only: str = option("", "only the methods whose name contains this", empty=True)
-    settings: tuple[str, ...] = option(tuple(SETTINGS), "settings", choices=SETTINGS)
-    seeds: tuple[int, ...] = option((0, 1, 2), "seeds", minimum=0, maximum=LARGEST_SEED)
-    rates: tuple[float, ...] = option((1e-3, 3e-3, 1e-2), "learning rates that a method chooses from", above=0)
+    only: str = option("", "only the methods whose name contains this text", empty=True)
+    settings: tuple[str, ...] = option(tuple(SETTINGS), "the settings", choices=SETTINGS)
+    seeds: tuple[int, ...] = option((0, 1, 2), "the seeds", minimum=0, maximum=LARGEST_SEED)
+    rates: tuple[float, ...] = option((1e-3, 3e-3, 1e-2), "learning rates from which the best is chosen", above=0)
     budget: float = option(5e6, "the equal cost, in evaluations of the network", above=0)
 
 
 def rows_in(file: Path) -> list[Row]:
-    """The rows that are there."""
+    """The rows in the file; an empty list if there is no file."""
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def best_rate(rows: Iterable[Row], method: str) -> float | None:
-    """The learning rate of the least gap for the mild reward at seed 0 in the end; None if there are no rows."""
+    """The learning rate with the smallest final gap for the mild reward at seed 0; None if there are no rows."""
     found = [r for r in rows if (r["method"], r["setting"], r["seed"], r["times"]) == (method, *TUNED, TIMES[-1])]
     return min(found, key=lambda r: r.get("gap", np.inf))["rate"] if found else None
 
 
 def plan(options: Options, methods: Mapping[str, Method], rows: list[Row]) -> Iterator[tuple[str, list[Lane]]]:
-    """What is to be done, in order: rates first, then every setting at the first seed, then the other seeds."""
+    """The runs in order: first the rates, then every setting at the first seed, then the other seeds."""
     for name in methods:
         yield name, [Lane(*TUNED, rate) for rate in options.rates]
     ways = [(setting, seed) for seed in options.seeds for setting in options.settings if (setting, seed) != TUNED]
@@ -124,7 +124,7 @@ def plan(options: Options, methods: Mapping[str, Method], rows: list[Row]) -> It
 
 
 def bench(name: str, programs: Programs, judge: Judge, lanes: Sequence[Lane], budget: float) -> Iterator[Row]:
-    """Trains the lanes and judges each after the budget and after twice of it."""
+    """Trains the lanes, and evaluates each after the budget and after twice the budget."""
     training, start = Training(programs, lanes), time.process_time()
     cost = evaluations(programs.method.algorithm) * BATCH
     for times in TIMES:
@@ -143,7 +143,7 @@ def bench(name: str, programs: Programs, judge: Judge, lanes: Sequence[Lane], bu
 
 
 def references(judge: Judge) -> Iterator[Row]:
-    """What the figures are read against. The tilted mixture's network is the optimal policy of many small steps."""
+    """The reference rows. The tilted mixture's network is the optimal policy in the limit of many small steps."""
     for name, setting in SETTINGS.items():
         tilted = World.of(setting._replace(data=setting.data.tilted(setting.k)))
         for method, policy in ((BASE, None), (TILTED, tilted)):
@@ -152,7 +152,7 @@ def references(judge: Judge) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Markdown, a table for each setting: figures after twice the budget, means over seeds with standard errors."""
+    """A Markdown table for each setting: figures after twice the budget, as means over seeds with standard errors."""
     names = (BASE, TILTED, *METHODS)
     parts = []
     for setting in SETTINGS:
@@ -179,7 +179,7 @@ def _line(half: Sequence[Row], whole: Sequence[Row]) -> str:
 
 
 def _mean(rows: Sequence[Row], name: str) -> str:
-    """The mean over seeds ± its standard error; "" where there is no such figure."""
+    """The mean over seeds ± its standard error; "" if there is no such figure."""
     if any(r.get("gap", np.inf) > DIVERGED for r in rows):
         return "diverged"
     values = [r[name] for r in rows if r.get(name) is not None]
@@ -191,7 +191,7 @@ def _mean(rows: Sequence[Row], name: str) -> str:
 
 
 def add(file: Path, rows: list[Row], more: Iterable[Row]) -> None:
-    """Appends rows to the file and to the list once all of them are found: a run that is cut short repeats none."""
+    """Appends rows to the file and to the list after all of them are computed, so that no row is ever repeated."""
     for row in list(more):
         rows.append(row)
         with file.open("a") as lines:

@@ -1,4 +1,4 @@
-"""A Gaussian mixture in the plane whose every diffusion quantity has a closed form, and distances to it."""
+"""A Gaussian mixture in the plane, for which all diffusion quantities have closed forms, and distances to it."""
 
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ class Mixture(NamedTuple):
     std: float
 
     def tilted(self, k: Float[np.ndarray, "2"]) -> "Mixture":
-        """∝ p(x) exp(k·x): again a mixture, its modes shifted by std² k and reweighted."""
+        """The density ∝ p(x) exp(k·x), which is a mixture whose modes are shifted by std² k and reweighted."""
         log_weights = np.log(self.weights) + self.means @ k
         weights = np.exp(log_weights - log_weights.max())
         return Mixture(weights / weights.sum(), self.means + self.std**2 * k, self.std)
@@ -39,14 +39,14 @@ class Mixture(NamedTuple):
         return jax.nn.logsumexp(logits, axis=1) - float(np.log(2 * np.pi * self.std**2))
 
     def noise_prediction(self, x: Points, signal: Float[Array, " batch"]) -> Points:
-        """E[ε | x = √ᾱ x₀ + √(1−ᾱ) ε] = −√(1−ᾱ) ∇ log p(x), exactly what a perfectly trained network would say."""
+        """E[ε | x = √ᾱ x₀ + √(1−ᾱ) ε] = −√(1−ᾱ) ∇ log p(x), the output of a perfectly trained network."""
         root, noise = jnp.sqrt(signal)[:, None], jnp.sqrt(1 - signal)[:, None]
         responsibility, offsets = self._responsibilities(x, root, noise)
         variance = root**2 * self.std**2 + noise**2
         return noise * (responsibility[..., None] * offsets).sum(1) / variance
 
     def velocity(self, x: Points, s: Float[Array, " batch"]) -> Points:
-        """E[ε − x₀ | x = (1−s) x₀ + s ε], a rectified flow's velocity field."""
+        """E[ε − x₀ | x = (1−s) x₀ + s ε], the velocity field of a rectified flow."""
         scale, noise = 1 - s[:, None], s[:, None]
         responsibility, offsets = self._responsibilities(x, scale, noise)
         variance = scale**2 * self.std**2 + noise**2
@@ -57,7 +57,7 @@ class Mixture(NamedTuple):
     def _responsibilities(
         self, x: Points, scale: Float[Array, "batch 1"], noise: Float[Array, "batch 1"]
     ) -> tuple[Float[Array, "batch modes"], Float[Array, "batch modes 2"]]:
-        """Each mode's share of x = scale · x₀ + noise · ε, and x less the mode's mean."""
+        """The posterior probability of each mode given x = scale · x₀ + noise · ε, and x − scale · the mode's mean."""
         offsets = x[:, None, :] - scale[..., None] * jnp.asarray(self.means, jnp.float32)[None]
         variance = scale**2 * self.std**2 + noise**2
         logits = jnp.log(jnp.asarray(self.weights, jnp.float32))[None] - (offsets**2).sum(-1) / (2 * variance)
@@ -75,12 +75,12 @@ class Mixture(NamedTuple):
 
 
 def sampled(data: Mixture, chain: Chain) -> Mixture:
-    """What the chain's steps draw when the network's output is exact for `data`.
+    """The distribution that the chain's steps sample if the network's output is exact for `data`.
 
-    Within a mode x̂ is linear in x, so the steps are a linear Gaussian recursion for its mean and variance;
-    modes far apart keep their weights. 50 steps leave modes narrower than the data's.
+    Within a mode, x̂ is linear in x, so the steps are a linear Gaussian recursion for the mode's mean and variance.
+    Modes that are far apart keep their weights. With 50 steps, the modes are narrower than those of the data.
     """
-    mean, variance = 0.0, 1.0  # the mean as a multiple of the mode's
+    mean, variance = 0.0, 1.0  # the mean as a multiple of the mode's mean
     at, steps = jax.tree.map(lambda a: np.asarray(a, np.float64), (chain.at, chain))
     on_clean = steps.mean_o / at.clean_o  # μ = on_x x + on_clean x̂
     on_x = steps.mean_x - on_clean * at.clean_x
@@ -93,19 +93,18 @@ def sampled(data: Mixture, chain: Chain) -> Mixture:
 
 
 class Distance(NamedTuple):
-    """Nats between a policy's samples and a target."""
+    """KL divergences between a policy's samples and a target, in nats."""
 
     forward: float  # KL(policy ‖ target)
     reverse: float  # KL(target ‖ policy)
-    weights: tuple[float, ...]  # share of samples nearest to each mode
+    weights: tuple[float, ...]  # share of samples that are nearest to each mode
 
 
 def distance(points: np.ndarray, target: Mixture, minimum: int = 20) -> Distance:
-    """KL both ways, of mode weights plus, mode by mode, of Gaussians fitted to the samples of the mode.
+    """KL in both directions: of the mode weights, plus that of Gaussians fitted to the samples of each mode.
 
-    Modes are far apart, so that KL splits into that of the weights and the weighted mean of those within
-    modes (chain rule). A mode of fewer than `minimum` samples counts by its weight alone, and as
-    half a sample at least.
+    The modes are far apart, so the KL is that of the weights plus the weighted mean of those within modes (chain rule).
+    A mode with fewer than `minimum` samples contributes only through its weight, and counts as at least half a sample.
     """
     modes = target.nearest_mode(points)
     counts = np.bincount(modes, minlength=len(target.weights))
@@ -124,9 +123,9 @@ def distance(points: np.ndarray, target: Mixture, minimum: int = 20) -> Distance
 
 
 def cell_kl(points: np.ndarray, target: Mixture, cell: float = 0.15) -> float:
-    """KL(policy ‖ target) of shares of samples in square cells against the target's exact ones.
+    """KL(policy ‖ target) of the shares of samples in square cells, with the target's exact shares.
 
-    No assumption on shapes; biased upwards by about (occupied cells)/(2·samples), which
+    It makes no assumption about shapes. It is biased upwards by about (occupied cells)/(2·samples), which
     `cell_kl(target.sample(...), target)` measures.
     """
     cells, counts = np.unique(np.floor(points / cell).astype(int), axis=0, return_counts=True)

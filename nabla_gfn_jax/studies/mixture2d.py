@@ -1,11 +1,11 @@
-"""Does it sample the right distribution? Algorithms against an exact target in the plane.
+"""Tests whether algorithms sample from the right distribution, on a problem in the plane with an exact target.
 
     python -m nabla_gfn_jax.studies.mixture2d --out=runs/mixture2d
 
-The base "model" is the closed-form noise prediction of a Gaussian mixture, sampled in Stable Diffusion's own 50 DDPM
-steps, or, with --base=flow, its velocity field as a rectified flow, sampled by the memoryless process. The reward is
-log R(x) = k·x, so that the distribution to be reached, P_base(x) R(x), is a mixture too. The policy adds an MLP to the
-base, and the algorithms are those that finetune images.
+The base "model" is the closed-form noise prediction of a Gaussian mixture, sampled in Stable Diffusion's 50 DDPM steps.
+With --base=flow, it is the velocity field of a rectified flow, sampled by the memoryless process. The reward is log
+R(x) = k·x, so the target P_base(x) R(x) is a mixture too. The policy adds an MLP to the base, and the algorithms are
+the same as for images.
 """
 
 import functools
@@ -41,13 +41,13 @@ from nabla_gfn_jax.typing import Params, PerSample, PRNGKey, PromptIds, Timestep
 DATA = Mixture(np.array([0.4, 0.4, 0.2]), np.array([[-2.0, 0.0], [2.0, 0.0], [0.0, 2.0]]), 0.3)
 REWARDS = {"mild": np.array([0.5, 0.25]), "doubled": np.array([1.0, 0.5])}
 CHAINS = {"diffusion": stable_diffusion_chain(STABLE_DIFFUSION, 50), "flow": rectified_flow_chain(50)}
-BASES = {name: sampled(DATA, chain) for name, chain in CHAINS.items()}  # what 50 steps with the exact output draw
+BASES = {name: sampled(DATA, chain) for name, chain in CHAINS.items()}  # sampled by 50 steps with the exact output
 BASE = BASES["diffusion"]
 WIDTH, FREQUENCIES = 128, 8
 SYMBOLS: dict[Any, str] = {"alpha_bar": "ᾱ", "sqrt_alpha_bar": "√ᾱ", "one": "1"}
-AVERAGE = 0.99  # decay of the running mean of policy parameters, which is what is judged
+AVERAGE = 0.99  # decay of the running mean of policy parameters, which is evaluated
 CREDITS: tuple[Any, ...] = ("adjoint", "innovation")  # of the path regression
-CHUNK = 5  # updates between looks at the mean reward
+CHUNK = 5  # updates between two checks of the mean reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +76,7 @@ class Result(NamedTuple):
 
 
 def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion", data: Mixture = DATA) -> Model:
-    """Exact base + MLP of (x, x̂_#, t), scaled so that its output is of order 1 at every time; log R = k·x."""
+    """The exact base plus an MLP of (x, x̂_#, t), which is scaled to outputs of order 1 at every time; log R = k·x."""
     direction = jnp.asarray(k, jnp.float32)
 
     def exact(x: Points, level: Level) -> Points:
@@ -102,7 +102,10 @@ def make_model(k: Float[np.ndarray, "2"], base: str = "diffusion", data: Mixture
 
 
 def init_mlp(key: PRNGKey, inputs: int, outputs: int = 2, width: int = WIDTH) -> Params:
-    """Three hidden layers; the last layer zero, so that training starts from the base model and g_φ = 0."""
+    """Parameters of an MLP with three hidden layers.
+
+    The last layer is zero: training starts from the base and g_φ = 0.
+    """
     sizes = [inputs + 2 * FREQUENCIES, width, width, width, outputs]
     params = {}
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
@@ -133,7 +136,7 @@ def draw(lora: Params | None, model: Model, number: int, key: PRNGKey) -> Points
 
 
 def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[Params, int]:
-    """On-policy updates, each on a fresh batch; returns the averaged policy and the number of updates."""
+    """Makes on-policy updates, each on a new batch. Returns the averaged policy and the number of updates."""
     lora_key, head_key, sample_key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(3))
     params = {"lora": init_mlp(lora_key, 4)} | {name: init_mlp(head_key, 2) for name in run.algorithm.heads()}
     rate = optax.cosine_decay_schedule(run.learning_rate, run.updates)
@@ -173,7 +176,7 @@ def train(run: Run, model: Model, target_reward: float, seed: int = 0) -> tuple[
 
 
 def judge(points: np.ndarray, target: Mixture) -> tuple[Distance, float]:
-    """Distances of samples to the target; infinite where the policy left the numbers."""
+    """Distances of samples to the target. They are infinite if a sample is not finite."""
     if not np.isfinite(points).all():
         nothing = Distance(float("inf"), float("inf"), (float("nan"),) * len(target.weights))
         return nothing, float("inf")
@@ -183,7 +186,7 @@ def judge(points: np.ndarray, target: Mixture) -> tuple[Distance, float]:
 def study(
     run: Run, reward: str, samples: int = 20_000, seed: int = 0, base: str = "diffusion"
 ) -> tuple[Result, np.ndarray]:
-    """Trains one variant towards one reward and measures what it samples."""
+    """Trains one variant towards one reward. Returns the measurements and the samples."""
     model, target = make_model(REWARDS[reward], base), BASES[base].tilted(REWARDS[reward])
     start = time.time()
     lora, updates = train(run, model, float(target.mean() @ REWARDS[reward]), seed)
@@ -203,7 +206,7 @@ def summary(
 
 
 def references(reward: str, samples: int = 20_000, base: str = "diffusion") -> list[tuple[Result, np.ndarray]]:
-    """What the figures are read against: exact draws of the target (the estimates' bias) and the base."""
+    """The reference rows: exact samples of the target, which show the bias of the estimates, and the base model."""
     target, model = BASES[base].tilted(REWARDS[reward]), make_model(REWARDS[reward], base)
     exact = target.sample(np.random.default_rng(0), samples)
     points = np.asarray(draw(None, model, samples, jax.random.key(1234)), np.float64)
@@ -214,7 +217,7 @@ def references(reward: str, samples: int = 20_000, base: str = "diffusion") -> l
 
 
 def runs(updates: int) -> list[Run]:
-    """The table's lines."""
+    """The runs of the table."""
     lookahead = [
         Run(
             name=f"lookahead, γ = {SYMBOLS[gamma]}" + (", φ from the forward loss too" if forward else ""),
@@ -276,7 +279,7 @@ def runs(updates: int) -> list[Run]:
 
 
 def table(results: Sequence[Result]) -> str:
-    """Markdown, one line a result; p is the policy, q the target."""
+    """A Markdown table with one line per result. p is the policy, q the target."""
     lines = [
         "| reward | variant | updates | KL(p‖q) | KL(q‖p) | KL, cells | weights | mean reward | s |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -291,12 +294,12 @@ def table(results: Sequence[Result]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """What of the table is made, and where."""
+    """The runs to make, and the folder for their results."""
 
     out: Path = option(meaning="folder for results.json, table.md and samples.npz")
-    updates: int = option(3000, "updates of each line", minimum=1)
-    base: Literal["diffusion", "flow"] = option("diffusion", "what the exact network predicts, and its chain")
-    only: str = option("", "only the lines whose name contains this", empty=True)
+    updates: int = option(3000, "updates of each run", minimum=1)
+    base: Literal["diffusion", "flow"] = option("diffusion", "the prediction type of the exact network, and its chain")
+    only: str = option("", "only the runs whose name contains this text", empty=True)
     seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
@@ -306,7 +309,7 @@ def main(argv: list[str]) -> None:
     chosen = [run for run in runs(arguments.updates) if arguments.only in run.name]
     if not chosen:
         names = "; ".join(run.name for run in runs(1))
-        raise UserError(f"--only={arguments.only!r} names no line; the lines are: {names}")
+        raise UserError(f"--only={arguments.only!r} names no run; the runs are: {names}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     results: list[Result] = []
     samples: dict[str, np.ndarray] = {}

@@ -1,6 +1,6 @@
-"""What the bench in the plane runs on: settings whose target is known, methods that are trained towards it, a judge.
+"""The parts of the comparison in the plane: settings with known targets, methods, their training and evaluation.
 
-Runs of a method that differ in setting, seed or learning rate are lanes of one compiled program.
+Runs of a method with different settings, seeds or learning rates are lanes of one compiled program.
 """
 
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ from nabla_gfn_jax.typing import Params, PRNGKey, PromptIds
 CHAIN = CHAINS["diffusion"]
 BATCH, WIDTH, LANES = 128, 32, 3
 WINDOW = 10  # the running mean is over about 1/WINDOW of the updates so far
-JUDGED = 10_000  # samples
+JUDGED = 10_000  # samples for the evaluation of a policy
 _ANGLES = 2 * np.pi * np.arange(8) / 8
-RING = Mixture(  # the rare mode lies at angle 0, where the reward is largest
+RING = Mixture(  # the rare mode is at angle 0, where the reward is largest
     np.array([0.01, *[0.99 / 7] * 7]), 3.0 * np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], axis=1), 0.3
 )
 
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
     @property
     def base(self) -> Mixture:
-        """What the chain's steps draw with the exact network."""
+        """The distribution that the chain's steps sample with the exact network."""
         return sampled(self.data, CHAIN)
 
 
@@ -54,17 +54,17 @@ MODES, STD, BASE_STD = len(RING.weights), DATA.std, sampled(DATA, CHAIN).std
 
 
 class Method(NamedTuple):
-    """An algorithm as it is benched."""
+    """An algorithm and how it is trained in the comparison."""
 
     algorithm: Algorithm
-    clip: float = 1.0  # of the gradient's norm, LoRA's and a head's apart
-    times_base: bool = False  # it knows of no base model in its target: the reward it is given is P_base R
+    clip: float = 1.0  # largest norm of the gradient, for the LoRA and each head separately
+    times_base: bool = False  # True if the algorithm's target has no base model; its reward is then P_base R
 
 
 def evaluations(algorithm: Algorithm, batch: int = 16) -> float:
-    """What an update costs for each trajectory, sampling included, in evaluations of the network.
+    """The cost of an update per trajectory, including sampling, in evaluations of the network.
 
-    Counted on the traced program with a network that is one matrix product, behind an adapter without one.
+    It is counted in the traced program, with a network that is one matrix product and an adapter that has none.
     """
     matrix, ids = jnp.eye(3), jnp.zeros(batch, jnp.int32)
 
@@ -90,7 +90,7 @@ def evaluations(algorithm: Algorithm, batch: int = 16) -> float:
 
 
 class Lane(NamedTuple):
-    """One of the runs of a method that are trained beside each other."""
+    """One of the runs of a method that are trained simultaneously."""
 
     setting: str
     seed: int
@@ -98,16 +98,16 @@ class Lane(NamedTuple):
 
 
 class World(NamedTuple):
-    """A setting as arrays, so that one compiled program serves all; modes that it lacks have no weight to speak of."""
+    """A setting as arrays, so that one compiled program serves all settings. Unused modes have negligible weight."""
 
     weights: Float[Array, " modes"]
     means: Float[Array, "modes 2"]
-    base_means: Float[Array, "modes 2"]  # of what the chain's steps draw
+    base_means: Float[Array, "modes 2"]  # means of the distribution that the chain's steps sample
     k: Float[Array, "2"]
 
     @classmethod
     def of(cls, setting: Setting) -> "World":
-        """Raises `ValueError` if the modes are not as wide as every setting's are, which the programs take as known."""
+        """The arrays of a setting. Raises `ValueError` unless its modes have the width that the programs assume."""
         if setting.data.std != STD:
             raise ValueError(f"modes have a standard deviation of {setting.data.std}, not {STD}")
         missing = MODES - len(setting.data.weights)
@@ -116,7 +116,7 @@ class World(NamedTuple):
         return cls(*(jnp.asarray(a, jnp.float32) for a in (weights, means, base, setting.k)))
 
     def model(self, times_base: bool) -> Model:
-        """log R = k·x, and log P_base(x) on top if `times_base`."""
+        """The model of the setting, with log R = k·x, plus log P_base(x) if `times_base`."""
         data: Any = Mixture(self.weights, self.means, STD)  # type: ignore[arg-type]
         base: Any = Mixture(self.weights, self.base_means, BASE_STD)  # type: ignore[arg-type]
         model = make_model(self.k, data=data)  # type: ignore[arg-type]
@@ -126,7 +126,7 @@ class World(NamedTuple):
 
 
 class Programs:
-    """A method's functions for `LANES` lanes at once, compiled once for all settings, seeds and rates."""
+    """The functions of a method for `LANES` lanes, compiled once for all settings, seeds and rates."""
 
     def __init__(self, method: Method):
         self.method = method
@@ -165,11 +165,11 @@ class Programs:
 
 
 class Training:
-    """Trains lanes of one method; on-policy, an update for each fresh batch."""
+    """Trains the lanes of one method on-policy, with one update for each new batch."""
 
     def __init__(self, programs: Programs, lanes: Sequence[Lane]):
         self.programs, self.algorithm, self.made = programs, programs.method.algorithm, 0
-        lanes = [*lanes, *[lanes[-1]] * (LANES - len(lanes))]  # to the number compiled for
+        lanes = [*lanes, *[lanes[-1]] * (LANES - len(lanes))]  # padded to the number of the compiled program
         keys = jnp.stack([jax.random.key(lane.seed) for lane in lanes])
         self.keys = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
         self.rates = jnp.asarray([lane.rate for lane in lanes])
@@ -178,7 +178,7 @@ class Training:
         self.state, self.stats = programs.first(keys), [self.algorithm.first_stats(1) for _ in lanes]
 
     def train(self, updates: int) -> None:
-        """Goes on until so many updates have been made."""
+        """Trains until `updates` updates have been made in total."""
         prompts = np.zeros(BATCH, int)
         for index in range(self.made, updates):
             data, scalars = self.programs.rollout(self.state[0], self.world, self.keys, jnp.int32(index))
@@ -198,7 +198,7 @@ class Training:
 
 
 class Judge:
-    """Figures of policies, all of the same noise."""
+    """Evaluates policies, all with the same noise."""
 
     def __init__(self) -> None:
         ids, keys = jnp.zeros(JUDGED, jnp.int32), keys_of(jax.random.key(1234), JUDGED)
@@ -215,9 +215,10 @@ class Judge:
         self._paths = jax.jit(paths)
 
     def __call__(self, policy: Params | World | None, setting: Setting) -> dict[str, Any]:
-        """Distances to the target and nats of a policy, of the base model (None), or of another's exact network.
+        """Distances to the target and nats, of a policy, of the base model (None), or of another setting's exact
+        network.
 
-        log Z and needed are exact. {} where the policy left the numbers.
+        log Z and needed are exact. The result is {} if a sample is not finite.
         """
         paths = self._paths(policy, World.of(setting))
         points = np.asarray(paths.latents, np.float64)
@@ -242,7 +243,7 @@ class Judge:
 
 
 def needed_for(reward: float, setting: Setting) -> tuple[float, float]:
-    """The nats and the exponent of the base tilted to a mean log R, in closed form."""
+    """The needed nats and the exponent of the base model tilted to the mean log R `reward`, in closed form."""
     base, k = setting.base, setting.k
     widest = (abs(reward) + np.abs(base.means @ k).max()) / (base.std**2 * (k @ k)) * 1.01 + 1.0
     exponent = brentq(lambda b: float(base.tilted(b * k).mean() @ k) - reward, -widest, widest)
