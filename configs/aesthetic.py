@@ -2,13 +2,13 @@
 
 python -m nabla_gfn_jax.train --config=configs/aesthetic.py --workdir=runs/aesthetic
 
-Variants `:forward_only` and `:fast`, and every other number: `configs/paper.py`. β, λ and the prompts
-(the 45 simple animals) are the paper's.
+The variants `:forward_only` and `:fast` and all other numbers are in `configs/paper.py`. β, λ and the prompts (the 45
+simple animals) are the paper's.
 
-Devices: any number that divides the 64 trajectories and their 4 micro-batches, 16 at most; the same command on each.
-Time and memory on an accelerator: not measured; `plan` says what its compiler says (docs/scaling.md has hps). With
-random weights at full size an update was made on a CPU (`tests/test_sd15_end_to_end.py`: with the lookahead, or with
-which variant). On a device with less memory raise `--config.training.micro_batches`: the numbers stay the same.
+Devices: any divisor of 16, because 4 micro-batches split the 64 trajectories; start the same command on each machine.
+Time and memory on an accelerator have not been measured; `plan` estimates them (docs/scaling.md has the estimate for
+hps). With full-size random weights, an update was made on a CPU (`tests/test_sd15_end_to_end.py`). If the memory is too
+small, raise `--config.training.micro_batches`; the numbers stay the same.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,10 @@
     python -m nabla_gfn_jax.train --config=awm
     python -m nabla_gfn_jax.train --config=awm:emoji     on the emoji model, minutes on 2 cores
 
-The authors': six noisings of each sample, ratio clip 1, advantages clipped at 5 and divided by it, λ = 1, β₀ = .003,
-AdamW with a learning rate of 3e-4, two updates an epoch. They finetune Stable Diffusion 3.5 without guidance, with 24
-samples of a prompt in an epoch. Time and memory on an accelerator: not measured. `:emoji`: not yet compared.
+From the authors: six noised copies of each sample, ratio clip 1, advantages clipped at 5 and divided by 5, λ = 1,
+β₀ = .003, AdamW with a learning rate of 3e-4, and two updates per epoch. They finetune Stable Diffusion 3.5 without
+guidance, with 24 samples per prompt in an epoch. Time and memory on an accelerator have not been measured. `:emoji` has
+not been compared yet.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with AWM in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with AWM as the algorithm; with the variant `emoji`, `emoji.py` with AWM."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

@@ -3,11 +3,11 @@
     python -m nabla_gfn_jax.train --config=dag_db
     python -m nabla_gfn_jax.train --config=dag_db:emoji     on the emoji model, minutes on 2 cores
 
-The authors': DrawBench prompts, 50 steps at guidance 5, 64 samples an epoch, LoRA of rank 4, AdamW with a learning rate
-of 3e-4 and weight decay 1e-4 for both networks, λ = 1, 100 epochs, and a reward exponent of 100 per latent element: β
-is that times 64·64·4. Theirs grows to it over the first half; this is constant. They train on all 50 steps of a
-trajectory, in 2 updates an epoch. The target is R^β alone. Time and memory on an accelerator: not measured. `:emoji`:
-not yet compared.
+From the authors: DrawBench prompts, 50 steps at guidance 5, 64 samples per epoch, LoRA of rank 4, AdamW with a learning
+rate of 3e-4 and weight decay 1e-4 for both networks, λ = 1, 100 epochs, and a reward exponent of 100 per latent
+element, which is β = 100·64·64·4. Their exponent grows to this value over the first half of the run; here it is
+constant. They train on all 50 steps of a trajectory in 2 updates per epoch. The target is R^β alone. Time and memory on
+an accelerator have not been measured. `:emoji` has not been compared yet.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`image_reward.py` with DAG-DB in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`image_reward.py` with DAG-DB as the algorithm; with the variant `emoji`, `emoji.py` with DAG-DB."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "image_reward")

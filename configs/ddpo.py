@@ -3,11 +3,11 @@
     python -m nabla_gfn_jax.train --config=ddpo
     python -m nabla_gfn_jax.train --config=ddpo:emoji     on the emoji model, minutes on 2 cores
 
-The paper's: 45 animals, 50 steps at guidance 5, 256 samples an epoch, ratio clip 1e-4, advantages by prompt clipped at
-5. The learning rate of 3e-4 and a LoRA in place of the whole UNet are those of the authors' second program, as is the
-buffer of 32 rewards a prompt. An update takes a device 50 evaluations of each trajectory. Its ratio is taken between
-two evaluations of the network: in bfloat16 their rounding may leave the interval, so this config computes in float32.
-Time and memory on an accelerator: not measured. `:emoji`: not yet compared.
+From the paper: 45 animals, 50 steps at guidance 5, 256 samples per epoch, ratio clip 1e-4, advantages per prompt
+clipped at 5. From the authors' second program: the learning rate of 3e-4, a LoRA instead of the whole UNet, and the
+buffer of 32 rewards per prompt. An epoch's updates evaluate the network 50 times for each trajectory. The ratio
+compares two evaluations of the network. In bfloat16 their rounding errors may exceed the clip, so this config computes
+in float32. Time and memory on an accelerator have not been measured. `:emoji` has not been compared yet.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with DDPO in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with DDPO as the algorithm; with the variant `emoji`, `emoji.py` with DDPO."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

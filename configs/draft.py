@@ -1,12 +1,13 @@
-"""The baseline that collapses: DRaFT (arXiv 2309.17400), on Stable Diffusion 1.5 towards the aesthetic score.
+"""DRaFT (arXiv 2309.17400), the baseline that collapses, on Stable Diffusion 1.5 towards the aesthetic score.
 
     python -m nabla_gfn_jax.train --config=draft          DRaFT-1
     python -m nabla_gfn_jax.train --config=draft:lv       DRaFT-LV, each sample noised twice
     python -m nabla_gfn_jax.train --config=draft:emoji    DRaFT-10 on the emoji model, minutes on 2 cores
 
-The paper finetunes Stable Diffusion 1.4 with LoRA of rank 8 and AdamW (learning rate 4e-4) on batches of 16; the rest
-is `paper.py`'s. Time and memory on an accelerator: not measured. Expect of `:emoji`: log R .45 after 8 updates with
-the faces still apart, .60 after 18 and a fifth no face any more (docs/results.md).
+The paper finetunes Stable Diffusion 1.4 with LoRA of rank 8 and AdamW (learning rate 4e-4) on batches of 16. All other
+numbers are those of `paper.py`. Time and memory on an accelerator have not been measured. An earlier version of
+`:emoji` reached log R .45 after 8 updates with distinct faces, and .60 after 18 updates, where a fifth of the samples
+no longer showed a face (docs/results.md).
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +17,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`paper.py` with DRaFT in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with DRaFT as the algorithm; with the variant `emoji`, `emoji.py` with DRaFT."""
     if variant not in ("", "lv", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or one of lv, emoji")
     c = load_config("emoji" if variant == "emoji" else "aesthetic")

@@ -1,11 +1,12 @@
-"""Efficient adjoint matching (arXiv 2605.11480), in our derivation, on Stable Diffusion 1.5.
+"""Efficient adjoint matching (arXiv 2605.11480), as derived in algorithms/eam.py, on Stable Diffusion 1.5.
 
     python -m nabla_gfn_jax.train --config=eam
     python -m nabla_gfn_jax.train --config=eam:emoji     on the emoji model, minutes on 2 cores
 
-`aesthetic.py` and `emoji.py` at β = 8, with this algorithm; the numbers of the paper, which finetunes Stable Diffusion
-3.5 as a flow, are not these. An update needs no pull-back through the network but its own. Time and memory on an
-accelerator: not measured. `:emoji`: not yet compared; docs/exact_target.md has it in the plane.
+The configs are `aesthetic.py`, and `emoji.py` with β = 8, with this algorithm. The paper has other numbers, because it
+finetunes Stable Diffusion 3.5 as a flow. An update needs no gradient through the network except that of the loss. Time
+and memory on an accelerator have not been measured. `:emoji` has not been compared yet; docs/exact_target.md has
+results in the plane.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +16,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with EAM in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with EAM as the algorithm; with the variant `emoji`, `emoji.py` with EAM."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

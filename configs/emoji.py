@@ -1,22 +1,22 @@
-"""Residual ∇-DB on the emoji model that ships with the package, towards how positive a face looks.
+"""Residual ∇-DB on the emoji model that ships with the package, towards faces that look more positive.
 
     python -m nabla_gfn_jax.train --config=configs/emoji.py
 
-Hardware: 2 CPU cores with AVX-512, 7.7 minutes (462 s; the first updates are made after 58 s compiling everything,
-after 28 s with a warm cache), peak 3.6 GB. Without AVX-512 (EPYC, 2.4 GHz) an epoch takes 27 s in place of 10.
-Expect: mean log R from .22 ± .01 to .41-.45 in seeds 0 to 3, faces that still differ (docs/results.md), the loss
-about .01 all the while: it is dominated by the spread of the credit.
+Hardware: 2 CPU cores with AVX-512, 7.7 minutes (462 s), peak 3.6 GB. The first updates come after 58 s if everything is
+compiled, and after 28 s with a warm cache. Without AVX-512 (EPYC, 2.4 GHz), an epoch takes 27 s instead of 10.
+Expected result: the mean log R rises from .22 ± .01 to .41-.45 in seeds 0 to 3, and the faces still differ
+(docs/results.md). The loss stays at about .01, because the spread of the credit dominates it.
 
-How it differs from the paper's settings (`paper.py`), and why:
+Differences from the paper's settings (`paper.py`), with reasons:
 
-- `credit = "adjoint"`: reaches the exact target in two dimensions where the lookahead stops short, and has no
+- `credit = "adjoint"`: in two dimensions it comes close to the exact target, where the lookahead stops short. It has no
   correction network to train (docs/exact_target.md).
-- `credit_clip = 0.2`: the adjoint has heavy tails; clipped transition by transition it needs no clip of the whole
-  gradient, so `clip = 1e6`.
-- `beta = 80`: the largest tried. Earlier runs at 10 and 40 climbed less (to .26 and .33 at best) but had other clips,
-  rates and lengths: no controlled comparison. The clip and 40 epochs stop short of β itself: the reward that is reached
-  is that of the base tilted with an exponent of 7 to 8. It is no sample of that: it spends seven times the nats
-  (docs/results.md).
+- `credit_clip = 0.2`: the adjoint has heavy tails. Because each transition is clipped, the whole gradient needs no
+  clip, so `clip = 1e6`.
+- `beta = 80`: the largest value tried. Earlier runs at 10 and 40 reached less (.26 and .33 at best) but had other
+  clips, rates and lengths, so this is not a controlled comparison. Because of the clip and the length of 40 epochs, the
+  run stops short of β = 80: it reaches the reward of the base model tilted with an exponent of 7 to 8. The run does not
+  sample from that tilted model, however: it spends seven times the nats (docs/results.md).
 - `updates_per_epoch = 4`: sampling is two thirds of the cost, so each epoch's trajectories are used four times.
 """
 
@@ -24,10 +24,10 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Every field of a run; override one with --config.FIELD=VALUE."""
+    """All fields of a run; override a field with --config.FIELD=VALUE."""
     c = ConfigDict()
     c.seed = 0
-    c.model = "emoji"  # a shipped model's name, or a diffusers folder, or OWNER/NAME on the hub
+    c.model = "emoji"  # a shipped model, a diffusers folder, a file of weights, or OWNER/NAME on the hub
     c.model_dtype = "float32"
     c.carry_change = False  # for bfloat16, see docs/performance.md
     c.reward = "valence"
@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     c.sampling.sampler = "ddpm"
     c.sampling.num_steps = 50
     c.sampling.guidance = 2.0
-    c.sampling.lora_until_step = None  # the last step with the LoRA; None: the last of all
+    c.sampling.lora_until_step = None  # the last step with the LoRA; None: the last step
 
     c.algorithm = ConfigDict()
     c.algorithm.name = "residual_nabla_db"
@@ -69,18 +69,18 @@ def get_config() -> ConfigDict:
     c.training.learning_rate = 1e-3
     c.training.decline = "constant"  # of the learning rate; or "cosine", "linear"
     c.training.adam_epsilon = 1e-8
-    c.training.average = 0.0  # decay of a running mean of the LoRA, which is then what is saved; 0: none
+    c.training.average = 0.0  # decay of a running mean of the LoRA, which is saved instead of it; 0: off
     c.training.weight_decay_lora = 1e-4
     c.training.weight_decay_correction = 1e-2
     c.training.remat = False
-    c.training.images_at_once = 0  # that the VAE and the reward have on a device; 0: a micro-batch's, all
+    c.training.images_at_once = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     c.training.clip = 1e6
 
     c.logging = ConfigDict()
     c.logging.samples_every = 20
     c.logging.checkpoint_every = 5
     c.logging.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
-    c.logging.judged_images = 0  # of each held-out prompt, by which saved LoRAs are judged in nats (docs/nats.md)
+    c.logging.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
     c.logging.tensorboard = False
     c.logging.wandb = False
     return c

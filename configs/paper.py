@@ -1,11 +1,12 @@
-"""What the paper's experiments on Stable Diffusion 1.5 share (arXiv 2412.07775, appendix); no experiment by itself.
+"""The common settings of the paper's experiments on Stable Diffusion 1.5 (arXiv 2412.07775, appendix).
 
-`hps.py`, `aesthetic.py` and `image_reward.py` add a reward, its prompts, β and λ. Each has two cheaper variants:
+This config is not an experiment. `hps.py`, `aesthetic.py` and `image_reward.py` add a reward, its prompts, β and λ.
+Each of them has two cheaper variants:
 
-- `--config=hps:forward_only`: no correction network g_φ and no reverse term (w_B = 0): the credit is the guess
-  G alone. An update then costs about half.
-- `--config=hps:fast`: that, and SDE-DPM-Solver++ in 20 steps for DDPM in 50, with 8 + 1 transitions of
-  each trajectory.
+- `--config=hps:forward_only`: no correction network g_φ and no reverse term (w_B = 0), so the credit is the guess G
+  alone. An update costs about half as much.
+- `--config=hps:fast`: in addition, SDE-DPM-Solver++ in 20 steps instead of DDPM in 50, with 8 + 1 transitions per
+  trajectory.
 """
 
 import math
@@ -18,14 +19,14 @@ VARIANTS = ("", "forward_only", "fast")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Every field of a run but `reward`, `prompts`, β and λ, which are "" and 0 here."""
+    """All fields of a run. `reward` and `prompts` are "" here, and β and λ are 0."""
     if variant not in VARIANTS:
         raise UserError(f"there is no variant {variant!r}; use none, or one of {', '.join(VARIANTS[1:])}")
     c = ConfigDict()
-    c.seed = 0  # the paper: three
+    c.seed = 0  # the paper has three seeds
     c.model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     c.model_dtype = "bfloat16"
-    c.carry_change = False  # True: no rounding in ε_θ − ε_#, and both networks in memory at once (docs/performance.md)
+    c.carry_change = False  # True: precise ε_θ − ε_#, but both networks' activations in memory (docs/performance.md)
     c.reward = ""
     c.prompts = ""
 
@@ -33,7 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.sampling.sampler = "ddpm"
     c.sampling.num_steps = 50
     c.sampling.guidance = 5.0
-    c.sampling.lora_until_step = None  # the last step with the LoRA; None: the last of all
+    c.sampling.lora_until_step = None  # the last step with the LoRA; None: the last step
 
     c.algorithm = ConfigDict()
     c.algorithm.name = "residual_nabla_db"
@@ -75,18 +76,18 @@ def _make_cheaper(c: ConfigDict, variant: str) -> None:
 
 def _training() -> ConfigDict:
     c = ConfigDict()
-    c.num_epochs = 200  # an update each
+    c.num_epochs = 200  # one update each
     c.trajectories = 64
     c.micro_batches = 4
     c.updates_per_epoch = 1
     c.learning_rate = 1e-3
     c.decline = "constant"  # of the learning rate; or "cosine", "linear"
     c.adam_epsilon = 1e-8
-    c.average = 0.0  # decay of a running mean of the LoRA, which is then what is saved; 0: none
+    c.average = 0.0  # decay of a running mean of the LoRA, which is saved instead of it; 0: off
     c.weight_decay_lora = 1e-4
     c.weight_decay_correction = 1e-2
-    c.remat = True  # a gradient keeps what enters a block, not what is within
-    c.images_at_once = 2  # that the VAE and the reward have on a device
+    c.remat = True  # for the gradient, keep only the input of each block
+    c.images_at_once = 2  # most images decoded and scored together on a device
     c.clip = 1.0
     return c
 
@@ -96,7 +97,7 @@ def _logging() -> ConfigDict:
     c.samples_every = 20
     c.checkpoint_every = 10
     c.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
-    c.judged_images = 0  # of each held-out prompt, by which saved LoRAs are judged in nats (docs/nats.md)
+    c.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
     c.tensorboard = False
     c.wandb = False
     return c

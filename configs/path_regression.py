@@ -1,13 +1,13 @@
-"""Regression on paths with exact weights, on the emoji model, towards how positive a face looks.
+"""Path regression with exact weights, on the emoji model, towards faces that look more positive.
 
     python -m nabla_gfn_jax.train --config=path_regression
     python -m nabla_gfn_jax.train --config=path_regression:innovation     without any gradient of the reward
 
-`emoji.py` with another algorithm, at β = 8. An epoch's eight updates take six steps each of every trajectory, nearly
-all of its fifty. `credit_clip` is about the 80 % quantile of the adjoint's size at the early steps, where a few paths
-would carry all of it. Expect after 160 updates, 12 minutes on two busy cores: an exponent of 1.2, spent .15 nats, a gap
-of .83 where the base model's is .99 (docs/credit.md). `:innovation` has not been run on the emoji model;
-docs/exact_target.md has both credits in the plane.
+This is `emoji.py` with another algorithm and β = 8. Each of an epoch's eight updates takes six steps of every
+trajectory, together nearly all of its fifty. `credit_clip` is about the 80 % quantile of the adjoint's size at early
+steps, where otherwise a few paths would dominate. Expected result after 160 updates (12 minutes on two busy cores): an
+exponent of 1.2, .15 nats spent, and a gap of .83, where the base model's is .99 (docs/credit.md). `:innovation` has not
+been run on the emoji model; docs/exact_target.md has both credits in the plane.
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`emoji.py` with the path regression in place of the algorithm, by the adjoint or, as `innovation`, without."""
+    """`emoji.py` with path regression as the algorithm, with the adjoint or, as `innovation`, without a gradient."""
     if variant not in ("", "innovation"):
         raise UserError(f"there is no variant {variant!r}; use none, or innovation")
     c = load_config("emoji")

@@ -1,12 +1,12 @@
-"""Plain ∇-DB (arXiv 2412.07775), without the base model in its target, on Stable Diffusion 1.5.
+"""Plain ∇-DB (arXiv 2412.07775), whose target does not contain the base model, on Stable Diffusion 1.5.
 
     python -m nabla_gfn_jax.train --config=plain_nabla_db
     python -m nabla_gfn_jax.train --config=plain_nabla_db:emoji     on the emoji model, minutes on 2 cores
 
-`aesthetic.py`, which has the paper's numbers, and `emoji.py` at β = 8, with this algorithm. The target is R^β alone:
-expect the reward to rise and the images to leave what the base model draws, as the paper shows and why it has the
-residual form. Time and memory on an accelerator: not measured; an update costs about 1 % less than residual ∇-DB's.
-`:emoji`: not yet compared.
+The configs are `aesthetic.py`, which has the paper's numbers, and `emoji.py` with β = 8, with this algorithm. The
+target is R^β alone. Expected result: the reward rises, and the images drift away from the base model's, as the paper
+shows; this is the reason for the residual form. Time and memory on an accelerator have not been measured; an update
+costs about 1 % less than that of residual ∇-DB. `:emoji` has not been compared yet.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with plain ∇-DB in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with plain ∇-DB as the algorithm; with the variant `emoji`, `emoji.py` with plain ∇-DB."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

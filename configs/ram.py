@@ -3,10 +3,10 @@
     python -m nabla_gfn_jax.train --config=ram
     python -m nabla_gfn_jax.train --config=ram:emoji     on the emoji model, minutes on 2 cores
 
-The paper's: each sample noised 8 times at times of density ∝ t, a learning rate of 3e-4, no clip of the gradient. It
-finetunes Stable Diffusion 3.5 with 24 samples a prompt and a multiplier of 100 to 1000 of normalised advantages; here β
-multiplies log R itself. Time and memory on an accelerator: not measured. `:emoji` (β = 8, no negative weights): not
-yet compared; docs/exact_target.md has it in the plane.
+From the paper: 8 noised copies of each sample at times of density ∝ t, a learning rate of 3e-4, and no clip of the
+gradient. The paper finetunes Stable Diffusion 3.5 with 24 samples per prompt and multiplies normalised advantages by
+100 to 1000; here β multiplies log R itself. Time and memory on an accelerator have not been measured. `:emoji` (β = 8,
+no negative weights) has not been compared yet; docs/exact_target.md has results in the plane.
 """
 
 from ml_collections import ConfigDict
@@ -16,7 +16,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with RAM in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with RAM as the algorithm; with the variant `emoji`, `emoji.py` with RAM."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

@@ -3,9 +3,9 @@
     python -m nabla_gfn_jax.train --config=residual_db
     python -m nabla_gfn_jax.train --config=residual_db:emoji     on the emoji model, minutes on 2 cores
 
-`aesthetic.py`, the paper of residual ∇-DB's numbers, and `emoji.py` at β = 8, with this algorithm; `correction` is the
-UNet of log F, averaged over the latent. Time and memory on an accelerator: not measured. `:emoji`: not yet compared;
-docs/exact_target.md has it in the plane.
+The configs are `aesthetic.py`, with the numbers of the paper on residual ∇-DB, and `emoji.py` with β = 8, with this
+algorithm. `correction` describes the UNet of log F, whose output is averaged over the latent. Time and memory on an
+accelerator have not been measured. `:emoji` has not been compared yet; docs/exact_target.md has results in the plane.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with residual DB in place of the algorithm, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with residual DB as the algorithm; with the variant `emoji`, `emoji.py` with residual DB."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")

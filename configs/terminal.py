@@ -3,9 +3,9 @@
     python -m nabla_gfn_jax.train --config=terminal
     python -m nabla_gfn_jax.train --config=terminal:emoji     on the emoji model, minutes on 2 cores
 
-`aesthetic.py` and `emoji.py` with one thing changed: each step is told the reward's gradient at the end of its path as
-it is, times γ_t = ᾱ. Time and memory on an accelerator: not measured. `:emoji` (β = 8): not yet compared;
-docs/exact_target.md has it in the plane.
+The configs are `aesthetic.py` and `emoji.py` with another credit: γ_t = ᾱ times the reward's gradient at the end of the
+path, without a pull-back. Time and memory on an accelerator have not been measured. `:emoji` (β = 8) has not been
+compared yet; docs/exact_target.md has results in the plane.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ from nabla_gfn_jax.errors import UserError
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`aesthetic.py` with the terminal credit, or, as `emoji`, `emoji.py`."""
+    """`aesthetic.py` with the terminal credit; with the variant `emoji`, `emoji.py` with the terminal credit."""
     if variant not in ("", "emoji"):
         raise UserError(f"there is no variant {variant!r}; use none, or emoji")
     c = load_config(variant or "aesthetic")
