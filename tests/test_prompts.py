@@ -210,7 +210,7 @@ def test_a_column_of_a_file_on_this_machine(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"name the column of prompts, as in …/a\.csv:COLUMN"):
         prompt_set("~/a.csv")
     (tmp_path / "open.csv").write_text('text,n\n"a cat,1\n')
-    with pytest.raises(UserError, match=r"open\.csv is no CSV .*quote"):
+    with pytest.raises(UserError, match=r"open\.csv is not valid CSV .*quote"):
         prompt_set("~/open.csv:text")
 
 
