@@ -1,9 +1,9 @@
-"""This program against PyTorch on this machine: `python -m benchmarks [update sampling unet flops start]`.
+"""Compares this package with PyTorch on this machine: `python -m benchmarks [update sampling unet flops start]`.
 
-Both sides of a line run in one process, in turns, on the same weights and inputs, and are first checked to compute the
-same; times are medians. `unet` wants 12 GB and ten minutes.
+Both programs run in one process, in turns, with the same weights and inputs. The benchmark first checks that they
+compute the same. Times are medians. `unet` needs 12 GB and ten minutes.
 
-`python -m benchmarks accelerator`, with options of its own, measures the true sizes on an accelerator.
+`python -m benchmarks accelerator`, which has its own options, measures full-size models on an accelerator.
 """
 
 import importlib
@@ -21,19 +21,19 @@ BENCHMARKS = ("update", "sampling", "unet", "flops", "start")  # each a module h
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """Which are run."""
+    """The benchmarks to run."""
 
-    benchmark: tuple[str, ...] = option(BENCHMARKS, "which to run", choices=BENCHMARKS, positional=True)
+    benchmark: tuple[str, ...] = option(BENCHMARKS, "the benchmarks to run", choices=BENCHMARKS, positional=True)
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Prints the rows of each benchmark as they come."""
+    """Prints the rows of each benchmark as soon as they are measured."""
     if argv[1:2] == ["accelerator"]:
         importlib.import_module("benchmarks.accelerator.command").main(argv[1:])
         return
     names = parse(argv, Options, __doc__).benchmark
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # torch's waiting threads would keep XLA's cores
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # otherwise PyTorch's waiting threads occupy XLA's cores
     sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the PyTorch statements of the same mathematics
     print("| what | PyTorch | here | PyTorch / here |\n|---|---|---|---|", flush=True)
     for name in names:

@@ -1,4 +1,4 @@
-"""The emoji run on both sides: the same model, LoRA, flow network, reward and transitions."""
+"""The emoji run in both programs, with the same model, LoRA, correction network, reward and transitions."""
 
 import dataclasses
 import os
@@ -29,7 +29,7 @@ from nabla_gfn_jax.training.state import TrainState
 
 
 class Ours:
-    """The pieces of a run of `configs/emoji.py` with the paper's credit, and one epoch's transitions."""
+    """The parts of a run of `configs/emoji.py` with the paper's credit, and the transitions of one epoch."""
 
     def __init__(self) -> None:
         use_compilation_cache()
@@ -45,7 +45,7 @@ class Ours:
         self.state = TrainState(params=params, optimizer=state.optimizer, step=state.step)
 
     def data(self) -> Any:
-        """What the update is made on."""
+        """The training data of the update."""
         ids = self.ids.chosen(self.keys)
         return self.trainer.rollout(self.trainer.frozen, self.state.params, self.keys, ids).data
 
@@ -90,7 +90,7 @@ class Theirs:
         self.kernel, self.bias = (torch.tensor(head[name].astype(np.float32)) for name in ("kernel", "bias"))
 
     def log_reward(self, z: torch.Tensor) -> torch.Tensor:
-        """Of latents (B, channels, height, width), as `rewards.emoji.valence`."""
+        """log R of latents (B, channels, height, width), as in `rewards.emoji.valence`."""
         vae = self.pipe.vae
         images = (0.5 * vae.decode(z / vae.config.scaling_factor).sample + 0.5).clamp(0, 1)
         return torch.tanh((self.network.layout(images) @ self.kernel + self.bias)[:, 0])

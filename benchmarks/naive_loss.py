@@ -1,4 +1,4 @@
-"""The paper's loss in PyTorch as the released program computes it: a pass and a pull-back for every term it needs."""
+"""The paper's loss in PyTorch as in the released program: a forward and a backward pass for every term."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Networks:
-    """What the loss is written with; `base` asks for the model without LoRA."""
+    """The networks of the loss. `base` selects the model without LoRA."""
 
     predict: Callable[[Tensor, Tensor, Batch, bool], Tensor]  # (x, t, batch, base) → ε, guided
     log_reward: Callable[[Tensor, Batch], Tensor]  # (z, batch) → (B,)
@@ -27,7 +27,7 @@ class Networks:
 
 
 def loss_terms(networks: Networks, algorithm: Any, c: Batch) -> dict[str, Tensor]:
-    """Each transition's terms (B,) by the names of our metrics, of a `ResidualNablaDB` with the lookahead credit."""
+    """The terms (B,) of each transition, by our metrics' names, for `ResidualNablaDB` with the lookahead credit."""
     x, y = (c[name].detach().requires_grad_() for name in ("x", "y"))
     last = c["t_next"] == 0
     sigma, a, a_next = (c[name][:, None, None, None] for name in ("sigma", "a", "a_next"))
@@ -55,7 +55,7 @@ def loss_terms(networks: Networks, algorithm: Any, c: Batch) -> dict[str, Tensor
     guess_y = algorithm.beta * pull(c["a_next"] * networks.log_reward(clean_y, c), y, keep=False)
 
     at_x, at_y = (networks.correction(z.detach(), t, c) for z, t in ((x, c["t"]), (y, c["t_next"])))
-    # x counts as a constant here: what is trained is LoRA and φ
+    # x is a constant here, because only LoRA and φ are trained
     change = (mean(eps) - mean(base)).detach() + (mean(eps) - mean(eps).detach())
     weight = c["sigma"] ** 2 if algorithm.variance_weighted else 1.0
     credit = guess_y + torch.where(last[:, None, None, None], 0.0, at_y)
@@ -72,7 +72,7 @@ def _mean_square(a: Tensor) -> Tensor:
 
 
 def batch_of(transition: Transition, chain: Chain, table: TextFeatures) -> Batch:
-    """Transitions with one leading axis, and what the networks are told of their prompts."""
+    """Transitions with one leading axis, with the text features of their prompts."""
     step = chain[jnp.asarray(transition.index)]
     x, output = jnp.asarray(transition.x), jnp.asarray(transition.output, jnp.float32)
     images = {"x": x, "y": transition.y, "noise": step.at.noise(output, x)}

@@ -1,4 +1,4 @@
-"""50 guided steps of the emoji model against diffusers' pipeline."""
+"""Compares 50 guided steps of the emoji model with diffusers' pipeline."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from benchmarks.timing import compare
 
 
 def run() -> Iterator[tuple[str, str, str, str]]:
-    """32 images, from prompts' features (diffusers: from prompts) to pixels."""
+    """Times 32 images, from the features of prompts (diffusers: from prompts) to pixels."""
     ours = Ours()
     theirs = Theirs(ours)
     config, given = ours.config.sampling, (ours.keys, ours.ids.cycle(len(ours.keys)))

@@ -1,4 +1,4 @@
-"""From the start of `train` to the end of the first updates, with an empty compilation cache and a full one."""
+"""The time from the start of `train` to the end of the first updates, with an empty and a full compilation cache."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 
 def run() -> Iterator[tuple[str, str, str, str]]:
-    """`configs/emoji.py`; the cache is where a run has it, in the user's cache folder."""
+    """Times `configs/emoji.py`. The compilation cache is in the user's cache folder, as in a run."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("cold", "warm"):
             yield (

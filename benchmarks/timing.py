@@ -1,4 +1,4 @@
-"""Two ways to do one thing, timed in turns."""
+"""Times two implementations in turns."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def compare(what: str, theirs: Callable[[], Any], ours: Callable[[], Any], rounds: int) -> tuple[str, str, str, str]:
-    """A row of the table; both are run once before, and must wait for their results."""
+    """A row of the table. Both functions run once before the timing, and must wait for their results."""
     theirs(), ours()
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for _ in range(rounds):

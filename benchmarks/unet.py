@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.5's UNet at full size, random weights, against diffusers'."""
+"""Compares Stable Diffusion 1.5's UNet at full size, with random weights, with diffusers' UNet."""
 
 import gc
 import os
@@ -17,7 +17,7 @@ from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
 
 
 def run() -> Iterator[tuple[str, str, str, str]]:
-    """A guided pair at 512 pixels, and the gradient in the input of one image at 256; float32, all cores."""
+    """Times a guided pair at 512 pixels, and the input gradient of one image at 256; float32, all cores."""
     use_compilation_cache()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""An update of the emoji config with the paper's loss, as the released program makes it and as this one does."""
+"""Compares an update of the emoji config with the paper's loss in this package and as in the released program."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from nabla_gfn_jax.diffusion.schedule import alphas_cumprod
 
 
 def run() -> Iterator[tuple[str, str, str, str]]:
-    """All 32 trajectories' 192 transitions, two micro-batches, one AdamW step."""
+    """Times an update: 192 transitions of 32 trajectories, two micro-batches, one AdamW step."""
     ours = Ours()
     theirs = Theirs(ours)
     data, weight = ours.data(), np.ones(len(ours.keys), np.float32)
@@ -36,7 +36,7 @@ def run() -> Iterator[tuple[str, str, str, str]]:
 
 
 class TorchUpdate:
-    """Reference, policy and next pass for every transition, a pull-back for every gradient, one after another."""
+    """The update in PyTorch: separate passes for base model, policy and y of each transition, and for each gradient."""
 
     def __init__(self, model: Theirs, ours: Ours, transitions: Any) -> None:
         self.model, self.config = model, ours.config
@@ -51,7 +51,7 @@ class TorchUpdate:
         )
         parts = self.config.training.micro_batches
         devices = ours.trainer.mesh.size
-        # Micro-batches as the devices make them: the mean does not depend on it.
+        # The same micro-batches as on the devices; the mean does not depend on them.
         self.parts = [_part(ours, transitions, i, parts * devices) for i in range(parts * devices)]
         self.parts = [{k: torch.cat([p[k] for p in self.parts[i::parts]]) for k in self.parts[0]} for i in range(parts)]
 
@@ -77,7 +77,7 @@ class TorchUpdate:
         return sum(loss_terms(networks, self.config.algorithm, c).values()).mean()
 
     def _predict(self, x: torch.Tensor, t: torch.Tensor, c: Batch, base: bool) -> torch.Tensor:
-        """ε, guided, of a v-prediction model."""
+        """The guided ε of a v-prediction model."""
         context = torch.cat([c["negative"], c["context"]])
         (self.model.pipe.unet.disable_adapters if base else self.model.pipe.unet.enable_adapters)()
         v, with_prompt = self.model.pipe.unet(torch.cat([x, x]), torch.cat([t, t]), context).sample.chunk(2)
@@ -87,7 +87,7 @@ class TorchUpdate:
 
 
 def _part(ours: Ours, transitions: Any, i: int, parts: int) -> Batch:
-    """One of the parts of an epoch's trajectories: its ordinary transitions and its last ones, in a row."""
+    """Part `i` of an epoch's trajectories: its ordinary transitions followed by its last ones."""
     ordinary, last = jax.tree.map(lambda a: a[0], (transitions.ordinary, transitions.last))  # the epoch's one draw
     size = len(last.x) // parts
     ordinary, last = jax.tree.map(lambda a: a[i * size : (i + 1) * size], (ordinary, last))

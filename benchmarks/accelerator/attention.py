@@ -1,4 +1,4 @@
-"""Attention by each implementation at the shapes that Stable Diffusion 1.5 has, value and gradient."""
+"""Measures each implementation of attention at Stable Diffusion 1.5's shapes: value and gradient."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from benchmarks.accelerator.sizes import Weights
 from benchmarks.accelerator.worker import Worker, seconds
 from nabla_gfn_jax.models import attention
 
-# (images, queries, keys, heads, width): UNet at 64, 32 and 16 latents, to the prompt, and the VAE's.
+# (images, queries, keys, heads, width): the UNet at 64, 32 and 16 latents, its cross-attention, and the VAE.
 _SHAPES = (
     (8, 4096, 4096, 8, 40),
     (8, 1024, 1024, 8, 80),
@@ -23,7 +23,7 @@ _SMALL = ((2, 64, 64, 2, 8), (2, 64, 7, 2, 8))
 
 
 def run(worker: Worker, stage: str) -> None:
-    """In bfloat16."""
+    """Measures in bfloat16."""
     platform = jax.local_devices()[0].platform
     ways: dict[str, Callable[..., Any]] = {
         "whole": lambda q, k, v: attention._attend(q, k, v, implementation="xla"),

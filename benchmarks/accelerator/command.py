@@ -1,4 +1,4 @@
-"""Starts the lines' processes, gives them their turns on the device, and writes down what they say."""
+"""Starts the processes of the lines, gives them turns on the device, and records their results."""
 
 import os
 import queue
@@ -21,22 +21,22 @@ from nabla_gfn_jax.options import Checked, option
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """What is measured, for how long, and where it is written."""
+    """The lines to measure, the time limit, and the file for the results."""
 
-    out: Path = option(Path("accelerator.json"), "the figures' file", file="output", endings=(".json",))
-    seconds: float = option(600.0, "after which whatever runs is cut", unit="seconds", above=0)
-    only: tuple[str, ...] = option((), "lines to measure, in place of all", choices=LINES, empty=True)
-    small: bool = option(False, "sizes that a CPU does in a minute, and of them the quicker lines")
-    jobs: int = option(0, "processes that prepare at once; 0: half the cores, at least 2", minimum=0)
+    out: Path = option(Path("accelerator.json"), "file for the results", file="output", endings=(".json",))
+    seconds: float = option(600.0, "time limit, after which everything is ended", unit="seconds", above=0)
+    only: tuple[str, ...] = option((), "lines to measure, instead of all", choices=LINES, empty=True)
+    small: bool = option(False, "run only the quicker lines, at sizes that take a minute on a CPU")
+    jobs: int = option(0, "processes that prepare simultaneously; 0: half the cores, at least 2", minimum=0)
 
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Options → processes → a report."""
+    """Measures the lines and writes the report."""
     options = parse(argv, Options, benchmarks.accelerator.__doc__ or "")
     wanted = [name for name in options.only if name] or (SMALL if options.small else LINES)
     names = [name for name in LINES if name in wanted]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that what was started is ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the child processes are ended
     report = Report(options.out, options.small, names)
     with tempfile.TemporaryDirectory() as cache, options.out.with_suffix(".log").open("a") as log:
         Floor(names, report, options, cache, log).run()
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 class Floor:
-    """All processes, and whose turn it is."""
+    """The processes, and their turns on the device."""
 
     def __init__(self, names: list[str], report: Report, options: Options, cache: str, log: Any):
         self.report, self.options, self.log = report, options, log
@@ -68,7 +68,7 @@ class Floor:
         self.end = time.monotonic() + options.seconds
 
     def run(self) -> None:
-        """Until all lines are done or the time is over."""
+        """Runs until all lines are done or the time limit is reached."""
         try:
             while (self.waiting or self.running) and time.monotonic() < self.end:
                 self._start()
@@ -109,7 +109,7 @@ class Floor:
             self.turn.go("measuring", self._durations(self.turn))
 
     def _durations(self, process: Process) -> dict[str, float]:
-        """Seconds of the line's states so far, by stage and state."""
+        """The seconds of the line's states so far, by stage and state."""
         own = {f"{process.stage} {state}": taken for state, taken in process.durations.items()}
         return self.finished.get(process.name, {}) | own
 
@@ -128,7 +128,7 @@ class Floor:
     def _heard(self, process: Process, message: dict[str, Any]) -> None:
         process.enter(message["state"])
         if message["state"] == "lowered" and process.stage == "compile":
-            # The measuring process traces while this one compiles, and waits for it then.
+            # The measuring process traces while this one compiles, and then waits for it.
             self.waiting.insert(0, (process.name, MEASURE))
             process.go("compiling")
         elif message["state"] == "lowered" and not self._compiling(process.name):

@@ -1,4 +1,4 @@
-"""The device, the versions, and the two ceilings: matrix products and copies."""
+"""Reports the device and the versions, and measures two upper bounds: matrix products and copies."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ _THEIRS = ("torch", "diffusers", "transformers", "peft")
 
 
 def run(worker: Worker, stage: str) -> None:
-    """Says where all this ran."""
+    """Reports device and versions, and measures products and copies."""
     device = jax.local_devices()[0]
     worker.wait("ready")
     memory = device.memory_stats() or {}
@@ -53,7 +53,7 @@ def _driver() -> str | None:
 
 
 def _products(worker: Worker, device: Any) -> None:
-    """Random square matrices: the rate that a network's products can come to."""
+    """Measures products of random square matrices, the highest rate that the products of a network can reach."""
     size, chip = (256 if worker.small else 8192), chip_of(device)
     for dtype, precision in (("bfloat16", None), ("float32", None), ("float32", "highest")):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), dtype) for i in range(2))

@@ -1,4 +1,4 @@
-"""The lines by name, the most valuable first."""
+"""The lines by name, the most important first."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -7,16 +7,16 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """What is measured in one process.
+    """The measurements of one process.
 
     Attributes:
-        module: of this package; its `run(worker, stage, **arguments)` prepares, waits, measures.
-        arguments: of `run`.
-        compiles: whether a process of its own compiles first, into the compilation cache, from which the measuring one
-            then reads: so the device's memory holds nothing that compiling left.
-        alone: whether other processes stand still while it measures; not needed where no time is taken.
-        jax_on: where JAX runs; "" for the accelerator.
-        limit: seconds for preparing, and for measuring, each.
+        module: a module of this package, whose `run(worker, stage, **arguments)` prepares, waits and measures.
+        arguments: the arguments of `run`.
+        compiles: whether a separate process compiles into the compilation cache first. The measuring process reads the
+            cache, so that compilation leaves nothing in the memory of the device.
+        alone: whether other processes are stopped while it measures; not needed if no time is measured.
+        jax_on: the platform of JAX; "" for the accelerator.
+        limit: seconds for preparation and for measurement, each.
     """
 
     module: str
@@ -55,5 +55,5 @@ LINES: dict[str, Line] = {
     "update_guess_8": _phase("update", training__trajectories=8, **_GUESS),
     "update_guess_32": _phase("update", training__trajectories=32, **_GUESS),
 }
-# With --small, for which a minute must do.
+# The lines of --small, which take a minute together.
 SMALL = ("environment", "parity_unet", "parity_vae", "parity_hps", "attention", "update_guess", "released")

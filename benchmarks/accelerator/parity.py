@@ -1,4 +1,4 @@
-"""A network's output and its input gradient at each precision, against PyTorch's in float64 on the same device."""
+"""Compares a network's output and input gradient at each precision with PyTorch's in float64 on the same device."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ PRECISIONS: dict[str, tuple[str, str | None]] = {  # dtype, matrix products' pre
     "float32": ("float32", None),
     "bfloat16": ("bfloat16", None),
 }
-# Accelerators' programs are timed elsewhere: here they are to be compiled soon.
+# Programs are timed elsewhere; here they only have to compile quickly.
 _QUICKLY: dict[str, list[dict[str, Any]]] = {
     "gpu": [{"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}, {"xla_gpu_autotune_level": 0}],
     "cpu": [{"xla_backend_optimization_level": 0}],
@@ -25,7 +25,7 @@ _QUICKLY: dict[str, list[dict[str, Any]]] = {
 
 
 def run(worker: Worker, stage: str, network: str) -> None:
-    """One image; errors are norms relative to the truth's."""
+    """Compares for one image. Errors are norms relative to that of PyTorch's result."""
     size, weights = Size(worker.small), Weights()
     apply, shapes, x, theirs = _NETWORKS[network](size, weights)
     params = weights.like(shapes)
@@ -65,13 +65,13 @@ def relative(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def compile_quickly(function: Callable[..., Any], precision: str | None, *shapes: Any) -> Any:
-    """Compiled without looking for the fastest kernels, where that can be had."""
+    """The compiled function, without a search for the fastest kernels if the compiler allows it."""
     with jax.default_matmul_precision(precision) if precision else jax.default_matmul_precision("default"):
         lowered = jax.jit(function).lower(*shapes)
     for options in _QUICKLY.get(jax.default_backend(), []):
         try:
             return lowered.compile(compiler_options=options)
-        except Exception as error:  # of an option that this version does not know, or that it cannot do without
+        except Exception as error:  # this version does not know the option, or cannot compile with it
             print(f"not with {options}: {error!r}")
     return lowered.compile()
 
@@ -132,7 +132,7 @@ _NETWORKS = {"unet": _unet, "vae": _vae, "hps": _hps}
 
 
 def _in_torch(worker: Worker, theirs: Any, params: Any, x: np.ndarray, cotangent: np.ndarray) -> dict[str, Any]:
-    """The same by PyTorch, layouts turned."""
+    """PyTorch's results, in our layout."""
     import torch
 
     from benchmarks.accelerator.torch_networks import DEVICE, use_tf32

@@ -1,4 +1,4 @@
-"""A phase of the run as `train` compiles it: time, work, memory, compiling; and where the time goes."""
+"""Measures a phase of the run as `train` compiles it: time, work, memory, compilation, and time by kind of kernel."""
 
 import re
 import tempfile
@@ -18,9 +18,9 @@ from nabla_gfn_jax.training.profiling import peak_memory
 from nabla_gfn_jax.training.trainer import BY_UPDATE
 
 _GIB = 2**30
-# docs/scaling.md: what `plan` said of configs/hps.py on one A100, micro-batches of 16, jax 0.10.2.
+# The estimate of `plan` in docs/scaling.md: configs/hps.py on one A100, micro-batches of 16, jax 0.10.2.
 _PLANNED = {"rollout": 11.30, "update": 41.51}
-# By their names, the kernels of a GPU; the first that fits.
+# Kinds of GPU kernels by their names; the first match counts.
 _KINDS = {
     "attention": "flash|fmha|sdpa|softmax|attention",
     "convolution": "conv|dgrad|wgrad|fprop|implicit",
@@ -32,7 +32,7 @@ _KINDS = {
 
 
 def run(worker: Worker, stage: str, name: str, **fields: Any) -> None:
-    """`configs/hps.py`, one micro-batch, with `fields`."""
+    """Measures `configs/hps.py` with one micro-batch and with `fields`."""
     size = Size(worker.small)
     config = size.config(**fields)
     pieces = size.pieces(config)
@@ -86,7 +86,10 @@ def run(worker: Worker, stage: str, name: str, **fields: Any) -> None:
 
 
 class Call:
-    """The compiled phase with its arguments on the device; waits for the result. An update goes on from its state."""
+    """The compiled phase with its arguments on the device.
+
+    A call waits for the result; an update keeps its new state.
+    """
 
     def __init__(self, compiled: Any, name: str, arguments: tuple[Any, ...], mesh: Any):
         specs = (EVERYWHERE, EVERYWHERE, SPLIT if name == "rollout" else BY_UPDATE, SPLIT)
@@ -100,7 +103,7 @@ class Call:
             self._arguments[1] = self._result[0]
 
     def finite(self) -> bool:
-        """Whether what it returned last is."""
+        """Whether the last result is finite."""
         kept = self._result[1] if self._updates else self._result.scalars
         return all(bool(np.isfinite(np.asarray(leaf, np.float32)).all()) for leaf in jax.tree.leaves(kept))
 
@@ -133,7 +136,7 @@ def _time_row(
 
 
 def _kernels(worker: Worker, what: str, call: Call) -> None:
-    """Traces one call; sums the time of the device's operations by kind, and names the longest."""
+    """Traces one call. Reports the time of the device's operations by kind, and the longest operations."""
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             call()

@@ -1,9 +1,9 @@
-"""What bfloat16 does to the loss and its gradient: one transition after another, with a LoRA that is not zero.
+"""Measures the error of the loss and its gradient in bfloat16, one transition at a time, with a LoRA that is not zero.
 
-The forward term is a difference of two outputs times a number that grows to 83 at the last step, so what is
-lost in the difference is counted relative to it, subtracted or carried through the network as in the losses. Truth is
-our float32 with products in full float32. The same transitions in PyTorch say whether both compute the same, and what
-its bfloat16 loses.
+The forward term multiplies the difference of two outputs by a number that grows to 83 at the last step. The error of
+the difference is therefore measured relative to the difference, both for subtracted outputs and for a change that is
+carried through the network. The reference is our float32 with products in full float32. The same transitions in PyTorch
+show whether both programs compute the same, and the error of PyTorch in bfloat16.
 """
 
 from collections.abc import Callable
@@ -24,11 +24,11 @@ from nabla_gfn_jax.algorithms.transitions import Transition
 from nabla_gfn_jax.diffusion.chain import Chain, Level
 
 _DTYPES = ("float32", "bfloat16")
-_CHANGES = (0.001, 0.01, 0.1)  # of a LoRA: ‖ε_θ − ε_#‖ / ‖ε_#‖ in the middle of the path
+_CHANGES = (0.001, 0.01, 0.1)  # ‖ε_θ − ε_#‖ / ‖ε_#‖ of a LoRA in the middle of the path
 
 
 def run(worker: Worker, stage: str) -> None:
-    """Compiles for both types at once, then compares."""
+    """Compiles for both types simultaneously, then compares."""
     study = Study(worker)
     worker.wait("ready")
     study.place()
@@ -45,7 +45,7 @@ def run(worker: Worker, stage: str) -> None:
 
 @dataclass
 class Loss:
-    """Of one transition: terms, and the gradient of each group of parameters as one vector."""
+    """The loss of one transition: its terms, and the gradient of each group of parameters as one vector."""
 
     terms: dict[str, float]
     lora: np.ndarray
@@ -53,7 +53,7 @@ class Loss:
 
 
 class Study:
-    """The two types' programs, and the arrays they are given."""
+    """The programs for both types, and their arguments."""
 
     def __init__(self, worker: Worker):
         self.worker, self.size, self.weights = worker, Size(worker.small), Weights()
@@ -101,7 +101,7 @@ class Study:
         return {**self.frozen, "base": as_dtype(self.frozen["base"], dtype), "table": table}
 
     def place(self) -> None:
-        """Weights to the device."""
+        """Moves the weights to the device."""
         self.on_device = {dtype: jax.device_put(self._cast(dtype)) for dtype in _DTYPES}
 
     def _x(self, k: int) -> np.ndarray:
@@ -110,19 +110,19 @@ class Study:
         return np.asarray(signal**0.5 * self.clean + (1 - signal) ** 0.5 * self.noise, np.float32)
 
     def eps(self, dtype: str, scale: float, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """ε_θ, ε_# and their difference as the losses have it, at step k."""
+        """ε_θ, ε_# and their difference as computed in the losses, at step k."""
         found = self.programs[dtype, "eps"](self.on_device[dtype], self.at(scale), self._x(k), self._step(k).at)
         return tuple(np.asarray(a) for a in found)  # type: ignore[return-value]
 
     def at(self, scale: float) -> Any:
-        """Parameters whose LoRA is `scale` times as strong."""
+        """The parameters with the LoRA multiplied by `scale`."""
         flat = flatten_dict(self.params["lora"])
         lora = {path: leaf * (scale if path[-1] == "up" else 1.0) for path, leaf in flat.items()}
         as_float32 = jax.tree.map(lambda a: np.asarray(a, np.float32), unflatten_dict(lora))
         return {**self.params, "lora": as_float32}
 
     def scales(self) -> list[float]:
-        """Of LoRA, for each of the changes, as if the change were proportional to it."""
+        """The LoRA's scale for each of `_CHANGES`, assuming that the change is proportional to the scale."""
         middle, found = self.steps[len(self.steps) // 2], []
         scale = 0.01
         for change in _CHANGES:
@@ -136,7 +136,7 @@ class Study:
         return self.chain[np.asarray([k])]
 
     def score_changes(self, change: float, scale: float) -> None:
-        """s_θ − s_# in bfloat16 against float32, where it is largest and where it is not."""
+        """Compares s_θ − s_# in bfloat16 with float32, at the step where it is largest and at others."""
         errors: dict[str, dict[str, float]] = {"subtracted": {}, "carried through the network": {}}
         for k in self.steps:
             (*_, truth), (policy, base, carried) = (self.eps(dtype, scale, k) for dtype in _DTYPES)
@@ -158,11 +158,11 @@ class Study:
         )
 
     def transition(self, dtype: str, scale: float, k: int) -> Transition:
-        """x → y at step k as the policy samples it in float32; ε_θ† of a weaker LoRA, in the type that will be used."""
+        """A transition x → y at step k that the policy samples in float32, with ε_θ† of a weaker LoRA in `dtype`."""
         return self._transition(k, self.eps("float32", scale, k)[0], self.eps(dtype, 0.9 * scale, k)[0])
 
     def losses(self, what: str, scale: float, transitions: dict[tuple[str, int], Transition]) -> Any:
-        """`Loss` by type and step, compared by step and over all."""
+        """The losses by type and step, compared for each step and over all steps."""
         params, found = self.at(scale), {}
         for (dtype, k), transition in transitions.items():
             program = self.programs[dtype, "last" if k == self.steps[-1] else "ordinary"]
@@ -192,7 +192,7 @@ class Study:
         self.worker.row(f"bfloat16 against float32, {what}", **numbers)
 
     def in_torch(self, scale: float, transitions: dict[tuple[str, int], Transition], losses: Any) -> None:
-        """The released program's loss of the same transitions, in float32 and in bfloat16, against our float32."""
+        """Compares the released program's loss of the same transitions, in float32 and bfloat16, with our float32."""
         import torch
 
         from benchmarks.accelerator.torch_networks import Program, batch_of, use_tf32

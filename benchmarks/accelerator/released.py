@@ -1,6 +1,7 @@
-"""The released program's transition step and sampling in PyTorch, on the same device: the ratio that counts.
+"""Measures the released program's transition step and sampling in PyTorch on the same device, for the speed ratio.
 
-Written from the equations (`benchmarks/naive_loss.py`); UNet and VAE in bfloat16, the reward in float32.
+The program is written from the equations (`benchmarks/naive_loss.py`), with UNet and VAE in bfloat16 and the reward in
+float32.
 """
 
 import time
@@ -17,13 +18,13 @@ from benchmarks.naive_loss import Batch, loss_terms
 from nabla_gfn_jax.algorithms.transitions import flatten
 from nabla_gfn_jax.settings import Settings
 
-_TOGETHER = (4, 2, 1)  # transitions, the most that fit
-_ROLLOUT_STEPS = 5  # that are timed
-Take = Callable[[int], Batch]  # the first so many of the transitions
+_TOGETHER = (4, 2, 1)  # numbers of transitions to try; the largest that fits is used
+_ROLLOUT_STEPS = 5  # number of timed steps
+Take = Callable[[int], Batch]  # n → the first n transitions
 
 
 def run(worker: Worker, stage: str) -> None:
-    """Seconds of a transition, and of an image's 50 steps."""
+    """Measures the seconds of a transition, and of the 50 steps of an image."""
     size = Size(worker.small)
     config = size.config()
     pieces = size.pieces(config)

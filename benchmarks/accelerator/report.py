@@ -1,4 +1,4 @@
-"""What was measured so far, as JSON and as a table, written after every row."""
+"""The results so far as JSON and as a table, written after every row."""
 
 import json
 import time
@@ -9,7 +9,7 @@ Row = dict[str, Any]
 
 
 class Report:
-    """The rows, in the order in which they were measured; on paper, in the lines' order."""
+    """The rows in the order of measurement. In the files they are in the order of the lines."""
 
     def __init__(self, file: Path, small: bool, lines: list[str]):
         self._file, self._lines, self._start = file, lines, time.time()
@@ -18,20 +18,20 @@ class Report:
         file.parent.mkdir(parents=True, exist_ok=True)
 
     def add(self, row: Row) -> None:
-        """One more, on paper at once."""
+        """Adds a row and writes the files."""
         self._rows.append(row | {"at": round(time.time() - self._start, 1)})
         print(f"{time.time() - self._start:6.1f} s  {row['line']}: {_text(row)}", flush=True)
         self._write()
 
     def finish(self) -> None:
-        """Adds the ratios that follow from several lines."""
+        """Adds the ratios that are computed from several lines."""
         for row in ratios(self._rows):
             self.add(row)
         self._about["seconds"] = f"{time.time() - self._start:.0f}"
         self._write()
 
     def table(self) -> str:
-        """In Markdown."""
+        """The rows as a Markdown table."""
         order = {name: i for i, name in enumerate([*self._lines, "ratios"])}
         rows = sorted(self._rows, key=lambda row: order.get(row["line"], len(order)))
         lines = ["| line | what | |", "|---|---|---|"]
@@ -46,7 +46,7 @@ class Report:
 
 
 def ratios(rows: list[Row]) -> list[Row]:
-    """How often the PyTorch program's time for a transition, or an image, is ours."""
+    """The PyTorch program's time divided by ours, for a transition and for an image."""
     found = []
     for what, name in (("of a transition", "seconds a transition"), ("of an image of 50 steps", "seconds an image")):
         theirs = [(r["what"], r["numbers"][name]) for r in rows if r["line"] == "released" and name in r["numbers"]]

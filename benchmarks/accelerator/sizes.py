@@ -1,6 +1,6 @@
-"""The models, runs and arrays that are measured: Stable Diffusion 1.5 and HPS at their true sizes, or a small stand-in.
+"""The models, runs and arrays of the measurements: Stable Diffusion 1.5 and HPS at full size, or small substitutes.
 
-Weights are random, made on the host, and the same in every process.
+Weights are random, created on the host, and the same in every process.
 """
 
 import json
@@ -34,9 +34,9 @@ from nabla_gfn_jax.training.prompts import abstract_table
 from nabla_gfn_jax.training.trainer import Trainer
 
 CONFIG = "hps"
-PROMPTS = 1500  # about as many as that config's set has
+PROMPTS = 1500  # about the size of the prompt set of configs/hps.py
 TRAJECTORIES = 16  # a micro-batch of configs/hps.py on one device
-# By a device's name, the chip whose data sheet the share of the peak is counted by; an H200 computes as an H100.
+# The chip whose data sheet gives the peak rate, by the name of the device. An H200 has the compute rate of an H100.
 _CHIPS = {
     "H100": "h100",
     "H200": "h100",
@@ -76,7 +76,7 @@ _SMALL: dict[str, dict[str, Any]] = {
     },
     "scheduler": STABLE_DIFFUSION,
 }
-# Of Stable Diffusion 1.5, what diffusers' classes do not have by default.
+# The fields of Stable Diffusion 1.5's config that differ from the defaults of diffusers' classes.
 _TRUE: dict[str, dict[str, Any]] = {
     "unet": {"sample_size": 64, "cross_attention_dim": 768},
     "vae": {
@@ -89,7 +89,7 @@ _TRUE: dict[str, dict[str, Any]] = {
 }
 _SMALL_FIELDS = {
     "sampling.num_steps": 10,
-    "training.remat": False,  # a CPU compiles long for it
+    "training.remat": False,  # takes long to compile on a CPU
     "algorithm.transition_fraction": 0.2,
     "correction.block_out_channels": (8,),
     "correction.norm_num_groups": 4,
@@ -108,7 +108,7 @@ _SMALL_CLIP = OpenCLIPConfig(
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured: true sizes, or, `small`, some that a CPU does in seconds."""
+    """The size of the models: full size, or, if `small`, a size that a CPU runs in seconds."""
 
     small: bool
 
@@ -117,11 +117,11 @@ class Size:
         return _SMALL_CLIP if self.small else VIT_H_14
 
     def fields(self, part: str) -> dict[str, Any]:
-        """Of a part's config.json, "unet" or "vae", for diffusers' class."""
+        """The fields of the config.json of "unet" or "vae", for diffusers' class."""
         return (_SMALL if self.small else _TRUE)[part]
 
     def config(self, **fields: Any) -> Settings:
-        """`configs/hps.py` with one micro-batch of trajectories; a field's name has "__" for its dot."""
+        """`configs/hps.py` with one micro-batch of trajectories. "__" in the name of a field stands for a dot."""
         named: dict[str, Any] = {
             "training.micro_batches": 1,
             "training.trajectories": 4 if self.small else TRAJECTORIES,
@@ -132,7 +132,7 @@ class Size:
         return load_settings(Settings, CONFIG, named)
 
     def _folder(self) -> Path:
-        """A model's JSON files."""
+        """A folder with the JSON files of a model."""
         folder = Path(tempfile.gettempdir()) / f"nabla_gfn_jax_small_{os.getpid()}"
         for part, fields in _SMALL.items():
             file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
@@ -141,7 +141,7 @@ class Size:
         return folder
 
     def pieces(self, config: Settings) -> Trainer:
-        """A run on the first device; of its parameters the shapes alone."""
+        """A run on the first device, with shapes instead of parameters."""
         c, prompts = config.training, 3 if self.small else PROMPTS
         mesh = data_mesh(c.trajectories, c.micro_batches, jax.local_devices()[:1])
         base, reward = abstract_model(config.model, DTYPES[config.model_dtype]), abstract(self.clip)
@@ -153,18 +153,18 @@ class Size:
 
 
 def phase(name: str, config: Settings, pieces: Trainer) -> tuple[Any, tuple[Any, ...]]:
-    """The run's "rollout" or "update", compiled when called, and the shapes it is called with."""
+    """The run's "rollout" or "update", compiled when called, and the shapes of its arguments."""
     plan: Any = SimpleNamespace(config=config, mesh=pieces.mesh)
     return Plan.phase(plan, name, pieces)
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The data sheet of the device, if it is here."""
+    """The data sheet of the device; None if it is not known."""
     return next((CHIPS[chip] for name, chip in _CHIPS.items() if name in device.device_kind), None)
 
 
 class Weights:
-    """Random numbers like those of a network that works, gigabytes in seconds: pieces of one long draw."""
+    """Random weights with realistic sizes. They are pieces of one long draw, so gigabytes take seconds."""
 
     def __init__(self, seed: int = 0, length: int = 2**25):
         self._rng = np.random.default_rng(seed)
@@ -178,7 +178,7 @@ class Weights:
         return (scale * piece).reshape(shape)
 
     def like(self, shapes: Any) -> Any:
-        """Parameters: matrices and kernels that keep the size of what goes through, norms near 1, small biases."""
+        """Parameters: matrices and kernels that preserve the size of activations, norm scales near 1, small biases."""
 
         def leaf(path: Any, a: Any) -> np.ndarray:
             if len(a.shape) > 1:
@@ -190,13 +190,13 @@ class Weights:
         return jax.tree_util.tree_map_with_path(leaf, shapes)
 
     def frozen(self, shapes: Any) -> Any:
-        """A run's frozen parameters, its table's prompts as a text encoder and the reward have them."""
+        """The frozen parameters of a run. Its table looks like the output of the text encoder and of the reward."""
         table = jax.tree.map(lambda a: self.normal(a.shape).astype(a.dtype), shapes["table"])
         table["reward"] /= np.linalg.norm(table["reward"], axis=-1, keepdims=True)
         return {**{part: self.like(shapes[part]) for part in ("base", "reward")}, "table": table}
 
     def arguments(self, name: str, pieces: Trainer, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
-        """For a phase, arrays in the host's memory with the shapes that it is called with."""
+        """The arguments of a phase as arrays in the host's memory."""
         frozen = self.frozen(shapes[0])
         if name == "rollout":
             _, params, keys, ids = shapes
@@ -221,5 +221,5 @@ class Weights:
 
 
 def as_dtype(tree: Any, dtype: Any) -> Any:
-    """The leaves as `dtype`."""
+    """The tree with its leaves converted to `dtype`."""
     return jax.tree.map(lambda a: np.asarray(a).astype(jnp.dtype(dtype)), tree)

@@ -1,4 +1,4 @@
-"""diffusers' and transformers' networks with our weights, as the released program puts them together."""
+"""The networks of diffusers and transformers with our weights, combined as in the released program."""
 
 from dataclasses import asdict
 from typing import Any
@@ -21,7 +21,7 @@ _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.2613
 
 
 def unet(size: Size, params: Any, dtype: torch.dtype, **fields: Any) -> torch.nn.Module:
-    """Stable Diffusion's, or, with other `fields`, the correction."""
+    """Stable Diffusion's UNet, or the correction network with other `fields`."""
     import diffusers
 
     with DEVICE:
@@ -30,7 +30,7 @@ def unet(size: Size, params: Any, dtype: torch.dtype, **fields: Any) -> torch.nn
 
 
 def vae(size: Size, params: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """Both halves."""
+    """The VAE, encoder and decoder."""
     import diffusers
 
     with DEVICE:
@@ -39,7 +39,7 @@ def vae(size: Size, params: Any, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def tower(size: Size, params: Any, dtype: torch.dtype) -> torch.nn.Module:
-    """The reward's image tower as transformers has it."""
+    """The reward's image tower from transformers."""
     import transformers
 
     vision = {**vars(size.clip.vision), "projection_dim": size.clip.embed_dim}
@@ -62,7 +62,7 @@ def tower(size: Size, params: Any, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def _state(params: Any) -> dict[str, torch.Tensor]:
-    """By PyTorch's names and axes, float32, on the device."""
+    """The parameters by PyTorch's names and in its axes, float32, on the device."""
     state = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         names = [str(key.key) for key in path]
@@ -80,7 +80,7 @@ def _load(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> torch.nn.Mo
 
 
 def add_lora(model: Any, lora: Any, rank: int) -> list[torch.nn.Parameter]:
-    """Makes `model` the policy, LoRA in float32, and returns what is trained."""
+    """Adds the LoRA, in float32, to `model`. Returns the trained parameters."""
     from peft import LoraConfig
 
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
@@ -131,7 +131,7 @@ class Program:
 
 
 def batch_of(transition: Transition, chain: Chain, table: Any, count: int) -> Batch:
-    """The first `count` of transitions with one leading axis, with their prompts' features, on the device."""
+    """The first `count` transitions, with one leading axis and the features of their prompts, on the device."""
     few = jax.tree.map(lambda a: a[:count], transition)
     found = naive_loss.batch_of(few, chain, table["base"])
     found["reward"] = torch.from_numpy(np.asarray(table["reward"], np.float32)[few.prompt_id])
@@ -139,11 +139,11 @@ def batch_of(transition: Transition, chain: Chain, table: Any, count: int) -> Ba
 
 
 def use_tf32(on: bool) -> None:
-    """Whether float32 products round their operands."""
+    """Sets whether float32 products round their operands."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
 
 
 def wait() -> None:
-    """Until the device has done what it was given."""
+    """Waits until the device has finished."""
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""The UNet alone, value and input gradient, by batch, with and without rematerialisation: how busy the chip can be."""
+"""Measures the UNet alone: value and input gradient, for several batch sizes, with and without rematerialisation."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -15,7 +15,7 @@ _BATCHES = (8, 32, 96)
 
 
 def run(worker: Worker, stage: str) -> None:
-    """In bfloat16; FLOPs are those without the repetition."""
+    """Measures in bfloat16. FLOPs do not include recomputation."""
     size, weights = Size(worker.small), Weights()
     pieces = size.pieces(size.config())
     shapes = pieces.base.params["unet"]

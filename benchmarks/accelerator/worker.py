@@ -1,7 +1,7 @@
 """The process that measures one line: it prepares, waits for its turn on the device, measures, and ends.
 
-To the process that started it a worker says JSON lines through what was its standard output: {"state": …} and
-{"row": …}. Whatever else is printed goes to the log.
+A worker sends JSON lines to its parent through its original standard output: {"state": …} and {"row": …}. All other
+output goes to the log.
 """
 
 import json
@@ -15,7 +15,7 @@ import jax
 
 
 class Worker:
-    """What a line's function is given."""
+    """The interface between a line's function and the parent process."""
 
     def __init__(self, line: str, small: bool):
         self.line, self.small = line, small
@@ -23,17 +23,19 @@ class Worker:
         os.dup2(2, 1)
 
     def state(self, name: str, **more: Any) -> None:
-        """Says how far this process is."""
+        """Reports the state of this process."""
         print(json.dumps({"state": name, **more}), file=self._to_parent)
 
     def row(self, what: str, note: str = "", **numbers: Any) -> None:
-        """A row of the table; names of numbers say the unit, "_" standing for a space."""
+        """Reports a row of the table. The name of a number states its unit; "_" stands for a space."""
         named = {name.replace("_", " "): _plain(value) for name, value in numbers.items()}
         row = {"line": self.line, "what": what, "numbers": named, "note": note}
         print(json.dumps({"row": row}), file=self._to_parent)
 
     def wait(self, state: str) -> dict[str, float]:
-        """Says `state`, and waits to be told to go on; returns the seconds of the line's states, "compile tracing"."""
+        """Reports `state` and waits for permission to continue. Returns the seconds of the line's states by name, such
+        as "compile tracing".
+        """
         self.state(state)
         answer = sys.stdin.readline()
         if not answer:
@@ -42,10 +44,10 @@ class Worker:
         return told
 
     def attempt(self, what: str, function: Callable[[], Any]) -> Any:
-        """What `function` returns; when it fails, a row that says how, and None."""
+        """The result of `function`. If it fails, reports a row with the error and returns None."""
         try:
             return function()
-        except Exception as error:  # of whatever kind: the other rows are wanted still
+        except Exception as error:  # any error, so that the other rows are still measured
             self.row(what, note=f"failed: {type(error).__name__}: {_first_line(error)}")
             print(f"{self.line}, {what}: {error!r}", file=sys.stderr)
             return None
@@ -60,9 +62,9 @@ def _first_line(error: Exception) -> str:
 
 
 def seconds(function: Callable[[], Any], rounds: int = 3, enough: float = 10.0) -> list[float]:
-    """Of `rounds` calls, fewer once they have taken `enough` together; one before them is not counted.
+    """The seconds of each of `rounds` calls, or of fewer if they take `enough` seconds together.
 
-    `function` must wait for its result.
+    One more call before them is not counted. `function` must wait for its result.
     """
     function()
     times: list[float] = []
@@ -83,7 +85,7 @@ def main(argv: list[str]) -> None:
     worker.state("preparing")
     try:
         if not worker.small and not line.jax_on and jax.default_backend() == "cpu":
-            raise RuntimeError("JAX has no accelerator here; --small is for a CPU")
+            raise RuntimeError("JAX finds no accelerator; use --small on a CPU")
         line.run(worker, stage)
     except Exception as error:
         worker.row(stage, note=f"failed: {type(error).__name__}: {_first_line(error)}")
