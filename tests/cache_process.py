@@ -1,4 +1,4 @@
-"""Reads a pickled file's one tensor, as a program of its own: `python tests/cache_process.py FILE SHA256 [FAULT]`.
+"""Reads the one tensor of a pickled file in a separate process: `python tests/cache_process.py FILE SHA256 [FAULT]`.
 
 Prints "converted" or "kept". FAULTS: "no lock" has none to be had; "killed" is killed with half of the copy written;
 "stopped" with the copy written, but not its note.

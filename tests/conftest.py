@@ -1,4 +1,4 @@
-"""Every test runs strict: no silent promotion of dtypes or ranks, several devices, one compilation cache."""
+"""Strict settings for all tests: no silent promotion of dtypes or ranks, several devices, one compilation cache."""
 
 import os
 import tempfile
@@ -41,7 +41,9 @@ from tiny_run import command, tiny_model  # noqa: E402, F401  fixtures, of modul
 
 @pytest.fixture(autouse=True, scope="module")
 def torch_autograd(request):
-    """Off in the modules that use `torch_oracle`, which switch it on where they need it; on in the others."""
+    """PyTorch's autograd is off in the modules that use `torch_oracle`, which enable it when needed, and on in the
+    others.
+    """
     before = torch.is_grad_enabled()
     torch.set_grad_enabled("torch_oracle" not in Path(request.module.__file__).read_text())
     yield

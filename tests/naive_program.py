@@ -1,4 +1,4 @@
-"""The loss as the released program computes it: every term for every transition, each gradient a pass of its own."""
+"""The loss as in the released program: every term for every transition, and a separate pass for each gradient."""
 
 import jax
 
@@ -7,7 +7,7 @@ from nabla_gfn_jax.diffusion.chain import expand
 
 
 def naive_value_and_grad(algorithm, params, model, transition):
-    """The equations as they are read: every term for every transition, each gradient a pass of its own."""
+    """The equations written literally: every term for every transition, and a separate pass for each gradient."""
     x, y, step, prompt_id = transition.x, transition.y, model.chain[transition.index], transition.prompt_id
     output_of = lambda lora, x, level: model.predict(lora, x, level, prompt_id)  # noqa: E731
 

@@ -1,4 +1,4 @@
-"""transformers' CLIP and BLIP at small sizes, saved in the layouts that OpenCLIP's and ImageReward's files have."""
+"""transformers' CLIP and BLIP at small sizes, saved in the layouts of OpenCLIP's and ImageReward's files."""
 
 import re
 from itertools import pairwise
@@ -71,14 +71,14 @@ def normalised(images: torch.Tensor) -> torch.Tensor:
 
 
 def rename(name: str, table: dict[str, str]) -> str:
-    """All the table's patterns replaced, in its order."""
+    """The name with all patterns of the table replaced, in order."""
     for pattern, replacement in table.items():
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def make_random(model: torch.nn.Module, seed: int) -> None:
-    """Weights wide enough that every part of the model shows in its output."""
+    """Random weights, large enough that every part of the model affects its output."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -121,7 +121,7 @@ _IMAGE_REWARD = {
 
 
 class HPS(torch.nn.Module):
-    """transformers' CLIP scoring as HPS does."""
+    """transformers' CLIP with HPS's score."""
 
     def __init__(self, config: OpenCLIPConfig = CLIP):
         super().__init__()
@@ -148,7 +148,7 @@ class HPS(torch.nn.Module):
         return (output.image_embeds * output.text_embeds).sum(-1)
 
     def save(self, file: Path, dtype: torch.dtype = torch.float32) -> None:
-        """As OpenCLIP's own training does."""
+        """Saves the weights as OpenCLIP's own training does."""
         state = {}
         for name, tensor in self.clip.state_dict().items():
             if ".self_attn.q_proj." in name:
@@ -191,7 +191,7 @@ class ImageReward(torch.nn.Module):
         return (score - 0.16717362830052426) / 1.0333394966054072
 
     def save(self, file: Path) -> None:
-        """As the released program saves its model: with the buffer and the two projections that no score uses."""
+        """Saves the weights as the released program, with the buffer and the two projections that no score uses."""
         state = {rename(name, _IMAGE_REWARD): tensor for name, tensor in self.state_dict().items()}
         state["blip.text_encoder.embeddings.position_ids"] = torch.arange(64)[None]
         state |= {

@@ -1,4 +1,4 @@
-"""Samples and trains a model of a few thousand parameters with the jax and flax that are installed: no torch.
+"""Samples and trains a model of a few thousand parameters with the installed jax and flax, without PyTorch.
 
 `python tests/smoke.py`, in CI with the newest pair; the tests themselves run with the oldest.
 """

@@ -1,4 +1,4 @@
-"""What checks the annotations at run time; an int is a float, as in PEP 484."""
+"""The checker of annotations at run time. An int is accepted as a float, as in PEP 484."""
 
 from beartype import BeartypeConf, beartype
 

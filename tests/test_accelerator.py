@@ -1,4 +1,4 @@
-"""The accelerator's benchmark at small sizes on a CPU: every line ends with numbers, and a line that hangs is cut."""
+"""The accelerator benchmark at small sizes on a CPU: every line ends with numbers, and a line that hangs is ended."""
 
 import json
 import os

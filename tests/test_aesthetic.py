@@ -77,7 +77,7 @@ def case(tmp_path_factory):
 
 
 def compare(theirs: Aesthetic, reward, images, compiled=jax.jit) -> tuple[float, float]:
-    """The largest difference of a score and the gradient's relative error."""
+    """The largest difference of a score, and the relative error of the gradient."""
     with torch.enable_grad():
         x = nchw(images).requires_grad_()
         expected = theirs(x)
@@ -129,7 +129,7 @@ def test_the_released_files_are_looked_for(monkeypatch):
 
 @pytest.mark.skipif(not RELEASED, reason="NABLA_GFN_JAX_AESTHETIC names no released head")
 def test_the_released_head(tmp_path):
-    """On a small CLIP whose features are as wide as the released one's."""
+    """Uses a small CLIP whose features have the width of the released CLIP."""
     theirs = Aesthetic(SMALL, VIT_L_14_DIM)
     clip, _ = theirs.save(tmp_path)
     theirs.head.load_state_dict(torch.load(RELEASED, map_location="cpu"))

@@ -1,4 +1,4 @@
-"""The functions for notebooks and other programs, on the tiny model: the same as the commands."""
+"""The functions for notebooks and other programs give the same results as the commands, on the tiny model."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Attention chosen by layer: the same numbers, the memory of a part, and programs for devices that are not here."""
+"""Implementations of attention: equal numbers, memory of a part, and programs for devices that are not attached."""
 
 import re
 from functools import partial
@@ -35,7 +35,7 @@ def distance(a, b):
     ("platform", "chosen", "of_a_query"), [("tpu", "in_parts", 2 * 3 * 11), ("cpu", "by_head", 11)]
 )
 def test_in_parts_is_attention(monkeypatch, platform, chosen, of_a_query):
-    """Values against the definition and gradients against attention at once, 7 parts of 5 queries."""
+    """Compares values with the definition, and gradients with attention in one part, for 7 parts of 5 queries."""
     q, k, v = heads(2, 35, 3, 8), heads(2, 11, 3, 8), heads(2, 11, 3, 8)
     cotangent = heads(2, 35, 3, 8)
     split = partial(attend, platform=platform)
@@ -56,7 +56,9 @@ def test_in_parts_is_attention(monkeypatch, platform, chosen, of_a_query):
 
 @pytest.mark.parametrize("parts", [1, 7])
 def test_what_a_change_of_all_three_does(monkeypatch, parts):
-    """The base's attention and its difference to the changed one, at once and in 7 parts of 5 queries."""
+    """Compares the base's attention and its change with two separate attentions, in one part and in 7 parts of 5
+    queries.
+    """
     q, k, v = (Pair(heads(2, n, 3, 8), 0.5 * heads(2, n, 3, 8)) for n in (35, 11, 11))
     if parts > 1:
         monkeypatch.setattr(attention, "_MAX_LENGTHS", 1)
@@ -92,7 +94,7 @@ def test_the_choice_by_layer(queries, keys, width, dtype, platform, chosen):
 
 
 def lowered(platform: str, width: int) -> str:
-    """The gradient of self-attention over 4096 pixels, for a platform that need not be here."""
+    """The lowered gradient of self-attention over 4096 pixels, for a platform that need not be attached."""
     dtype = jnp.float32 if platform == "cuda" else jnp.bfloat16  # of which cuDNN would have the scores to itself
     q = jax.ShapeDtypeStruct((16, 4096, 8, width), dtype)
 
@@ -106,7 +108,7 @@ def lowered(platform: str, width: int) -> str:
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
 @pytest.mark.parametrize("width", [40, 64])
 def test_no_platform_keeps_all_scores(platform, width):
-    """No tensor of the program, whatever its type, holds 4096 x 4096 numbers a head; a part has at most 2^26."""
+    """No tensor of the program has 4096 x 4096 numbers per head; a part has at most 2^26."""
     program = lowered(platform, width)
     sizes = [
         np.prod([int(n) for n in shape.split("x")[:-1]], dtype=float)
@@ -117,7 +119,7 @@ def test_no_platform_keeps_all_scores(platform, width):
 
 
 def test_cudnn_is_lowered_to_its_own_kernel(monkeypatch):
-    """Forward and backward, without a GPU and without cuDNN: that is asked for its version alone."""
+    """Lowers forward and backward passes without a GPU and without cuDNN, of which only the version is needed."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)

@@ -1,4 +1,4 @@
-"""The study of fits on a frozen bank: its policy is the LoRA's, its gains are what they say, its command runs."""
+"""The study of fits on a fixed bank: its policy equals the LoRA's, its gains follow the formula, its command runs."""
 
 import json
 
@@ -35,7 +35,7 @@ def random_pairs(bench, layers):
 
 
 def test_pairs_on_attention_are_the_lora(bench):
-    """Added to the kernels they give what the `lora` collection gives; those of all layers include convolutions."""
+    """Pairs added to the kernels equal the `lora` collection. With all layers, they include convolutions."""
     pairs = random_pairs(bench, "attention")
     lora = unflatten_dict({tuple(name.split("/")[:-1]): pair for name, pair in pairs.items()})
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, *bench.base.latent_shape)), jnp.float32)
@@ -71,7 +71,7 @@ def test_gains_are_differences_of_squares(bench, bank):
 
 @pytest.mark.slow
 def test_the_command_writes_a_line_for_each_fit(tiny_model, tmp_path, monkeypatch, capsys):
-    """Two kinds of layers at one rate; the loss falls, and the certificate has the spent nats of every step."""
+    """Fits two kinds of layers at one rate. The loss falls, and the certificate has the spent nats of every step."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     named = [f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", "--beta=40", "--rates=0.003"]

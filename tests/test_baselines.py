@@ -41,7 +41,7 @@ EARLIER = jax.tree.map(lambda a: 0.7 * a, LORA)  # θ†, which sampled
 
 
 def of_update(algorithm, weight=ONES, updates=1, model=MODEL):
-    """The first update's data, and the loss, its terms and the LoRA gradient there, at parameters not those sampled."""
+    """The first update's data, loss, terms and LoRA gradient, at parameters that differ from those that sampled."""
     data = first_update(jax.jit(lambda r: algorithm.batch({"lora": EARLIER}, model, r, updates))(rollout()))
     value = jax.jit(lambda p, d, w: algorithm.value_and_grad({"lora": p}, model, d, w))
     (loss, terms), gradient = value(LORA, data, weight)
@@ -56,7 +56,7 @@ def assert_gradient(gradient, oracle):
 
 
 def without_gradient(model):
-    """The model, with a reward that fails where its gradient is asked for."""
+    """The model with a reward that raises an error when its gradient is taken."""
 
     @jax.custom_vjp
     def log_reward(z, prompt_id):
@@ -91,7 +91,7 @@ def test_every_algorithm_keeps_the_protocol(name):
 
 
 def drift(oracle, x, k):
-    """‖ε_θ − ε_θ†‖² at states x of step k, which λ weighs."""
+    """‖ε_θ − ε_θ†‖² at states x of step k, the term that λ weights."""
     t = step(k)[0]
     return ((oracle.eps(x, t, oracle.lora) - oracle.eps(x, t, _float64(EARLIER)).detach()) ** 2).mean((1, 2, 3))
 
@@ -118,7 +118,7 @@ def test_draft_k(last_steps):
 
 @pytest.mark.parametrize("held", [0.0, 3.0])
 def test_draft_lv(held):
-    """The loss at the noised samples it made, and that they are noised as q(x | x_T) says."""
+    """Checks the loss at the noised samples, and that these have the distribution q(x | x_T)."""
     data, loss, _, gradient = of_update(Draft(lv_samples=2, output_regularisation=held))
     oracle = _oracle(DEFAULTS)
     t, _, a, b, _ = step(49)
@@ -150,7 +150,9 @@ def test_draft_names_what_cannot_be():
 
 
 def test_refl():
-    """ReLU(margin − log R(x̂)) at a late state without a gradient; a margin between the rewards leaves some out."""
+    """Checks ReLU(margin − log R(x̂)) at a late state; the margin lies between the rewards, so it excludes some
+    samples.
+    """
     algorithm = Refl(late_steps=10)
     data = first_update(algorithm.batch(PARAMS, MODEL, rollout(), 1))
     steps = np.asarray(data.index)
@@ -191,7 +193,7 @@ def log_p(oracle, x, y, k, output):
 
 @pytest.mark.parametrize("ratio_clip", [1e-4, 0.03, float("inf")])
 def test_ddpo(ratio_clip):
-    """Over all 50 steps. Where every ratio is clipped, of samples with one sign of advantage, there is no gradient."""
+    """Checks all 50 steps. If every ratio is clipped and all advantages have one sign, the gradient is zero."""
     weight = np.asarray([1.5, -0.5, 0.25], np.float32)
     algorithm = Ddpo(ratio_clip=ratio_clip, output_regularisation=0.3)
     _, loss, terms, gradient = of_update(algorithm, jnp.asarray(weight))
@@ -223,7 +225,7 @@ def test_ddpos_updates_share_out_the_steps():
 
 
 def test_advantages_are_of_a_prompts_own_rewards():
-    """Against the mean and std of each prompt's last rewards, kept in a list; a rare prompt has the epoch's."""
+    """Compares with mean and std of each prompt's latest rewards in a list; a rare prompt uses those of the epoch."""
     algorithm = Ddpo(buffer_size=8, min_count=3, advantage_clip=1.2)
     rng, stats = np.random.default_rng(0), algorithm.first_stats(4)
     history = {prompt: [] for prompt in range(4)}

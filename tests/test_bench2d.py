@@ -1,4 +1,4 @@
-"""The bench in the plane: what it knows in closed form, what it counts, that it resumes, and the table in the docs."""
+"""The comparison in the plane: its closed forms, its cost, its resume, and the table in the docs."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def test_the_cost_is_counted(name):
 
 @pytest.mark.parametrize("setting", ["mild", "rare"])
 def test_a_setting_as_arrays_is_the_same_model(setting):
-    """Modes without weight do nothing, and with `times_base` log P_base is on top of the reward."""
+    """Modes without weight have no effect, and `times_base` adds log P_base to the reward."""
     of, rng = SETTINGS[setting], np.random.default_rng(0)
     world, plain = World.of(of), make_model(of.k, data=of.data)
     x, level = jnp.asarray(2 * rng.normal(size=(6, 2)), jnp.float32), plane.CHAIN.at[np.array([0, 9, 25, 40, 48, 49])]
@@ -56,7 +56,7 @@ def test_a_setting_as_arrays_is_the_same_model(setting):
 
 
 def test_nats_that_a_reward_needs():
-    """On the base tilted by hand, and log Z by draws."""
+    """Compares with the base model tilted by hand, and log Z with a mean over samples."""
     for setting in SETTINGS.values():
         tilted = setting.base.tilted(0.6 * setting.k)
         reward = float(tilted.mean() @ setting.k)

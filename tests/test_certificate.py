@@ -16,7 +16,7 @@ REWARD = np.array([0.7, -0.3, 0.5])  # log R(x) = REWARD · x
 
 @pytest.fixture(autouse=True)
 def fewer_replicates(request, monkeypatch):
-    """Standard errors to a tenth, where they are not what is tested."""
+    """Uses fewer replicates in tests that need standard errors only to a tenth."""
     if "bootstrap" not in request.node.name:
         monkeypatch.setattr(tilt, "REPLICATES", 50)
 
@@ -47,7 +47,7 @@ def final_variance():
 
 
 def start_variance():
-    """Of log R, by the start x_0, which no drift can change."""
+    """The variance of log R due to the start x_0, which no drift can change."""
     return SHRINK ** (2 * STEPS) * REWARD @ REWARD
 
 
@@ -126,7 +126,7 @@ def test_the_base_model_spends_nothing():
 
 
 def test_the_exact_tilt_is_efficient_and_its_weights_are_constant():
-    """From a fixed start, so that drift alone makes the target."""
+    """Starts from a fixed point, so that the drift alone determines the target."""
     policy = gaussian_chain(5000, lambda exact: exact, seed=4, start=0.0)
     base = gaussian_chain(5000, lambda exact: 0 * exact, seed=5, start=0.0)
     exact = BETA**2 * (final_variance() - start_variance()) / 2
@@ -213,7 +213,7 @@ def test_few_effective_samples_are_said_and_the_policys_weights_help():
 
 
 def test_prompts_are_compared_with_themselves():
-    """Two prompts of opposite rewards, samples shuffled: the figures are the means of what each has."""
+    """With two prompts of opposite rewards and shuffled samples, the figures are the means over the two prompts."""
     rng = np.random.default_rng(13)
     parts = [gaussian_chain(1000, lambda exact, s=s: s * exact, seed=20 + i) for i, s in enumerate((0.5, 0.2))]
     order = rng.permutation(2000)

@@ -1,4 +1,4 @@
-"""The chain: its coefficients against diffusers' schedulers, and against the definitions they come from."""
+"""The chain's coefficients, compared with diffusers' schedulers and with their definitions."""
 
 import json
 
@@ -93,7 +93,7 @@ def test_dpm_solver_times_and_noise_levels_match_diffusers(num_steps):
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_dpm_solver_trajectory_matches_diffusers(prediction_type):
-    """Twenty steps with the same noise; the network's part is played by a fixed nonlinear function."""
+    """Takes twenty steps with the same noise and a fixed nonlinear function as the network."""
     oracle, chain = (
         dpm_solver(20, prediction_type=prediction_type),
         stable_diffusion_chain(CONFIG | {"prediction_type": prediction_type}, 20, sampler="sde_dpm_solver"),
@@ -141,7 +141,7 @@ SCHEDULERS = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_the_noise_schedule_counts_and_not_the_sampler_of_a_file(name):
-    """Each file's chain is that of Stable Diffusion's own file, and so is it after diffusers' `from_config`."""
+    """Each file gives the chain of Stable Diffusion's own file, also after diffusers' `from_config`."""
     scheduler = getattr(diffusers, name)
     schedule = {field: CONFIG[field] for field in ("beta_start", "beta_end", "beta_schedule", "prediction_type")}
     original = schedule | {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False}
@@ -161,7 +161,7 @@ def test_other_schedules_match_diffusers(fields):
 @pytest.mark.parametrize("num_steps", [7, 50])
 @pytest.mark.parametrize("eta", [0.0, 0.5])  # at 1 diffusers' first step is the root of a rounding error below 0
 def test_a_schedule_that_ends_without_signal_matches_diffusers(num_steps, eta):
-    """From pure noise at 999; the network's part is played by a fixed nonlinear function."""
+    """Starts from pure noise at 999, with a fixed nonlinear function as the network."""
     config = CONFIG | {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     oracle, chain = (
         DDIMScheduler(**config | {"timestep_spacing": "trailing"}),
@@ -230,7 +230,7 @@ CHAINS = {
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_outputs_say_what_they_are_made_of(kind):
-    """From a clean sample and noise: the state and the output by their definitions, then back to both."""
+    """Computes state and output from a clean sample and noise by their definitions, and recovers both."""
     chain, rng = CHAINS[kind], np.random.default_rng(0)
     clean, noise = rng.normal(size=(2, 50, 6)).astype(np.float32)
     signal = np.asarray(chain.at.signal, np.float64)[:, None]
@@ -250,7 +250,7 @@ def test_outputs_say_what_they_are_made_of(kind):
 
 @pytest.mark.parametrize("kind", CHAINS)
 def test_the_chain_keeps_the_marginals_of_its_noising(kind):
-    """With the true x₀ and ε, y has signal ᾱ'; and x given y, by the noising kernel, signal ᾱ again. In float64."""
+    """With the true x₀ and ε, y has signal ᾱ'; x sampled from y by the noising kernel has signal ᾱ. In float64."""
     chain = jax.tree.map(lambda a: np.asarray(a, np.float64), CHAINS[kind])
     at, to = chain.at, chain.to
     # x = √ᾱ x₀ + √(1−ᾱ) ε; o such that it gives back x₀ and ε.
@@ -266,7 +266,7 @@ def test_the_chain_keeps_the_marginals_of_its_noising(kind):
 
 
 def test_a_rectified_flows_state_at_s():
-    """What the network sees is (1−s) x₀ + s ε, and its times run from noise to nearly clean."""
+    """The network's input is (1−s) x₀ + s ε, and its times run from noise to nearly clean."""
     chain = rectified_flow_chain(20)
     s = np.asarray(chain.at.time, np.float64) / 1000
     np.testing.assert_allclose(chain.at.input_scale * np.sqrt(chain.at.signal), 1 - s, atol=1e-6)

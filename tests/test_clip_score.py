@@ -39,7 +39,7 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(1, 3, 1, 1)
 
 
 def write(config, folder):
-    """transformers' model, saved by itself, and the tokenizer of a small vocabulary."""
+    """Writes transformers' model with its own `save_pretrained`, and the tokenizer of a small vocabulary."""
     torch.manual_seed(0)
     vision, text = vars(config.vision), vars(config.text)
     train_tokenizer(CAPTIONS, folder / "words", 600, 77)
@@ -59,7 +59,7 @@ def write(config, folder):
 
 
 def expected_scores(case, x, size, scaled):
-    """By transformers' classes, from the pixels that its processor makes: the middle of the shorter side's square."""
+    """The scores by transformers' classes, from pixels as its processor makes them: a central square crop."""
     height, width = x.shape[2:]
     new = [size * side // min(height, width) for side in (height, width)]
     x = torch.nn.functional.interpolate(x, new, mode="bicubic", align_corners=False, antialias=True)

@@ -1,4 +1,4 @@
-"""The command line: what is understood, what is refused in one line, what `--help` says, where configs are found."""
+"""The command line: accepted input, one-line errors, the text of `--help`, and where configs are found."""
 
 import math
 import os
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Checked):
-    """A few of each kind."""
+    """Options of every kind."""
 
     config: str = option("emoji", "a config")
     num: int = option(16, "how many", minimum=1)
@@ -135,7 +135,7 @@ def test_another_algorithm_keeps_what_it_shares_and_takes_its_own_options():
 
 
 def test_another_algorithm_takes_its_own_default_for_what_it_does_not_know():
-    """`hps` has the credit "lookahead", which the regression on paths has not, and a β, which it has."""
+    """`hps` has the credit "lookahead", which path regression does not have, and β, which it has."""
     _, settings = run("--config=hps", "--config.algorithm.name=path_regression")
     assert (settings.algorithm.credit, settings.algorithm.beta) == ("adjoint", 500_000.0)
 
@@ -267,7 +267,7 @@ def test_a_typo_claims_no_workdir(tmp_path, capsys):
 
 
 def test_refusing_loads_no_device(tmp_path):
-    """The module that is called finds the mistake; no backend of JAX is started."""
+    """The called module finds the mistake before a backend of JAX is started."""
     program = (
         "import sys, jax\nfrom nabla_gfn_jax import train\n"
         "try: train.main(['train', '--config.training.clip=0'])\n"

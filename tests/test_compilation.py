@@ -1,4 +1,4 @@
-"""Where compiled programs are kept: as a user's process finds it, so each case in a process of its own."""
+"""The folder of compiled programs, tested in a separate process for each case, as for a user."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""Every config file with every variant is a run that the program accepts."""
+"""Every config file with every variant is a valid run."""
 
 from pathlib import Path
 
@@ -43,14 +43,14 @@ def test_every_field_is_understood_and_stated(name, variant):
 
 
 def test_no_run_or_base_of_runs_is_left_out():
-    """`paper` is what the paper's three share; `emoji_base` makes the model."""
+    """`paper` has the common settings of the paper's three configs; `emoji_base` makes the emoji model."""
     assert set(shipped_configs()) == {*(name for name, _ in RUNS), "paper", "emoji_base"}
     load_settings(Pretraining, "emoji_base")
 
 
 @pytest.mark.parametrize("name", ["emoji", "paper"])
 def test_a_config_that_others_are_made_of_states_every_field(name):
-    """What it leaves to a default could not be read in it; here only what no experiment varies is."""
+    """Such a config states all fields for the reader, except those that no experiment varies."""
     tree = load_config(name).to_dict()
     stated = {f"{group}.{field}" for group, fields in tree.items() if isinstance(fields, dict) for field in fields}
     stated |= {field for field, value in tree.items() if not isinstance(value, dict)}

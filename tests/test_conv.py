@@ -1,4 +1,4 @@
-"""Our convolution and its hand-written gradients, against XLA's own and PyTorch's."""
+"""Our convolution and its hand-written gradients, compared with XLA's and PyTorch's."""
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,13 @@ CASES = {
 
 
 def plain(x, kernel, stride, padding):
-    """The same convolution without our gradients."""
+    """The convolution without our gradients."""
     numbers = ("NHWC", "HWIO", "NHWC")
     return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=numbers)
 
 
 def values_and_gradients(functions, x, kernel, dy):
-    """For each function its value and both pull-backs, compiled together: that is most of these tests' time."""
+    """The value and both pull-backs of each function, compiled together, because compilation takes most of the time."""
 
     def run(x, kernel, dy):
         pulled = [jax.vjp(function, x, kernel) for function in functions]
@@ -70,7 +70,7 @@ def test_value_and_gradients(case):
 
 
 def test_gradients_inside_a_scan_keep_their_type():
-    """bfloat16 in, bfloat16 gradients out, as `scan`'s carry demands; close to float32's."""
+    """Gradients of bfloat16 inputs are bfloat16, as the carry of `scan` requires, and close to float32's."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.normal(size=(2, 4, 4, 8)), jnp.float32)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 8, 8)) / 8, jnp.float32)
@@ -89,7 +89,7 @@ def test_gradients_inside_a_scan_keep_their_type():
 
 
 def test_accelerators_get_the_compilers_own_kernel_gradient():
-    """On a CPU the kernel's gradient is one product per kernel position; for a GPU it lowers to one convolution."""
+    """On a CPU, the kernel's gradient is one product per kernel position; on a GPU it is one convolution."""
     x, kernel, dy = (jnp.zeros(shape) for shape in ((1, 4, 4, 2), (3, 3, 2, 2), (1, 4, 4, 2)))
 
     @jax.jit
@@ -111,7 +111,7 @@ def test_accelerators_get_the_compilers_own_kernel_gradient():
     ids=str,
 )
 def test_layer_on_few_pixels(batch, size, outputs, width):
-    """On a CPU a matrix product instead, in both directions; the numbers are the convolution's."""
+    """On a CPU it is a matrix product in both directions, with the numbers of the convolution."""
     rng = np.random.default_rng(1)
     x = rng.normal(size=(batch, *size, 6)).astype(np.float32)
     kernel = rng.normal(size=(width, width, 6, outputs)).astype(np.float32)
@@ -135,7 +135,7 @@ def test_layer_on_few_pixels(batch, size, outputs, width):
 
 
 def test_layer_pads_as_torch_does():
-    """`padding` as one number means both sides of both axes; five pixels and more go through the convolution."""
+    """One number as `padding` applies to both sides of both axes. Five pixels and more use the convolution."""
     rng = np.random.default_rng(2)
     x = rng.normal(size=(1, 5, 6, 3)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 3, 4)).astype(np.float32)
@@ -149,7 +149,7 @@ def test_layer_pads_as_torch_does():
 
 
 def test_the_precision_that_is_set_reaches_the_gradients():
-    """Wherever they are traced: of a reward, set to float32 within, all products are."""
+    """This holds wherever the gradients are traced: all products of a full-float32 reward are full float32."""
 
     def score(x, kernel):
         with jax.default_matmul_precision("highest"):

@@ -1,4 +1,4 @@
-"""Diversity counted by the nearest drawing: closed forms, and drawings that were made to be told apart."""
+"""Diversity by the nearest drawing, compared with closed forms and tested on artificial drawings."""
 
 import numpy as np
 import pytest
@@ -11,12 +11,12 @@ from nabla_gfn_jax.metrics.coverage import Coverage
 
 
 def drawings_of(name):
-    """Numbers of the drawings of one emoji."""
+    """The indices of the drawings of one emoji."""
     return np.flatnonzero(coverage.atlas().concept == coverage.atlas().names.index(name))
 
 
 def state_of(drawing, prompt=None, prompts=("a face",)):
-    """The metric, prepared, and its state as if these drawings had been seen."""
+    """The prepared metric, and its state as if the samples showed these drawings."""
     metric = Coverage()
     metric.prepare(prompts)
     prompt = np.zeros(len(drawing), int) if prompt is None else prompt
@@ -59,7 +59,7 @@ def test_the_states_of_batches_merge_to_that_of_all():
 
 
 def test_as_few_samples_are_compared_with_as_few():
-    """Uniform over 200 drawings, on both sides: the tilted base is worth fewer samples, and misses more drawings."""
+    """Both are uniform over 200 drawings. The tilted base has fewer effective samples and misses more drawings."""
     rng = np.random.default_rng(1)
     base_reward = rng.normal(size=600)
     base = Samples(np.zeros(600, int), {"log_reward": base_reward})

@@ -1,4 +1,4 @@
-"""Residual ∇-DB with credits that are known once a path has ended, against PyTorch in float64."""
+"""Residual ∇-DB with credits that are known at the end of a path, compared with PyTorch in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def test_adjoint_loss_and_gradient(kappa, model):
 
 @pytest.mark.parametrize("gamma", ["alpha_bar", "one"])
 def test_terminal_loss_and_gradient(gamma):
-    """γ of the next time, and the gradient at the path's end as it is; what `batch` makes of a path, step by step."""
+    """The credit is γ of the next time times the gradient at the path's end; checks each step of `batch`."""
     settings = DEFAULTS | {"credit": "terminal", "gamma": gamma}
     algorithm, end = ResidualNablaDB(**settings), _float64(sampled_trajectory().samples).requires_grad_()
     gradient = torch.autograd.grad(_reward(torch, end, _float64(CONDITION)).sum(), end)[0]

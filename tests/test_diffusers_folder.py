@@ -1,4 +1,4 @@
-"""A whole model on disk: what diffusers saves we read, what we save diffusers reads, and what is damaged is named."""
+"""A complete model on disk: diffusers and this package read each other's folders, and damaged files are reported."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A pipeline and the folder it was saved to."""
+    """A pipeline, and the folder to which it was saved."""
     folder = tmp_path_factory.mktemp("model")
     pipe = oracle.pipeline(folder, "v_prediction", **oracle.ONE_LEVEL)
     pipe.save_pretrained(folder)
@@ -64,7 +64,7 @@ def test_load(saved):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_what_we_save_diffusers_opens(dtype, saved, tmp_path):
-    """float16 files are rounded once, and come back as that in float32 on either side."""
+    """float16 files are rounded once, and both programs read the same float32 numbers."""
     pipe, folder = saved
     model = load_folder(folder)
     configs = {part: read_json(folder / file) for part, file in CONFIGS.items()}

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite against a PyTorch statement of the same network with the same weights."""
+"""EfficientNet-Lite, compared with a PyTorch version of the same network with the same weights."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ def relative(ours, theirs):
 
 
 def drawing(size: int, seed: int) -> np.ndarray:
-    """Smooth random blobs on white, in [0, 1]: an image, unlike pixel noise."""
+    """Smooth random blobs on white, in [0, 1], which resemble an image more than pixel noise does."""
     coarse = torch.rand(2, 3, 7, 7, generator=torch.Generator().manual_seed(seed))
     smooth = nn.functional.interpolate(coarse, (size, size), mode="bicubic", align_corners=False)
     return (smooth * 1.6).clamp(0, 1).numpy().transpose(0, 2, 3, 1)
@@ -41,7 +41,7 @@ def test_features_and_logits(variant, blocks, size):
     ("variant", "blocks"), [("lite0", LITE0), pytest.param("lite2", LITE2, marks=pytest.mark.slow)]
 )
 def test_image_gradient(variant, blocks):
-    """In double precision: in single, rounding may flip one of ReLU6's many gates, a jump of some 1e-3."""
+    """Uses double precision, because in single precision rounding may flip a ReLU6 gate, a jump of about 1e-3."""
     params, images = load(variant), drawing(64, seed=3).astype(np.float64)
     weights = np.random.default_rng(1).standard_normal((2, 1000))
     with jax.enable_x64(True):

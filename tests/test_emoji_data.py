@@ -1,4 +1,4 @@
-"""Emoji drawings: packages in, pictures and captions out; the packages are tiny ones made here."""
+"""Reading of emoji drawings and captions from tiny packages that are made here."""
 
 import hashlib
 import io
@@ -25,7 +25,7 @@ def picture(colour: tuple[int, int, int, int], kind: str, size: int = 80) -> byt
 
 
 def tarball(folder: Path, package: str, files: dict[str, bytes]) -> str:
-    """Writes what `npm pack` would; returns its SHA-256."""
+    """Writes a tarball as `npm pack` does. Returns its SHA-256."""
     file = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
     with tarfile.open(file, "w:gz") as archive:
         for name, content in files.items():
@@ -37,7 +37,7 @@ def tarball(folder: Path, package: str, files: dict[str, bytes]) -> str:
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """A folder with three tarballs: a tiger and a keycap drawn by all vendors, an imaginary face by two."""
+    """A folder with three tarballs: a tiger and a keycap by all vendors, and an imaginary face by two."""
     entries = [
         {"label": "regional indicator A", "hexcode": "1F1E6"},
         {"label": "tiger", "hexcode": "1F405", "group": 3, "subgroup": 34},

@@ -1,4 +1,4 @@
-"""The emoji rewards: the heads on a PyTorch statement of their network, what their scores mean, how good they are."""
+"""The emoji rewards: heads on a PyTorch version of their network, the meaning of scores, and the stated accuracy."""
 
 from functools import partial
 
@@ -28,7 +28,7 @@ def head(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 
 def torch_outputs(name: str, images: torch.Tensor) -> torch.Tensor:
-    """The head's outputs, (B, 3, H, W) in: blocks to 6 x 6, means over 2 x 2, channels last."""
+    """The head's outputs for images (B, 3, H, W), from features at 6 x 6 averaged over 2 x 2, channels last."""
     network = oracle_of("lite0", LITE0).to(images.dtype)
     x = torch.nn.functional.interpolate(images, (96, 96), mode="bilinear", align_corners=False)
     x = torch.nn.functional.relu6(network._bn0(network._conv_stem((x * 255 - 127) / 128)))
@@ -60,7 +60,7 @@ def test_score(name):
 
 @pytest.mark.parametrize("name", ["valence", "recognisability"])
 def test_image_gradient(name):
-    """In double precision, as in test_efficientnet: in single, rounding may flip one of ReLU6's many gates."""
+    """Uses double precision as in test_efficientnet, because rounding may flip a ReLU6 gate in single precision."""
     images, animals = drawing(64, seed=8).astype(np.float64), [0, 21]
     x = torch.tensor(images.transpose(0, 3, 1, 2)).requires_grad_()
     torch_score(name, x, animals).sum().backward()
@@ -75,7 +75,7 @@ def test_image_gradient(name):
 
 
 def test_valence_is_bounded_and_ignores_the_prompt():
-    """The bound works: with a head fifty times as steep, outputs far beyond 1 are still scored within it."""
+    """With a head fifty times as steep, outputs far beyond 1 still give scores within the bound."""
     reward = load_reward("valence")
     assert reward.encode_prompts(["a face", "a tiger"]) == {}
     wild = np.random.default_rng(0).choice([0.0, 1.0], (2, 64, 64, 3)).astype(np.float32)
@@ -87,7 +87,7 @@ def test_valence_is_bounded_and_ignores_the_prompt():
 
 
 def test_recognisability_is_a_probability_of_the_prompts_animal():
-    """What the 45 animals leave is the oracle's probability of something else."""
+    """The probability that remains after the 45 animals is the oracle's probability of "something else"."""
     reward = load_reward("recognisability")
     images = drawing(64, seed=9)
     features = reward.encode_prompts([f"an {a}" if a[0] in "aeiou" else f"a {a}" for a in SIMPLE_ANIMALS])
@@ -103,7 +103,7 @@ def test_recognisability_is_a_probability_of_the_prompts_animal():
 
 @WITH_DRAWINGS
 def test_recognisability_names_the_drawings_it_was_fitted_to():
-    """The head that ships saw all vendors, so this is no measure of how good it is: it shows the labels are right."""
+    """The shipped head was fitted to all vendors, so this test checks only that the labels are correct."""
     drawings = emoji.load_drawings(None).base()
     reward = load_reward("recognisability")
     every = np.asarray(reward.encode_prompts(list(SIMPLE_ANIMALS)))[:, None]
@@ -118,7 +118,7 @@ def test_recognisability_names_the_drawings_it_was_fitted_to():
 @pytest.mark.slow
 @WITH_DRAWINGS
 def test_the_stated_figures_are_reproduced():
-    """Fits the heads of all folds again and compares with the figures in the heads' files; 0.02 is BLAS's rounding."""
+    """Fits the heads of all folds again and compares with the figures in the files; .02 allows for rounding."""
     examples = fit_valence.read_examples(None)
     found = fit_valence.figures(examples, fit_valence.held_out_predictions(examples))
     stated = head("valence")[1]

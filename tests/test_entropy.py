@@ -1,4 +1,4 @@
-"""Entropies of samples: closed forms, and the bias that is left."""
+"""Entropies of samples, compared with closed forms; the remaining bias is small."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def test_equal_weights_give_millers_correction():
 
 
 def test_the_correction_takes_most_of_the_bias_of_weighted_samples():
-    """Weights that depend on the kind, as a reward's do: the kinds' exact frequencies are p times the mean weight."""
+    """The weights depend on the kind, as with a reward, so the exact frequency of a kind is p times its mean weight."""
     rng = np.random.default_rng(1)
     p = rng.dirichlet(np.ones(20))
     tilt = rng.normal(size=20)

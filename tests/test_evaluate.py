@@ -1,4 +1,4 @@
-"""`evaluate` and `sample` on runs and LoRA files of the tiny model: whose settings they take, and what they leave."""
+"""`evaluate` and `sample` on runs and LoRA files of the tiny model: which settings they use, and what they write."""
 
 import json
 
@@ -35,7 +35,7 @@ def reward(monkeypatch):
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory):
-    """A workdir as a run leaves it, with two LoRAs, and prompts of which no drawing is known."""
+    """The workdir of a finished run with two LoRAs; no drawings are known for its prompts."""
     folder = tmp_path_factory.mktemp("run")
     prompts = folder / "prompts.txt"
     prompts.write_text("a sonnet\nan ode\n")
@@ -51,7 +51,7 @@ def run(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """How many images were sampled of which LoRA's: (has a LoRA, first, num) of each call."""
+    """The arguments (has a LoRA, first, num) of each call that samples."""
     calls, images = [], ImageSampler.images
 
     def spy(self, lora, num, **options):

@@ -1,4 +1,4 @@
-"""The worked example of docs/extending.md is run as it stands there."""
+"""Runs the example of docs/extending.md."""
 
 import json
 import re
@@ -21,7 +21,7 @@ PAGE = Path(__file__).parents[1] / "docs/extending.md"
 
 @pytest.fixture
 def config(tmp_path, monkeypatch):
-    """`my_run.py`, its prompts beside it; what it registers is gone after the test."""
+    """The file `my_run.py` with its prompts beside it. Its registrations are removed after the test."""
     before = dict(REWARDS), dict(ALGORITHMS)
     (tmp_path / "my_run.py").write_text("\n\n".join(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)))
     (tmp_path / "prompts.txt").write_text("a red face\na blue face\n")
@@ -41,7 +41,7 @@ def example(config):
 
 
 def test_the_run_of_the_page_trains(config, tiny_model):
-    """Its update takes one evaluation of the network, so it compiles in seconds."""
+    """The update evaluates the network once, so it compiles in seconds."""
     kept = ("model", "correction", "sampling", "training.trajectories", "training.micro_batches", "training.num_epochs")
     small = [f for f in flags(tiny_model, config.parent / "run") if f.startswith(tuple(f"--config.{k}" for k in kept))]
     train.main(["train", *last_of_each([*small, f"--config={config}", f"--workdir={config.parent / 'run'}"])])

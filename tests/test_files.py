@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and JSON is JSON."""
+"""Files are written completely or not at all, and JSON files are valid JSON."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def test_a_file_is_as_before_when_writing_fails(tmp_path, monkeypatch, fails):
 
 
 def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypatch):
-    """And the name before the next thing is done: a power cut leaves the old file or the new one."""
+    """The name is on the disk before the function returns, so a power cut leaves the old or the new file."""
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -56,7 +56,7 @@ def test_contents_are_on_the_disk_before_they_have_their_name(tmp_path, monkeypa
 
 
 def test_many_writers_and_a_reader(tmp_path):
-    """Each writes what only it writes; the reader finds one of those, whole, at any time."""
+    """Each writer has its own contents, and the reader always finds the complete contents of one of them."""
     file = tmp_path / "a.json"
     stop = threading.Event()
 
@@ -99,7 +99,7 @@ with files.replacing(Path({str(tmp_path / "a.json")!r})) as unfinished:
 
 
 def test_permissions_are_those_of_any_new_file(tmp_path):
-    """A colleague may read them where the user's mask lets him."""
+    """Other users may read the file if the user's mask allows it."""
     before = os.umask(0o027)
     try:
         files.write_whole(tmp_path / "a", b"")
@@ -160,7 +160,7 @@ class TestHashes:
 
     @pytest.fixture(autouse=True)
     def reads(self, tmp_path, monkeypatch):
-        """Files whose contents were read, all of them large, in an empty cache."""
+        """The files whose contents were read. All files count as large, and the cache is empty."""
         reads = []
         read = hashes.read_sha256
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -187,7 +187,7 @@ class TestHashes:
         assert len(reads) == 3
 
     def test_a_file_that_is_being_written_is_not_remembered(self, tmp_path, reads):
-        """Its next write may leave it the same size and, on a coarse clock, the same time."""
+        """Its next write may keep the size and, with a coarse clock, the time."""
         file = self.old(tmp_path / "a", b"x", age=0)
         status = file.stat()
         first = hashes.sha256(file)
@@ -196,7 +196,7 @@ class TestHashes:
         assert hashes.sha256(file) != first
 
     def test_the_hubs_cache_names_files_by_their_hash(self, tmp_path, reads):
-        """Its large ones. Small ones have git's name, which is another hash."""
+        """This holds for large files. Small files have git's hash as their name."""
         (tmp_path / "blobs").mkdir()
         for name in (self.EMPTY, "e69de29bb2d1d6434b8b29ae775ad8c2e48c5391"):
             (tmp_path / "blobs" / name).touch()

@@ -1,4 +1,4 @@
-"""FLOPs against counts made by hand and XLA's own; what a compiled program's text says of loops and collectives."""
+"""FLOPs compared with counts by hand and by XLA; loops and collectives in the text of a compiled program."""
 
 from functools import partial
 
@@ -37,7 +37,7 @@ def test_products_convolutions_and_loops():
 
 
 def test_cudnn_attention_counts_as_its_products(monkeypatch):
-    """A GPU's kernel does the products of attention written out, and backward the scores once more."""
+    """A GPU's kernel computes the products of plain attention, and the backward pass computes the scores again."""
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
@@ -60,7 +60,7 @@ def test_a_device_part_is_counted_under_shard_map():
 
 
 def sd15_forward_flops(pixels: int = 64, tokens: int = 77) -> float:
-    """Stable Diffusion 1.5's UNet on one latent, by its architecture's sizes alone."""
+    """FLOPs of Stable Diffusion 1.5's UNet on one latent, from the sizes of its architecture."""
     widths, time, context = (320, 640, 1280, 1280), 1280, 768
     count = 2 * (320 * time + time * time)  # time embedding
 
@@ -108,7 +108,10 @@ def compiled(function, *arguments):
 
 
 def test_xlas_count_of_the_same_program():
-    """Within 5 %: XLA counts small operations too, and loops once, so there is none here."""
+    """The counts agree within 5 %.
+
+    XLA also counts small operations, and counts loops once, so there is no loop here.
+    """
     a, b = jnp.ones((64, 256)), jnp.ones((256, 256))
     function = lambda a, b: jnp.tanh(jnp.tanh(a @ b) @ b).sum()  # noqa: E731
     gradient = jax.grad(function, (0, 1))
@@ -116,7 +119,7 @@ def test_xlas_count_of_the_same_program():
 
 
 def test_a_programs_traffic_multiplies_loops():
-    """A nested loop of 5 x 3 products of 64 x 64: their bytes, and an all-reduce in the outer loop."""
+    """Checks the bytes of a nested loop of 5 x 3 products of 64 x 64, and an all-reduce in the outer loop."""
     mesh = parallel.all_devices()
 
     def work(x):
@@ -135,7 +138,7 @@ def test_a_programs_traffic_multiplies_loops():
 
 
 def test_a_loop_whose_trips_only_its_condition_tells():
-    """As TPU programs have it: no `known_trip_count`, a counter compared with a constant."""
+    """As in TPU programs, there is no `known_trip_count`, but a counter is compared with a constant."""
     text = """
 %cond.1 (p.1: (s32[], f32[256])) -> pred[] {
   %c.1 = s32[] constant(7), metadata={op_name="x"}

@@ -1,4 +1,4 @@
-"""AWM, RAM, DiffusionNFT and EAM against independent statements of their losses in PyTorch, in float64 by autograd."""
+"""AWM, RAM, DiffusionNFT and EAM, compared with independent versions of their losses in PyTorch, float64, autograd."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def mean(x):
 
 
 class Noisings:
-    """The i-th noising of all samples: what was drawn, and the network there by formula."""
+    """The i-th noised copy of all samples: the random numbers, and the network's output by formula."""
 
     def __init__(self, oracle, data, i):
         times = np.asarray(TIMES[0])[np.asarray(data.index[:, i])]
@@ -63,7 +63,7 @@ class Noisings:
 
 
 def compare(algorithm, weight, each, terms_of):
-    """The loss, its terms and the gradient are those of `terms_of(noising, advantages)`, means over noisings."""
+    """Checks that loss, terms and gradient are means of `terms_of(noising, advantages)` over noised copies."""
     data, loss, terms, gradient = of_update(algorithm, jnp.asarray(weight))
     noised = getattr(data, "noised", data)
     assert noised.index.shape == (BATCH, each)
@@ -123,7 +123,7 @@ def test_nft(mixing):
 
 @pytest.mark.parametrize("held", [0.0, 2.0])
 def test_eam(held):
-    """With the score of the target at the sample, the base model's by its noise at the last step's level."""
+    """Uses the target's score at the sample; the base model's score comes from its noise at the last step's level."""
     z = _float64(sampled_trajectory().samples).requires_grad_()
     reward = torch.autograd.grad(_reward(torch, z, _float64(CONDITION)).sum(), z)[0]
     oracle = _oracle(DEFAULTS)

@@ -30,7 +30,7 @@ IDS = jnp.arange(BATCH)
 
 
 def quickly(function, *arguments):
-    """Compiled without the optimisations that take longer than they save here."""
+    """The function compiled without optimisations that take longer than they save here."""
     compiled = jax.jit(function).lower(*arguments)
     return compiled.compile(compiler_options={"xla_backend_optimization_level": 0})(*arguments)
 
@@ -71,7 +71,7 @@ def test_trajectory_and_images(prediction):
 
 
 def recorded(prediction, chain) -> Rollout:
-    """The golden trajectory, its noise predictions turned back into the network's outputs."""
+    """The golden trajectory, with its noise predictions converted to the network's outputs."""
     latents, noise = (jnp.asarray(GOLDEN[f"{prediction}/{name}"]) for name in ("latents", "noise_predictions"))
     outputs = [(noise[k] - chain.at.noise_x[k] * latents[k]) / chain.at.noise_o[k] for k in range(STEPS)]
     return Rollout(Trajectory(latents, jnp.stack(outputs)), jnp.zeros(BATCH), IDS, KEYS)

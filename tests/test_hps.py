@@ -1,4 +1,4 @@
-"""HPSv2.1: OpenCLIP's layout, score and gradient, against transformers' CLIP with the same weights."""
+"""HPSv2.1: layout, score and gradient, compared with transformers' CLIP with the same weights."""
 
 import json
 from pathlib import Path
@@ -31,7 +31,7 @@ def case(tmp_path_factory):
 
 
 def token_ids(folder, prompts):
-    """transformers' ids, padded as OpenCLIP pads."""
+    """transformers' ids with OpenCLIP's padding."""
     tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
     ids = np.zeros((len(prompts), 77), np.int64)
     for row, text in enumerate(tokenizer(prompts, truncation=True, max_length=77).input_ids):

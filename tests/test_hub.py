@@ -1,4 +1,4 @@
-"""Finding a model's files: the user's folder, the hub's cache, a download; and what to do without any."""
+"""Finding a model's files in the user's folder, in the hub's cache or by download, and the errors without them."""
 
 import json
 import re
@@ -41,7 +41,10 @@ def test_the_users_folder_comes_first(monkeypatch, tmp_path):
 
 
 def test_the_hub_comes_next(monkeypatch, tmp_path):
-    """A commit's file that is in its cache is not asked for; of a branch the newest is, while there is a network."""
+    """A cached file of a commit is used without asking the hub.
+
+    For a branch, the newest file is used if there is a network.
+    """
     cached, asked = set(), []
 
     def download(repo, file, *, revision, repo_type, local_files_only=False):
@@ -126,7 +129,7 @@ def test_shards_and_pickles_are_chosen_where_there_is_nothing_better():
 
 
 class FakeHub:
-    """A repository in a folder, and a cache beside it."""
+    """A fake hub: a folder as the repository, and a cache beside it."""
 
     def __init__(self, source, cache):
         self.source, self.cache, self.calls = source, cache, []
@@ -194,7 +197,7 @@ def test_weights_that_are_not_read_are_named(fake_hub, file, said):
 
 
 def test_pickled_shards_load(fake_hub):
-    """As .bin files with an index, which transformers and diffusers wrote of large models."""
+    """Older versions of transformers and diffusers wrote large models as .bin files with an index."""
     file = fake_hub.source / "unet/diffusion_pytorch_model.safetensors"
     expected = load_folder(fake_hub.source).params["unet"]
     state = {name: torch.tensor(array) for name, array in load_file(file).items()}
@@ -218,7 +221,7 @@ def test_another_revision(fake_hub):
 
 
 def shard(folder, file):
-    """Splits a part's weights in two with an index, as large models have them."""
+    """Splits the weights of a part into two shards with an index, as in large models."""
     state = load_file(folder / file)
     names = sorted(state)
     weight_map = {}
@@ -265,7 +268,7 @@ def test_a_damaged_index_of_shards_is_downloaded_again(fake_hub):
 
 
 def test_a_download_that_ends_among_the_weights_has_all_else(fake_hub, monkeypatch):
-    """Nothing tells of a small file that is missing; so those come before the weights."""
+    """A missing small file cannot be noticed, so small files are downloaded before the weights."""
     download = fake_hub.snapshot_download
 
     def without_network(repo, *, revision, allow_patterns=None, local_files_only=False):
@@ -283,7 +286,7 @@ def test_a_download_that_ends_among_the_weights_has_all_else(fake_hub, monkeypat
 
 
 def test_what_is_read_is_what_is_named(fake_hub):
-    """Of a folder with sharded and other weights beside those that are read."""
+    """The folder has sharded and other weights beside those that are read."""
     shard(fake_hub.source, "unet/diffusion_pytorch_model.safetensors")
     (fake_hub.source / "unet/diffusion_pytorch_model-00007-of-00009.safetensors").write_bytes(b"of another model")
     named = {path.relative_to(fake_hub.source).as_posix() for path in hub.files_read(fake_hub.source)}
@@ -295,7 +298,7 @@ def test_what_is_read_is_what_is_named(fake_hub):
 
 
 def test_every_repository_that_is_read_is_pinned_but_three(monkeypatch, tmp_path):
-    """Their commits are not known here; a run's manifest says which one it read."""
+    """The commits of these three are unknown; the manifest of a run records the one that was read."""
     asked = {}
 
     def download(repo, file, *, revision, repo_type, local_files_only=False):

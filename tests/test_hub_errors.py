@@ -1,4 +1,4 @@
-"""What the hub raises, of whatever HTTP library, becomes one line that says what to do."""
+"""Exceptions of the hub and of any HTTP library become one line with the remedy."""
 
 import errno
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ def unreachable(*arguments, **options):
 
 
 class Answer(Exception):
-    """An error as an HTTP library raises it, with the hub's number."""
+    """An error of an HTTP library, with a status code."""
 
     def __init__(self, status, text=""):
         super().__init__(text)
@@ -42,7 +42,7 @@ def kind(name, status=0, text="", *bases):
     ],
 )
 def test_what_the_hub_raises_is_one_line_that_says_what_to_do(error, said, monkeypatch):
-    """Of a file and of a model; the classes are told by their names, which all versions share."""
+    """Tests a file and a model. The classes are recognised by their names, which all versions share."""
 
     def fail(*arguments, **options):
         raise error

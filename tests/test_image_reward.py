@@ -1,4 +1,4 @@
-"""ImageReward: its layout, score and gradient, against transformers' BLIP with the same weights."""
+"""ImageReward: layout, score and gradient, compared with transformers' BLIP with the same weights."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,7 +39,7 @@ def load(folder):
 
 
 def tokens(folder, prompts):
-    """By transformers, with the two tokens that BLIP adds."""
+    """The ids by transformers, with the two tokens that BLIP adds."""
     tokenizer = transformers.BertTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"bos_token": "[DEC]"})
     tokenizer.add_special_tokens({"additional_special_tokens": ["[ENC]"]})

@@ -1,4 +1,4 @@
-"""Sampling images in batches, on the tiny model: what an image depends on, and what it does not."""
+"""Sampling of images in batches on the tiny model: what an image depends on, and what it does not depend on."""
 
 import dataclasses
 

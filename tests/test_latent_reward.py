@@ -1,4 +1,4 @@
-"""A reward of latents computed in parts: the same values and gradients as at once."""
+"""A reward of latents computed in parts has the same values and gradients as in one part."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""LoRA files: written by us and read by diffusers, written by diffusers and read by us, and bad ones."""
+"""LoRA files: diffusers and this package read each other's files, and refuse bad ones."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ WRITERS = {"diffusers": save_lora, "kohya": save_kohya}
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A pipeline on disk, our UNet from it, a random LoRA, one input, and our output as a function of the LoRA."""
+    """A pipeline on disk, our UNet read from it, a random LoRA, one input, and our output as a function of the LoRA."""
     folder = tmp_path_factory.mktemp("model")
     oracle.pipeline(folder, **oracle.TWO_LEVELS).save_pretrained(folder)
     model = load_folder(folder)
@@ -59,7 +59,7 @@ def open_pipeline(case):
 
 @pytest.fixture(params=WRITERS)
 def written(request, case, tmp_path):
-    """The random LoRA in one of the two layouts."""
+    """The random LoRA, written in one of the two layouts."""
     WRITERS[request.param](tmp_path / "lora.safetensors", case.lora)
     return tmp_path / "lora.safetensors"
 
@@ -99,7 +99,7 @@ def diffusers_file(folder, unet, **settings):
 
 
 def test_we_open_what_diffusers_writes(case, tmp_path):
-    """Its scale alpha / rank, in the header's adapter settings, arrives in `up`."""
+    """The scale alpha / rank in the adapter settings of the header is multiplied into `up`."""
     unet = open_pipeline(case).unet
     oracle.add_lora(unet, rank=RANK, alpha=1.5)
     settings = unet.peft_config["default"].to_dict()
@@ -108,7 +108,7 @@ def test_we_open_what_diffusers_writes(case, tmp_path):
 
 
 def test_we_open_what_peft_writes(case, tmp_path):
-    """Its own folder: keys under base_model.model, the scale alpha / rank in adapter_config.json."""
+    """PEFT's folder has keys under base_model.model, and the scale alpha / rank in adapter_config.json."""
     unet = open_pipeline(case).unet
     torch.manual_seed(0)
     config = LoraConfig(

@@ -1,4 +1,4 @@
-"""LoRA files as other programs write them: each layout draws what diffusers or PEFT draws with the same file."""
+"""LoRA files of other programs: each layout gives the output of diffusers or PEFT for the same file."""
 
 import json
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ LDM = {
 
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
-    """A pipeline on disk, our model from it, and the outputs of UNet and text encoder, ours and theirs."""
+    """A pipeline on disk, our model read from it, and the outputs of UNet and text encoder in both programs."""
     folder = tmp_path_factory.mktemp("model")
     pipe = oracle.pipeline(folder, **oracle.TWO_LEVELS)
     pipe.save_pretrained(folder)
@@ -69,7 +69,7 @@ def open_pipeline(case):
 
 
 def pair(shape, rank=RANK, seed=0):
-    """Random (down, up) of a layer with this weight, of a convolution with its kernel in down."""
+    """Random (down, up) for a layer with this weight; for a convolution, down has the kernel."""
     rng = np.random.default_rng([seed, *shape])
     down = rng.normal(size=(rank, *shape[1:])) / np.sqrt(np.prod(shape[1:]))
     up = rng.normal(size=(shape[0], rank)) / 2
@@ -77,7 +77,7 @@ def pair(shape, rank=RANK, seed=0):
 
 
 def layers(shapes, endings):
-    """Names of the layers that end so, with their weights' shapes."""
+    """The names with this ending of layers, with the shapes of their weights."""
     endings = tuple(f".{e}.weight" for e in endings)
     return {n.removesuffix(".weight"): s for n, s in shapes.items() if n.endswith(endings)}
 
@@ -92,7 +92,7 @@ def kohya(shapes, prefix, alpha=1.5):
 
 
 def assert_drawn_alike(case, file, *, text=False):
-    """Ours is diffusers' own output with the file, and not the base model's."""
+    """Checks that our output equals diffusers' output with the file, and differs from the base model's."""
     lora, pipe = load_lora(file, *case.params), open_pipeline(case)
     base = case.theirs(pipe.unet), case.their_text(pipe.text_encoder)
     pipe.load_lora_weights(file)
@@ -107,12 +107,12 @@ def assert_drawn_alike(case, file, *, text=False):
 
 
 def text_name(name):
-    """transformers before 5 wraps the text encoder once more; files have that name."""
+    """The name in files. transformers before version 5 puts the text encoder into one more module."""
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
 def test_kohya_with_the_text_encoder(case, tmp_path):
-    """As most files on model sites are: attention and feed-forward layers, 1x1 convolutions, the text encoder."""
+    """Most files on model sites adapt attention and feed-forward layers, 1x1 convolutions, and the text encoder."""
     unet = layers(case.shapes, [*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"])
     assert {len(shape) for shape in unet.values()} == {2, 4}
     text = layers(case.text_shapes, ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"])
@@ -125,7 +125,7 @@ def test_kohya_with_the_text_encoder(case, tmp_path):
 
 
 def test_locon(case, tmp_path):
-    """3x3 convolutions, strided ones among them, in LyCORIS' LoCon."""
+    """LyCORIS' LoCon adapts 3x3 convolutions, including strided ones."""
     convolutions = layers(case.shapes, ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"])
     state = kohya(convolutions | layers(case.shapes, ATTENTION), "lora_unet_")
     save_file(state, tmp_path / "lora.safetensors")
@@ -133,7 +133,10 @@ def test_locon(case, tmp_path):
 
 
 def test_locon_in_tucker_form(case, tmp_path):
-    """down 1x1, mid 3x3, up 1x1, one after the other; diffusers refuses it, so it is compared by hand."""
+    """down (1x1), mid (3x3) and up (1x1) are applied in turn.
+
+    diffusers refuses such files, so they are compared by hand.
+    """
     layer, (out, inputs, *_) = "mid_block.resnets.0.conv1", case.shapes["mid_block.resnets.0.conv1.weight"]
     rng = np.random.default_rng(3)
     down, mid, up = (rng.normal(size=s).astype(np.float32) for s in ((2, inputs, 1, 1), (2, 2, 3, 3), (out, 2, 1, 1)))
@@ -165,7 +168,10 @@ def test_first_programs_block_names(case, tmp_path):
 
 @pytest.mark.parametrize("form", ["bare.safetensors", "unet.safetensors", "pytorch_lora_weights.bin", "lora.pt"])
 def test_diffusers_of_2023(form, case, tmp_path):
-    """Attention processors' names; pickled files, which are never executed; the folder that holds one."""
+    """Files have the names of attention processors.
+
+    Pickled files are not executed. The folder of a file may be given.
+    """
     state = {}
     for name, shape in layers(case.shapes, ATTENTION).items():
         head, _, last = name.rpartition(".to_")
@@ -218,7 +224,7 @@ PEFT = {
 
 
 def peft_folder(case, folder, **options):
-    """What PEFT itself saves, and its output."""
+    """A folder saved by PEFT, and PEFT's output."""
     torch.manual_seed(6)
     settings = {"r": RANK, "lora_alpha": 5, "target_modules": ATTENTION, "init_lora_weights": False}
     adapted = get_peft_model(open_pipeline(case).unet, LoraConfig(**settings | options))
@@ -312,7 +318,7 @@ def test_a_folder_without_a_lora(case, tmp_path):
 
 
 def test_the_file_of_a_run_that_was_saved_by_us(case, tmp_path):
-    """Convolutions too are written in both layouts, and come back."""
+    """Convolutions are written in both layouts and read again."""
     save_file(kohya(layers(case.shapes, ["conv1", "to_q", "proj_in"]), "lora_unet_"), tmp_path / "a.safetensors")
     lora = load_lora(tmp_path / "a.safetensors", *case.params)
     for save in (save_lora, save_kohya):

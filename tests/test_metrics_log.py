@@ -1,4 +1,4 @@
-"""A run's log: every epoch once, whatever happened to the program or the file before, and what its columns mean."""
+"""The log of a run has every epoch once, also after a crash or damage to the file, and documents its columns."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def test_a_broken_line_is_left_out_and_stops_nothing(tmp_path, broken, where, ca
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
-    """As every JSON reader takes it."""
+    """null is accepted by every JSON reader."""
     log = open_log(tmp_path)
     log.write({"epoch": 0, "loss": math.nan, "reward_mean": math.inf, "seconds": 1.0})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -72,7 +72,7 @@ def test_a_process_that_does_not_write_writes_nothing(tmp_path):
 
 
 def scalars(folder: Path) -> list[tuple[str, int, float]]:
-    """Every number in TensorBoard's files, whose records are length (8 bytes), checksum (4), event, checksum (4)."""
+    """The numbers in TensorBoard's files. A record is length (8 bytes), checksum (4), event, checksum (4)."""
     found = []
     for file in folder.iterdir():
         data, start = file.read_bytes(), 0
@@ -86,7 +86,7 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
 
 @pytest.mark.parametrize("asked_before", [True, False])
 def test_tensorboard_has_each_row_once_after_a_resume(tmp_path, asked_before):
-    """Also if it is asked for only then; and a file that was cut short is of no harm."""
+    """This also holds if TensorBoard is first requested at the resume, or if a file was cut short."""
     write(tmp_path, range(4), tensorboard=asked_before)
     for file in (tmp_path / "tensorboard").glob("*"):
         file.write_bytes(file.read_bytes()[:-5])
@@ -98,7 +98,7 @@ def test_tensorboard_has_each_row_once_after_a_resume(tmp_path, asked_before):
 
 @pytest.fixture
 def wandb(monkeypatch):
-    """Weights & Biases as far as it is used: runs by id, with what was logged to each."""
+    """A fake Weights & Biases: the runs by id, with their logged rows."""
     runs = {}
 
     def init(*, project, dir, config, id, name, resume):
@@ -119,7 +119,7 @@ def wandb(monkeypatch):
 
 
 def test_weights_and_biases_goes_on_with_its_own_run(wandb, tmp_path):
-    """Two workdirs of one name are two runs; a resumed one is one."""
+    """Two workdirs with the same name are two runs; a resumed run is one."""
     for folder in ("hps/seed0", "aesthetic/seed0"):
         (tmp_path / folder).mkdir(parents=True)
     write(tmp_path / "hps/seed0", range(4), wandb=True, run_id="1")
@@ -132,7 +132,7 @@ def test_weights_and_biases_goes_on_with_its_own_run(wandb, tmp_path):
 
 
 def test_what_a_run_writes_survives_the_next_moment(tmp_path, monkeypatch):
-    """Each row is on the disk when `write` returns, before a checkpoint that has its epoch."""
+    """Each row is on the disk when `write` returns, before the checkpoint of its epoch."""
     synced = []
     monkeypatch.setattr(
         metrics_log.os, "fsync", lambda descriptor: synced.append(metrics_log.os.fstat(descriptor).st_size)

@@ -1,4 +1,4 @@
-"""The exact target: its closed forms, the distances to it, and that the algorithm comes close to it."""
+"""The exact target in the plane: its closed forms, distances to it, and an algorithm that comes close to it."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_noise_prediction_is_minus_the_scaled_score():
 
 
 def test_the_velocity_is_the_mean_of_noise_minus_data():
-    """By Bayes' rule on draws of the data: E[ε − x₀ | x], weighted by the density of (x − (1−s) x₀)/s."""
+    """Compares with Bayes' rule on samples of the data: E[ε − x₀ | x], weighted by the density of (x − (1−s) x₀)/s."""
     rng = np.random.default_rng(0)
     data, points = DATA.sample(rng, 200_000), rng.normal(size=(5, 2))
     for s in (0.4, 0.7, 1.0):
@@ -68,7 +68,7 @@ def test_the_velocity_is_the_mean_of_noise_minus_data():
 
 @pytest.mark.parametrize("base", BASES)
 def test_what_fifty_steps_draw_is_known(base):
-    """By the noise prediction in DDPM's steps, and by the velocity as a rectified flow's memoryless process."""
+    """Tests the noise prediction in DDPM's steps, and the velocity in the memoryless process of a rectified flow."""
     points = np.asarray(draw(None, make_model(REWARDS["mild"], base), 20_000, jax.random.key(0)), np.float64)
     near = distance(points, BASES[base])
     assert near.forward < 3e-3
@@ -92,7 +92,7 @@ def test_distances_of_exact_draws_are_their_bias():
 
 @pytest.mark.parametrize("reward", REWARDS)
 def test_distances_of_exact_draws_of_another_mixture(reward):
-    """Against the integral of p log p/q on a grid."""
+    """Compares with the integral of p log p/q on a grid."""
     other, target = BASE, BASE.tilted(REWARDS[reward])
     points, area = _grid()
     p, q = _density(other, points) + 1e-300, _density(target, points) + 1e-300

@@ -1,4 +1,4 @@
-"""UNet and text encoder against diffusers and transformers: random weights, saved to disk by them, read by us."""
+"""UNet and text encoder, compared with diffusers and transformers, with random weights that these saved to disk."""
 
 from types import SimpleNamespace
 
@@ -21,7 +21,7 @@ from nabla_gfn_jax.models.lora import init_lora
 
 @pytest.fixture(scope="module", params=[oracle.SD_1_5, oracle.SD_2_1], ids=["sd-1.5", "sd-2.1"])
 def case(request, tmp_path_factory):
-    """A torch model with LoRA, ours from its files, one input and both sides' outputs and gradients."""
+    """A PyTorch model with LoRA, our model from its files, one input, and outputs and gradients of both."""
     folder = tmp_path_factory.mktemp("model")
     pipe = oracle.pipeline(folder, **request.param)
     pipe.save_pretrained(folder)
@@ -54,7 +54,7 @@ def case(request, tmp_path_factory):
 
 
 def torch_gradients(unet, inputs, cotangent):
-    """Output, and the gradients of ⟨cotangent, output⟩ in each LoRA matrix and in the input."""
+    """The output, and the gradients of ⟨cotangent, output⟩ with respect to each LoRA matrix and the input."""
     with torch.enable_grad():
         x = nchw(inputs.x).requires_grad_()
         y = unet(x, torch.tensor(inputs.t), torch.tensor(inputs.context)).sample
@@ -69,7 +69,7 @@ def test_unet_with_lora(case):
 
 
 def test_base_unet(case):
-    """With the `up` matrices zero the policy is the base model."""
+    """If the `up` matrices are zero, the policy equals the base model."""
     zero = {path: a if path[-1] == "down" else 0 * a for path, a in flatten_dict(case.lora).items()}
     y, *_ = case.run(case.model.params["unet"], unflatten_dict(zero), case.inputs.x)
     assert relative(y, case.base) < 1e-5
@@ -125,7 +125,7 @@ def test_bfloat16_is_close_and_its_last_layer_in_float32(tmp_path):
 
 
 def test_remat_is_the_same_gradient_and_keeps_less(tmp_path):
-    """In the input and the LoRA. What is kept, not the compiled program's memory: XLA on CPU merges the repetition."""
+    """Compares gradients and kept activations, not the compiled program's memory: XLA on CPU merges recomputation."""
     oracle.pipeline(tmp_path, **oracle.ONE_LEVEL).save_pretrained(tmp_path)
     model = load_folder(tmp_path)
     rng = np.random.default_rng(0)

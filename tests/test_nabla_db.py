@@ -1,4 +1,4 @@
-"""Residual ∇-DB against an independent statement of its equations in PyTorch, in float64 by autograd."""
+"""Residual ∇-DB, compared with an independent version of its equations in PyTorch, in float64 by autograd."""
 
 import dataclasses
 import functools
@@ -48,7 +48,7 @@ CONDITION = np.random.default_rng(6).normal(size=(BATCH, WIDTH)).astype(np.float
 
 
 def _network(np_like, patches, x, t, condition, base, lora):
-    """A 3×3 convolution and a low-rank-adapted mixing layer; the same text in both libraries."""
+    """A 3×3 convolution and a mixing layer with LoRA; the same code runs in both libraries."""
     hidden = np_like.tanh(patches(x) @ base["in"] + condition[:, None, None, :] + t[:, None, None, None] / 500)
     mixed = hidden @ base["mix"]
     if lora is not None:
@@ -109,7 +109,7 @@ def sample_keys(n=BATCH, seed=0):
 
 @functools.cache
 def sampled_trajectory():
-    """Sampled by parameters θ† that are not the ones the loss is taken at."""
+    """A trajectory sampled by parameters θ† that differ from those of the loss."""
     earlier = jax.tree.map(lambda a: 0.7 * a, LORA)
     return jax.jit(lambda: sample(MODEL.predict, earlier, MODEL.chain, sample_keys(), SHAPE, IDS))()
 
@@ -120,7 +120,7 @@ def rollout() -> Rollout:
 
 
 def step(k: int):
-    """t, t', ᾱ, ᾱ' and σ of a step, by the formulas of the paper in float64."""
+    """t, t', ᾱ, ᾱ' and σ of a step, by the paper's formulas in float64."""
     t, t_next = (int(times[k]) for times in TIMES)
     a, b = ALPHAS[t], ALPHAS[t_next]
     return t, t_next, a, b, ((1 - b) / (1 - a) * (1 - a / b)) ** 0.5
@@ -169,7 +169,7 @@ class Oracle:
         return self.settings["beta"] * gamma * gradient
 
     def terms(self, x, y, eps_dagger, k, credit=None):
-        """Each term, summed over the batch."""
+        """The terms, each summed over the batch."""
         kappa, uses_flow = self.settings["prior_strength"], self.settings["credit"] == "lookahead"
         t, t_next, a, a_next, sigma = step(k)
         weighted = self.settings["variance_weighted"] or credit is not None
@@ -247,7 +247,7 @@ CARRIED = dataclasses.replace(MODEL, predict_change=_predict_change)  # the two 
 
 @pytest.fixture(params=["subtracted", "carried"])
 def both_ways(request, monkeypatch):
-    """The module's model computes what the LoRA changes in either way."""
+    """The module's model computes the change by the LoRA in both ways."""
     if request.param == "carried":
         monkeypatch.setitem(globals(), "MODEL", CARRIED)
 
@@ -268,7 +268,7 @@ def test_every_term_and_gradient(variant):
 
 
 def test_both_ways_give_the_same_update():
-    """Sampled by a weaker LoRA; λ's term from the outputs that were recorded, or from the changes."""
+    """Uses samples of a weaker LoRA, with λ's term from the recorded outputs or from the changes."""
     algorithm = ResidualNablaDB(**DEFAULTS)
     sampled_by = PARAMS | {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
 
@@ -284,7 +284,7 @@ def test_both_ways_give_the_same_update():
 
 @pytest.fixture
 def dpm_solver(monkeypatch):
-    """The module's chain and trajectory by the other sampler, twenty steps."""
+    """The module's chain and trajectory with twenty steps of the other sampler."""
     chain = stable_diffusion_chain(STABLE_DIFFUSION, 20, sampler="sde_dpm_solver")
     monkeypatch.setitem(globals(), "MODEL", dataclasses.replace(MODEL, chain=chain))
     monkeypatch.setitem(globals(), "TIMES", visited_times("sde_dpm_solver", 20))
@@ -294,7 +294,7 @@ def dpm_solver(monkeypatch):
 
 
 def test_every_term_and_gradient_under_sde_dpm_solver(dpm_solver):
-    """Its transition densities, which are Gaussian with diffusers' coefficients (test_schedule), in the same loss."""
+    """The same loss with this sampler's Gaussian transitions, whose coefficients are diffusers' (test_chain)."""
     algorithm = ResidualNablaDB(**DEFAULTS, transition_fraction=0.4, uneven_bins=True)
     chosen = algorithm.batch(PARAMS, MODEL, rollout(), 1).data
     assert chosen.ordinary.x.shape[:3] == (1, BATCH, 8)

@@ -1,4 +1,4 @@
-"""Runs of the on-policy algorithms, end to end on the tiny model."""
+"""Runs of the on-policy algorithms from start to end on the tiny model."""
 
 import pytest
 from test_parallel import without_images
@@ -16,7 +16,7 @@ BASELINES = {
 
 @pytest.mark.parametrize("name", [*BASELINES])
 def test_baselines_train_on_their_own_samples(command, monkeypatch, tmp_path, name):
-    """On-policy: no epoch that only samples at the start, each row's update is made on the samples of that row."""
+    """There is no first epoch that only samples, and each row's update uses the samples of the same row."""
     without_images(monkeypatch)
     field, term = BASELINES[name]
     command(tmp_path, f"--config={name}:emoji", f"--config.{field}", "--config.training.num_epochs=1")

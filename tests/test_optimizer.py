@@ -11,7 +11,7 @@ from nabla_gfn_jax.training.state import learning_rate
 
 
 def test_the_running_mean_is_what_is_saved(command, monkeypatch, tmp_path):
-    """After one update, the mean of where the LoRA began, `up` zero, and where it is: half of it."""
+    """After one update, the mean of the initial LoRA (`up` is zero) and the present one is half of the latter."""
     without_images(monkeypatch)
     found = {}
     for average in (0.0, 0.5):

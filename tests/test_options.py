@@ -1,4 +1,4 @@
-"""Every value that a user can set, of every config and command, refuses what it must, in one line.
+"""Every option and every config field refuses wrong values in one line.
 
 The tables of `wrong_values` are written by hand: a field or flag that they lack fails the tests, as does one that
 accepts what stands there.
@@ -60,7 +60,7 @@ def algorithm_tree(name):
 
 
 def refused(cls, tree, name, value, prefix=""):
-    """The value is refused, in one line that names the field and the value."""
+    """Checks that the value is refused in one line that names the field and the value."""
     with pytest.raises(UserError) as caught:
         build(cls, with_value(tree, name, value), prefix)
     text = str(caught.value)
@@ -89,7 +89,7 @@ def options_of(command):
 
 
 def test_no_dataclass_of_options_is_left_out():
-    """Every one of the package is a group of a run's or a pretraining's settings, an algorithm, or a command's."""
+    """Every such dataclass is a group of a run's or a pretraining's settings, an algorithm, or a command's options."""
     for module in pkgutil.walk_packages(nabla_gfn_jax.__path__, "nabla_gfn_jax."):
         if not module.name.endswith("__main__") and ".configs" not in module.name:
             importlib.import_module(module.name)
@@ -188,7 +188,7 @@ def test_a_field_without_a_statement_is_a_programming_error():
 
 
 def test_json_and_back():
-    """Infinities, tuples and paths are what JSON cannot hold."""
+    """JSON has no infinities, tuples and paths, which are converted."""
     run = load_settings(Settings, "hps", {"lora.start_from": Path(__file__)})
     tree = options.plain(run)
     assert tree["algorithm"] == tree["algorithm"] | {"name": "residual_nabla_db", "credit_clip": "inf"}
@@ -216,7 +216,7 @@ def test_what_is_missing_or_unknown_is_named():
 
 @dataclass(frozen=True, kw_only=True)
 class Example(Checked):
-    """One of each kind."""
+    """One field of each kind."""
 
     few: int = option(1, "few", minimum=1, maximum=9)
     share: float = option(0.5, "share", above=0, maximum=1)
@@ -287,7 +287,7 @@ def test_files_are_looked_at(tmp_path):
 
 
 def test_a_correction_with_more_levels_than_latents_have_halves():
-    """Latents of the emoji model are 8 x 8: four levels are 8, 4, 2 and 1 wide."""
+    """Latents of the emoji model are 8 x 8, so four levels have the sizes 8, 4, 2 and 1."""
     base = abstract_model("emoji")
     for levels, credit, fits in [(4, "lookahead", True), (5, "lookahead", False), (5, "adjoint", True)]:
         fields = {"algorithm.credit": credit, "correction.block_out_channels": (8,) * levels}

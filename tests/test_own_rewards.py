@@ -1,4 +1,4 @@
-"""Rewards that users bring: a function in a file, a server, a sum; and the size of a JPEG."""
+"""A user's own rewards (a function in a file, a server, a sum), and the size of a JPEG."""
 
 import base64
 import io
@@ -126,7 +126,7 @@ def test_an_error_of_a_callback_is_one_line(file, capsys):
 
 
 def test_a_sum(file):
-    """A product of experts: log R = Σ w log R of the parts, which are told apart."""
+    """A sum is log R = Σ w log R of its parts, which are also reported separately."""
     reward = load_reward(f"{file}:bright:2+jpeg:-0.5+{file}:full")
     assert [(t.label, t.weight) for t in terms(f"{file}:bright:2+jpeg:-0.5")] == [("bright", 2.0), ("jpeg", -0.5)]
     found = scores(reward)
@@ -176,7 +176,7 @@ def test_names():
 
 
 def test_jpeg():
-    """Noise takes more room than one colour; the gradient is refused."""
+    """Noise makes a larger file than one colour, and the gradient is refused."""
     plain, noise = jpeg.minus_kilobytes(np.stack([np.full((64, 64, 3), 0.5, np.float32), IMAGES[0]]), ["", ""])
     file = io.BytesIO()
     Image.fromarray(np.round(IMAGES[0] * 255).astype(np.uint8)).save(file, "JPEG", quality=95)
@@ -185,7 +185,7 @@ def test_jpeg():
 
 
 class Server(BaseHTTPRequestHandler):
-    """Scores a picture by its mean level and the length of its prompt; fails as often as it is told to."""
+    """Scores an image by its mean level and the length of its prompt; fails a given number of times."""
 
     failures, answer = 0, None
 
@@ -222,7 +222,7 @@ def server(monkeypatch):
 
 
 def test_a_server(server):
-    """PNGs in, numbers out; it is tried three times."""
+    """The server gets PNGs and returns numbers; a request is sent up to three times."""
     reward = load_reward(server)
     expected = [np.round(i * 255).mean() + len(p) for i, p in zip(IMAGES, PROMPTS, strict=True)]
     Server.failures = 2

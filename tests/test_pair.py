@@ -1,4 +1,4 @@
-"""A network's output and what a LoRA changes of it, carried together: the difference of two evaluations in float32."""
+"""The change of a network's output by a LoRA, carried through it, equals the difference of two float32 evaluations."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ BATCH = 2
 
 
 def random_lora(rng, params, kind):
-    """Of every attention, of self-attention alone, or of convolutions and the time embedding too."""
+    """A random LoRA of every attention, of self-attention only, or also of convolutions and the time embedding."""
     lora = flatten_dict(init_lora(jax.random.key(0), params, 4))
     if kind == "self-attention":
         lora = {path: leaf for path, leaf in lora.items() if "attn2" not in str(path)}
@@ -33,7 +33,7 @@ def random_lora(rng, params, kind):
 
 @pytest.mark.parametrize("kind", ["attention", "self-attention", "everything"])
 def test_the_change_and_its_pull_backs(kind):
-    """Against two evaluations of the network with a LoRA that changes the output by a fifth or more, under remat."""
+    """Compares with two evaluations for a LoRA that changes the output by a fifth or more, with remat."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda a: a.astype(jnp.float32), random_params(rng))
     model = StableDiffusion(UNet2DConditionModel(UNET, remat=True), None, None, None, STABLE_DIFFUSION, {})
@@ -73,7 +73,10 @@ def test_in_float32_outputs_are_subtracted():
 
 
 def test_a_small_change_of_a_large_number_is_not_lost():
-    """In bfloat16 1 + 1e-4 is 1, and so is tanh's difference; as a pair the change is known to its own rounding."""
+    """In bfloat16, 1 + 1e-4 is 1, so tanh shows no difference.
+
+    In a pair, the change has only its own rounding error.
+    """
     x = Pair(jnp.full(4, 1.0, jnp.bfloat16), jnp.full(4, 1e-4, jnp.bfloat16))
     y = nonlinear(jnp.tanh, linear(lambda a: 3 * a, x) + jnp.full(4, -2.5, jnp.bfloat16))
     slope = 1 - np.tanh(0.5) ** 2

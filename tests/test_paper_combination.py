@@ -49,7 +49,7 @@ FIELDS = {
 
 
 def colour_reward() -> Reward:
-    """Depends on the prompt, and is differentiable in the image."""
+    """A reward that depends on the prompt and is differentiable in the image."""
     return Reward(
         params={},
         encode_prompts=lambda prompts: jnp.asarray([COLOURS[p] for p in prompts], jnp.float32),
@@ -59,7 +59,7 @@ def colour_reward() -> Reward:
 
 @dataclass(frozen=True)
 class Update:
-    """The parameters before it, and its metrics."""
+    """An update: the parameters before it, and its metrics."""
 
     params: dict[str, Any]
     metrics: dict[str, float]
@@ -67,7 +67,7 @@ class Update:
 
 @dataclass(frozen=True)
 class Trained:
-    """Two updates on the first epoch's transitions, and the rows of a run of the same programs."""
+    """Two updates on the transitions of the first epoch, and the log rows of a run with the same programs."""
 
     folder: Path
     prompts: list[str]  # of each sample
@@ -79,7 +79,7 @@ class Trained:
 
 
 class Rows(list):
-    """What a run logs; nothing else is kept."""
+    """Keeps the log rows of a run and nothing else."""
 
     def row(self, row):
         self.append(row)
@@ -91,7 +91,7 @@ class Rows(list):
 
 @contextmanager
 def compiled_quickly():
-    """Without the optimisations of machine code that take most of the time; the programs are the same."""
+    """Compiles the same programs without the machine-code optimisations that take most of the time."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -99,7 +99,7 @@ def compiled_quickly():
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """All there is to do with the trainer: its own programs, compiled once."""
+    """The results of the trainer's own programs, which are compiled once."""
     folder = make_model(tmp_path_factory.mktemp("model"), attention="", text_scale=30.0)
     (folder / "prompts.txt").write_text("\n".join(COLOURS))
     fields = FIELDS | {"prompts": folder / "prompts.txt"}
@@ -128,7 +128,7 @@ def trained(tmp_path_factory):
 
 
 def transitions_of(transition: Any, times: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
-    """Leaves (1, B, …, 4, 4, 4) as float64 (N, 4, 4, 4), channels first."""
+    """Converts leaves (1, B, …, 4, 4, 4) to float64 (N, 4, 4, 4), channels first."""
     index = np.asarray(transition.index).ravel()
     arrays = {"x": transition.x, "y": transition.y, "eps": transition.output}
     found = {name: nchw(np.asarray(a).reshape(-1, *a.shape[-3:])) for name, a in arrays.items()}
@@ -140,7 +140,7 @@ def nchw(array: Any) -> torch.Tensor:
 
 
 class Oracle:
-    """The loss in PyTorch, float64, from the prompts as strings; no parts, no remat, no summed pull-backs."""
+    """The loss in PyTorch in float64, from the prompts as strings, without parts, remat or summed pull-backs."""
 
     def __init__(self, folder: Path):
         self.unet = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").double().eval()
@@ -154,7 +154,7 @@ class Oracle:
         return self.text(ids)[0].detach()
 
     def eps(self, lora: dict[str, torch.Tensor], x, t, prompts) -> torch.Tensor:
-        """Guided; `lora` holds A and B of each layer, {} for the base model."""
+        """The guided ε. `lora` has A and B of each layer; {} is the base model."""
         weights = dict(self.unet.named_parameters())
         for name in {key.rsplit(".", 1)[0] for key in lora}:
             weights[f"{name}.weight"] = weights[f"{name}.weight"] + lora[f"{name}.B"] @ lora[f"{name}.A"]
@@ -177,7 +177,7 @@ class Oracle:
         return (1 - b) / (1 - a) * (1 - a / b)
 
     def log_p(self, eps, x, y, t, s) -> torch.Tensor:
-        """log p(y | x), but for a constant."""
+        """log p(y | x), up to a constant."""
         b, variance = column(self.alpha_bars[s]), self.variance(t, s)
         mean = b.sqrt() * self.clean(eps, x, t) + (1 - b - variance).sqrt() * eps
         return -((y - mean) ** 2 / (2 * variance)).sum()
@@ -190,7 +190,7 @@ class Oracle:
         return BETA * column(self.alpha_bars[t]) * gradient
 
     def terms(self, lora, correction, rows, prompts) -> dict[str, torch.Tensor]:
-        """Sums over transitions with one t' > 0, or over last ones (t' = 0)."""
+        """The terms, summed over transitions with the same t' > 0, or over last transitions (t' = 0)."""
         x, y, t, s = rows["x"], rows["y"], rows["t"], rows["s"]
         fixed = {name: leaf.detach() for name, leaf in lora.items()}
 
@@ -255,7 +255,7 @@ def correction_of(params: dict[str, Any]) -> diffusers.UNet2DConditionModel:
 
 
 def expected(trained: Trained, update: Update, prompts: list[str]) -> dict[str, float]:
-    """The metrics of the update if these were the samples' prompts."""
+    """The metrics of the update for the given prompts of the samples."""
     oracle, lora = Oracle(trained.folder), lora_of(update.params["lora"])
     correction = correction_of(update.params["correction"])
     bins = len(trained.ordinary["x"]) // len(prompts)
@@ -274,12 +274,12 @@ def expected(trained: Trained, update: Update, prompts: list[str]) -> dict[str, 
 
 
 def others(prompts: list[str]) -> list[str]:
-    """Each sample's prompt is its neighbour's."""
+    """The prompts, where each sample has that of its neighbour."""
     return prompts[1:] + prompts[:1]
 
 
 def test_each_sample_was_made_from_its_own_prompt(trained):
-    """Of the three prompts its own explains the recorded noise predictions best, within what bfloat16 leaves."""
+    """Its own prompt explains the recorded noise predictions best of the three, within the error of bfloat16."""
     oracle, bins = Oracle(trained.folder), len(trained.ordinary["x"]) // len(trained.prompts)
     errors = []
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""One program on any number of devices: the same numbers, one all-reduce an update."""
+"""A run gives the same numbers on any number of devices, with one all-reduce per update."""
 
 import re
 
@@ -21,14 +21,14 @@ from nabla_gfn_jax.training.build import build, length
 
 @pytest.fixture
 def saved(monkeypatch):
-    """What a run saves, by epoch, on the host."""
+    """The saves of a run by epoch, on the host."""
     trees = {}
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: trees.update({step: jax.device_get(tree)}))
     return trees
 
 
 def without_images(monkeypatch):
-    """They are a third program to compile, of what the rollout does too."""
+    """Skips the images, which would be a third program to compile, with the operations of the rollout."""
     monkeypatch.setattr(loop.Programs, "images", lambda self, params: np.zeros((16, 8, 8, 3), np.float32))
 
 
@@ -102,7 +102,7 @@ def test_one_all_reduce_an_update_and_none_in_sampling(tiny_model, monkeypatch, 
 
 
 def loops_around(program: str, operation: str) -> list[int]:
-    """For each `operation` of a compiled program, how many loops it is in."""
+    """For each `operation` of a compiled program, the number of loops around it."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", program, re.M | re.S))
     parent = {}
     for name, body in bodies.items():

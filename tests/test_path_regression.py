@@ -1,4 +1,4 @@
-"""The path regression against PyTorch in float64, and against what is known of its weights and its target."""
+"""Path regression, compared with PyTorch in float64 and with known properties of its weights and its target."""
 
 import dataclasses
 from functools import partial
@@ -42,7 +42,7 @@ def path_in_torch(k):
 
 
 def adjoints(oracle):
-    """β∇log R at the path's end, pulled back step by step through the base model's means: at each step's y."""
+    """β∇log R at the path's end, pulled back step by step through the base model's means to each step's y."""
     end = _float64(sampled_trajectory().samples).requires_grad_()
     a = BETA * torch.autograd.grad(_reward(torch, end, oracle.condition).sum(), end)[0]
     found = {}
@@ -81,7 +81,7 @@ def test_loss_and_gradient(credit, credit_clip, model):
 
 
 def test_the_paths_densities():
-    """log Π p_#/p_θ† of each path, by log densities in float64."""
+    """Compares log Π p_#/p_θ† of each path with log densities in float64."""
     oracle, earlier = _oracle(DEFAULTS), _float64(jax.tree.map(lambda a: 0.7 * a, LORA))
     expected = np.zeros(BATCH)
     for k in range(50):
@@ -94,7 +94,7 @@ def test_the_paths_densities():
 
 
 def test_weights_are_of_a_prompts_own_paths():
-    """w = W / (mean of all W of the prompt so far), cut at the clip; no overflow however large β log R is."""
+    """w = W / (mean of all W of the prompt so far), at most the clip. It does not overflow for large β log R."""
     algorithm, rng = PathRegression(beta=-3.0, weight_clip=1.5), np.random.default_rng(0)
     stats, history = algorithm.first_stats(3), {p: [] for p in range(3)}
     for _ in range(4):
@@ -117,7 +117,7 @@ def test_more_steps_than_there_are_is_named():
 
 @pytest.mark.parametrize("reward", REWARDS)
 def test_the_mean_weight_of_any_policys_paths_is_z(reward):
-    """In the plane log Z = log E_base[exp(k·x)] has a closed form; the policy here is a random one."""
+    """In the plane, log Z = log E_base[exp(k·x)] has a closed form. The policy is random."""
     k, base, model = REWARDS[reward], BASES["diffusion"], make_model(REWARDS[reward])
     log_z = np.log(base.weights @ np.exp(base.means @ k + base.std**2 * (k @ k) / 2))
     lora = init_mlp(jax.random.key(3), 4)
@@ -139,7 +139,7 @@ def test_the_mean_weight_of_any_policys_paths_is_z(reward):
 
 @pytest.mark.parametrize("credit", ["adjoint", "innovation"])
 def test_a_few_updates_bring_the_policy_close(credit, monkeypatch):
-    """The innovation where the reward has no gradient at all."""
+    """The innovation is tested with a reward without a gradient."""
     if credit == "innovation":
         of = mixture2d.make_model
         flat = lambda *a: dataclasses.replace(  # noqa: E731

@@ -1,4 +1,4 @@
-"""Nats recorded while sampling: against the densities themselves, and where the exact policy is known."""
+"""Nats recorded while sampling, compared with the densities and tested for a known exact policy."""
 
 import functools
 
@@ -21,7 +21,7 @@ CHAIN = stable_diffusion_chain(STABLE_DIFFUSION, 50)
 
 @pytest.fixture(autouse=True)
 def fewer_replicates(monkeypatch):
-    """Standard errors to a tenth."""
+    """Uses fewer replicates, for standard errors to a tenth."""
     monkeypatch.setattr(tilt, "REPLICATES", 50)
 
 
@@ -37,7 +37,7 @@ def coefficients(chain):
 
 
 def certificate(predict, lora, reward, seed=0, number=5000, beta=1.0, chain=CHAIN):
-    """Of a policy in the plane, from its own and the base's samples with the same noise."""
+    """The certificate of a policy in the plane, from its samples and the base model's samples with the same noise."""
 
     def run(lora):
         paths = jax.jit(lambda: sample_paths(predict, lora, chain, keys_of(seed, number), (2,), ()))()
@@ -126,7 +126,7 @@ def test_a_policy_that_goes_too_far_has_the_known_nats():
 
 @pytest.mark.parametrize("name", REWARDS)
 def test_the_tilted_mixtures_own_noise_prediction_nearly_reaches_the_target(name):
-    """Its drift is the exact one of many small steps; of 200 nearly. The gap is what the discrete steps leave."""
+    """Its drift is exact for infinitely many steps and nearly exact for 200. The gap comes from the discrete steps."""
     chain, target = stable_diffusion_chain(STABLE_DIFFUSION, 200), DATA.tilted(REWARDS[name])
 
     def predict(lora, x, level, condition):

@@ -1,4 +1,4 @@
-"""Perturbed drawings: the ranges that are promised, measured on images whose perturbation can be read off."""
+"""Perturbed drawings: the documented ranges, measured on images that show the perturbation."""
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ COUNT, SIZE, SQUARE = 64, 64, 24
 
 
 def perturbed(seed: int = 0) -> np.ndarray:
-    """Dark squares on white, in the middle; one compilation serves all tests."""
+    """Perturbed dark squares in the middle of white images. One compilation serves all tests."""
     images = np.ones((COUNT, SIZE, SIZE, 3), np.float32)
     low, high = (SIZE - SQUARE) // 2, (SIZE + SQUARE) // 2
     images[:, low:high, low:high] = 0.0
@@ -17,7 +17,7 @@ def perturbed(seed: int = 0) -> np.ndarray:
 
 
 def test_scale_and_shift_stay_within_their_ranges_and_fill_them():
-    """Mass and centre of the darkness: it is scaled and moved as the square is; blur conserves both."""
+    """The mass and centre of the dark pixels follow scale and shift of the square; blur conserves both."""
     dark = (1.0 - perturbed()).mean(axis=-1)
     dark = np.where(dark > 0.3, dark, 0.0)  # without the noise; half of each blurred edge
     along = [dark.max(axis=axis) > 0.5 for axis in (1, 2)]
@@ -29,7 +29,7 @@ def test_scale_and_shift_stay_within_their_ranges_and_fill_them():
 
 
 def test_noise_differs_from_image_to_image_up_to_its_bound():
-    """In the corners, which nothing but noise and the clip at white reaches: clipped, its deviation is .58 σ."""
+    """Corners change only by the noise and the clip at white, which gives a standard deviation of .58 σ."""
     corners = perturbed()[:, :8, :8].reshape(COUNT, -1)
     deviation = corners.std(axis=1) / np.sqrt((1 - 1 / np.pi) / 2)
     assert deviation.max() < 0.06 * 1.2

@@ -1,4 +1,4 @@
-"""Plain ∇-DB against its equations in PyTorch, in float64 by autograd of the two log densities."""
+"""Plain ∇-DB, compared with its equations in PyTorch, in float64 by autograd of the two log densities."""
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +34,7 @@ def backward_scores(x, y, k):
 
 
 def oracle_terms(settings, k):
-    """Each term summed over the batch, and the gradient of their sum."""
+    """The terms, each summed over the batch, and the gradient of their sum."""
     oracle, trajectory = _oracle(DEFAULTS | settings), sampled_trajectory()
     x, y, before = (_float64(a) for a in (trajectory.latents[k], trajectory.latents[k + 1], trajectory.outputs[k]))
     (t, t_next, a, b, sigma), (kernel_y, kernel_x) = step(k), backward_scores(x, y, k)

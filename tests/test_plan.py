@@ -1,4 +1,4 @@
-"""`plan`: tables of runs compiled for devices that are not here. Without their compilers those tests are left out."""
+"""`plan` compiles runs for devices that are not attached. Tests are skipped if their compiler is not installed."""
 
 import re
 import subprocess
@@ -36,13 +36,13 @@ def settings(name: str, **training: int):
 
 
 def here(config, *, full_effort: bool = False) -> Plan:
-    """Planned for the CPU devices that are here, as if they were v5e's."""
+    """A plan for the CPU devices, treated as v5e devices."""
     return Plan(config, chips.CHIPS["v5e"], all_devices(), full_effort)
 
 
 @pytest.mark.parametrize("name", ["hps", "aesthetic", "image_reward"])
 def test_the_papers_configs_need_no_weights(name):
-    """Parameters as the papers state them: shapes alone, in the dtypes of a run."""
+    """The numbers of parameters are those of the papers. The parameters are shapes with the dtypes of a run."""
     config = settings(name)
     trainer = abstract_trainer(config, all_devices())
     sizes = {part: sum(a.size for a in jax.tree.leaves(tree)) for part, tree in trainer.frozen_params["base"].items()}
@@ -56,7 +56,7 @@ def test_the_papers_configs_need_no_weights(name):
 
 @pytest.mark.parametrize(("name", "tower"), [("pick_score", VIT_H), ("clip_h", VIT_H), ("clip", VIT_L)])
 def test_a_score_by_clip_needs_no_weights(name, tower):
-    """The tower of the images, and the scale of the cosine; the prompts' features are computed before a run."""
+    """The parameters are the image tower and the scale of the cosine; prompt features are computed before a run."""
     assert sum(a.size for a in jax.tree.leaves(ABSTRACT[name]().params)) == tower + 1
 
 
@@ -65,7 +65,7 @@ def test_every_reward_that_is_not_in_the_package_can_be_planned_without_its_weig
 
 
 def sd15_decoder_flops() -> float:
-    """Stable Diffusion 1.5's VAE decoder on one latent of 64 x 64, by its architecture's sizes alone."""
+    """FLOPs of Stable Diffusion 1.5's VAE decoder on one 64 x 64 latent, from the sizes of its architecture."""
 
     def resnet(size, before, after):
         return 2 * size**2 * (9 * (before + after) * after + (before * after) * (before != after))
@@ -84,7 +84,7 @@ def sd15_decoder_flops() -> float:
 
 
 def test_the_flops_of_a_rollout_at_full_size():
-    """50 guided steps, an image decoded, ViT-H/14 (256 patches and a token) in float32: within 1 %."""
+    """Counts 50 guided steps, one decoded image, and ViT-H/14 (256 patches and a token) in float32, within 1 %."""
     planned = here(settings("hps"))
     counted = count_flops(*program_of(planned, "rollout"))
     mine = 64 // planned.mesh.size
@@ -109,7 +109,7 @@ def test_shapes_of_a_folder_are_those_of_its_weights():
 
 
 def test_the_largest_micro_batch_is_found_by_bisection(monkeypatch):
-    """Of the divisors of a device's 8 trajectories, 4 is the largest whose peak fits; 3 compilations tell."""
+    """Of the divisors of a device's 8 trajectories, 4 is the largest that fits; 3 compilations find it."""
     planned = here(settings("emoji", trajectories=64, micro_batches=2))
     asked = []
 
@@ -139,7 +139,7 @@ def test_the_table_says_what_fits_and_what_is_assumed():
 
 
 def test_the_cost_models_time_is_its_cycles_by_the_clock():
-    """3e9 cycles at v5e's 1.5 GHz, of work that takes a second at the peak rate."""
+    """3e9 cycles at v5e's 1.5 GHz take 2 seconds, for work that takes one second at the peak rate."""
     planned = here(settings("emoji"), full_effort=True)
     phase = Phase("rollout", 0, 0, 0, {"bfloat16": 197e12}, Traffic(0, 3e9, {}, 0), 1.0)
     text = show(planned, {"rollout": phase, "update": phase}, "title")
@@ -170,7 +170,7 @@ def test_a_compiler_that_is_not_installed_is_named(monkeypatch):
 
 @LIBTPU
 def test_a_tpu_that_is_not_here(tiny_model):
-    """The whole command, in a process of its own, for eight chips of a v5e."""
+    """Runs the whole command in a separate process, for eight chips of a v5e."""
     fields = {
         "model": tiny_model,
         "sampling.num_steps": 10,

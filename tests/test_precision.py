@@ -1,4 +1,4 @@
-"""What bfloat16 leaves of ε_θ − ε_#, which the losses multiply by up to 83; docs/performance.md has the table."""
+"""The error of ε_θ − ε_# in bfloat16, which the losses multiply by up to 83; docs/performance.md has the table."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ BATCH, STEP, GUIDANCE = 4, 48, 5.0
 
 
 def random_params(rng):
-    """As initialised, but no bias is zero; in bfloat16's numbers, so that only the computation differs."""
+    """Initial parameters without zero biases, rounded to bfloat16, so that only the computation differs."""
     arguments = jnp.zeros((1, 16, 16, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 8, 32))
     shapes = jax.eval_shape(UNet2DConditionModel(UNET).init, jax.random.key(0), *arguments)["params"]
 
@@ -93,7 +93,7 @@ class Study:
         return run
 
     def errors(self, lora, before=None):
-        """By way: the relative errors of ‖ε_θ − ε_#‖² and of its gradient; of ‖ε_θ − ε_θ†‖² with a LoRA `before`."""
+        """The relative errors of ‖ε_θ − ε_#‖² and its gradient for each way; with a LoRA `before`, of ‖ε_θ − ε_θ†‖²."""
         target = 0 if before is None else self.exact(before)[2]
         expected, base, change = self.exact(lora, None if before is None else target)
         moved = np.asarray(change - target)
@@ -117,7 +117,7 @@ def study():
 
 @pytest.mark.parametrize("size", [0.0002, 0.002, 0.02, 0.1])
 def test_what_the_lora_changes(study, size):
-    """From .1 to 50 % of ε. Carried, the errors do not depend on it."""
+    """The LoRA changes .1 to 50 % of ε. If the change is carried, the errors do not depend on its size."""
     found = study.errors(study.lora(size))
     assert found["carried"][0] < 0.01
     assert found["carried"][1] < 0.02

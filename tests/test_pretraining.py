@@ -1,4 +1,4 @@
-"""How the emoji model is made: the losses against closed forms, the loop's resume, and the whole command, tiny."""
+"""The training of the emoji model: losses compared with closed forms, the loop's resume, and a tiny complete run."""
 
 import json
 from types import SimpleNamespace
@@ -20,7 +20,7 @@ ALPHA_BARS = np.linspace(0.999, 0.005, 1000, dtype=np.float32)
 
 
 def quadratic(params, key):
-    """Noisy, so that a resume that drew other numbers would show."""
+    """A noisy loss, so that a resume with other random numbers would give another result."""
     target = jax.random.normal(key, (3,))
     value = ((params["w"] - target) ** 2).sum()
     return value, {"distance": jnp.abs(params["w"] - target).mean()}
@@ -88,7 +88,7 @@ def test_a_save_of_another_model_is_named(tmp_path):
 
 
 def test_the_denoisers_loss_is_zero_for_the_true_velocity_and_one_closed_form_for_none():
-    """With one drawing of no spread, v = (√ᾱ x − z)/√(1−ᾱ) is known from x and t; v = 0 costs ᾱ + (1−ᾱ) mean z²."""
+    """With one drawing of zero variance, v = (√ᾱ x − z)/√(1−ᾱ) follows from x and t; v = 0 costs ᾱ + (1−ᾱ) mean z²."""
     z = np.random.default_rng(0).normal(0, 2.0, (1, 4, 4, 2)).astype(np.float32)
     ids = np.zeros((1, 1, 3), np.int32)
     data = denoiser.LatentDrawings(jnp.asarray(z), jnp.zeros_like(z), jnp.asarray(ids), jnp.zeros(3, jnp.int32))
@@ -184,7 +184,7 @@ def test_psnr_of_a_constant_error():
 
 
 def few_drawings() -> Drawings:
-    """Two concepts, each by three vendors, one drawing held out."""
+    """Two concepts, each by three vendors, with one held-out drawing."""
     images = np.random.default_rng(0).integers(0, 255, (6, 64, 64, 3), dtype=np.uint8)
     concepts = (
         Concept("1F42F", "tiger face", "animal-mammal", ("a tiger face", "a tiger")),

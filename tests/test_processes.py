@@ -1,4 +1,4 @@
-"""A run in two processes of four devices each: as one process, resumed after one is killed, and never hanging."""
+"""A run in two processes of four devices each equals a run in one, resumes after one is killed, and never hangs."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def free_port(ports: Iterable[int] = (0,)) -> int:
 
 
 def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[subprocess.Popen]:
-    """Both processes of a run, told who they are by flags, or by Slurm."""
+    """Starts both processes of a run, identified by flags or by Slurm."""
     port = free_port(SLURM_PORTS if slurm else (0,))
     cache = jax.config.jax_compilation_cache_dir
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_COMPILATION_CACHE_DIR": cache}
@@ -52,7 +52,7 @@ def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[s
 
 
 def wait_for(file: Path, processes: list[subprocess.Popen]) -> None:
-    """Until the run has made it; fails if a process ends before."""
+    """Waits until the run has written the file. Fails if a process ends before."""
     deadline = time.time() + COMPILING
     while not file.exists():
         assert time.time() < deadline
@@ -72,7 +72,7 @@ def stop(processes: list[subprocess.Popen]) -> None:
 
 
 def end(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int, str, str]]:
-    """Exit code, stdout and stderr of each; fails if one has not ended in time."""
+    """Exit code, stdout and stderr of each process. Fails if a process has not ended in time."""
     try:
         found = [p.communicate(timeout=seconds) for p in processes]
     finally:
@@ -85,7 +85,7 @@ def rows(workdir: Path) -> list[dict]:
 
 
 def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_path):
-    """Started by flags, resumed by Slurm; numbers, LoRA and pictures are those of one process."""
+    """The run is started with flags and resumed with Slurm. Numbers, LoRA and images equal those of one process."""
     single, pair = tmp_path / "single", tmp_path / "pair"
     longer = f"--config.training.num_epochs={EPOCHS}"
     command(single, longer)
@@ -123,7 +123,7 @@ def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_pa
 @pytest.mark.slow
 @pytest.mark.parametrize(("who", "how"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_no_process_hangs_when_the_coordinator_dies_or_another_freezes(tiny_model, tmp_path, who, how):
-    """The coordination service notices what no closed connection tells."""
+    """The coordination service notices a process that freezes without closing its connection."""
     workdir = tmp_path / "run"
     processes = start(tiny_model, workdir, "--config.training.num_epochs=1000")
     wait_for(workdir / "checkpoints/1", processes)

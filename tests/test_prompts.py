@@ -38,7 +38,7 @@ Three cats.,Counting
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """What a user without a network has put there."""
+    """The folder of a user without a network."""
     folder = tmp_path / "prompts"
     folder.mkdir()
     for style in STYLES:
@@ -227,7 +227,9 @@ def test_without_a_network(monkeypatch, tmp_path):
 
 
 def test_training_chooses_by_key():
-    """The same prompts for the same keys, whatever the state of Python's and NumPy's generators; each as often."""
+    """The same keys give the same prompts, for any state of Python's and NumPy's generators; all prompts are equally
+    frequent.
+    """
     prompts = PromptIds(7)
     keys = sample_keys(jax.random.key(3), 5, 4000)
     first = prompts.chosen(keys)

@@ -1,4 +1,4 @@
-"""Bicubic resizing against torch's."""
+"""Bicubic resizing, compared with PyTorch's."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_values_and_gradient(antialias, size):
 
 
 def test_from_512_to_224():
-    """Where torch's rounding of the positions shows most: exact positions differ from its by 1e-5."""
+    """Here PyTorch's rounding of positions matters most: exact positions differ by 1e-5."""
     images = np.random.default_rng(0).uniform(size=(1, 512, 512, 3)).astype(np.float32)
     expected = torch.nn.functional.interpolate(nchw(images), (224, 224), mode="bicubic", antialias=True)
     np.testing.assert_allclose(resize(images, 224, 224, antialias=True), nhwc(expected), atol=2e-6)

@@ -64,7 +64,7 @@ SIZES = [(512, 512), (300, 500), (640, 333), (100, 60), (224, 224)]
 
 
 def run_original(name: str, folder: Path) -> SimpleNamespace:
-    """Writes the inputs and has the original package write its weights and results into `folder`."""
+    """Writes the inputs, and runs the original package, which writes its weights and results into `folder`."""
     images = np.random.default_rng(0).uniform(size=(4, 512, 512, 3)).astype(np.float32)
     images[1:3] = images[1:3, 256:264, 256:264].repeat(64, axis=1).repeat(64, axis=2)  # two coarse, two fine
     inputs = {"images": images, "prompts": np.array(PROMPTS), "many_prompts": np.array(MANY), "sizes": np.array(SIZES)}
@@ -78,7 +78,7 @@ def run_original(name: str, folder: Path) -> SimpleNamespace:
 
 
 def compare(reward, preprocess, theirs: SimpleNamespace) -> None:
-    """Scores within 1e-4, their gradient within 1e-3, and what the networks see of images of other shapes."""
+    """Compares scores to 1e-4, gradients to 1e-3, and the preprocessing of images of other shapes."""
     start = time.time()
     for height, width in SIZES:
         image = np.random.default_rng(height).uniform(size=(1, height, width, 3)).astype(np.float32)

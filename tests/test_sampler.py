@@ -1,4 +1,4 @@
-"""The scan against a Python loop over diffusers' DDIMScheduler with the same network and noise."""
+"""The scan, compared with a Python loop over diffusers' DDIMScheduler with the same network and noise."""
 
 import jax
 import jax.numpy as jnp

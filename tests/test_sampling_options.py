@@ -1,4 +1,4 @@
-"""What a picture may be asked for beside its prompt, against diffusers' own pipeline and against the same by hand."""
+"""The options of `sample`, compared with diffusers' pipeline and with results computed by hand."""
 
 import json
 from dataclasses import replace
@@ -35,7 +35,7 @@ def model(tiny_model):
 
 
 def random_lora(model, seed, rank=2):
-    """Of the UNet."""
+    """A random LoRA of the UNet."""
     fresh = init_lora(jax.random.key(0), model.params["unet"], rank)
     return jax.tree.map(
         lambda a: 0.3 * jax.random.normal(jax.random.fold_in(jax.random.key(seed), a.size), a.shape), fresh
@@ -48,7 +48,7 @@ def joined(batches):
 
 
 def merged(params, lora):
-    """The parameters with what a LoRA adds to its linear layers added to the kernels."""
+    """The parameters with a LoRA merged into the kernels of its linear layers."""
     flat, pairs = flatten_dict(params), flatten_dict(lora)
     for path, down in pairs.items():
         if path[-1] == "down":
@@ -58,7 +58,7 @@ def merged(params, lora):
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute")  # two LoRAs are meant
 def test_two_loras_a_negative_prompt_and_another_size_as_diffusers_draws_them(tmp_path):
-    """One LoRA adapts the text encoder too; 6 steps of DDIM from the same noise, 64 x 32 pixels."""
+    """One LoRA adapts the text encoder too. Both programs take 6 DDIM steps from the same noise, at 64 x 32 pixels."""
     pipe = oracle.pipeline(tmp_path, **oracle.TWO_LEVELS)
     pipe.save_pretrained(tmp_path)
     unet = {n: tuple(p.shape) for n, p in pipe.unet.named_parameters()}
@@ -95,7 +95,7 @@ def test_two_loras_a_negative_prompt_and_another_size_as_diffusers_draws_them(tm
 
 
 def test_loras_add_up(model):
-    """In one tree, of ranks that add up, as in the weights."""
+    """LoRAs combined in one tree, whose ranks add up, equal the sum in the weights."""
     loras = [random_lora(model, 1, rank=2), random_lora(model, 2, rank=3)]
     some = {name: tree for name, tree in list(loras[1].items())[:1]}  # a LoRA of fewer layers
     both = combined([loras[0], some])
@@ -112,7 +112,7 @@ def test_loras_add_up(model):
 
 
 def test_a_lora_of_some_steps(model):
-    """The steps before and after are the base model's, number for number, and spend nothing."""
+    """The steps before and after equal the base model's exactly and spend no nats."""
     lora, how = random_lora(model, 1), replace(HOW, lora_from_step=2, lora_until_step=3)
     assert how.lora_steps.tolist() == [False, True, True, False]
     images, spent = joined(ImageSampler(model, PROMPTS, how, batch=8).images(lora, 4, nats=True))
@@ -141,7 +141,7 @@ def test_a_size_the_model_cannot_draw(model):
 
 
 def test_each_image_says_how_it_was_drawn(tiny_model, tmp_path, capsys):
-    """And what it says draws it again."""
+    """The text fields of an image are enough to sample it again."""
     flags = [f"--model={tiny_model}", "--steps=3", "--seed=7", "--negative=a dog", "--guidance=2"]
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
     sample.main(

@@ -1,4 +1,4 @@
-"""Residual DB and DAG-DB against detailed balance in PyTorch, in float64, by log densities with their constants."""
+"""Residual DB and DAG-DB, compared with detailed balance in PyTorch, in float64, by complete log densities."""
 
 import dataclasses
 
@@ -50,7 +50,7 @@ def log_normal(x, mean, sigma):
 
 
 def imbalance(algorithm, oracle, k):
-    """Δ · D of the transitions of step k, and λ's term."""
+    """D times Δ of the transitions of step k, and λ's term."""
     trajectory = sampled_trajectory()
     x, y = (_float64(a) for a in (trajectory.latents[k], trajectory.latents[k + 1]))
     t, t_next, a, b, sigma = step(k)
@@ -100,7 +100,7 @@ def test_loss_and_gradient(algorithm, gamma):
 
 
 def test_a_run_trains_the_flow(command, monkeypatch, tmp_path):
-    """End to end on the tiny model: the scalar head learns beside the LoRA."""
+    """In a complete run of the tiny model, the scalar head and the LoRA both learn."""
     without_images(monkeypatch)
     command(tmp_path, "--config=residual_db:emoji", "--config.training.num_epochs=1")
     log = rows(tmp_path)
@@ -118,7 +118,7 @@ def test_no_gradient_of_the_reward_is_taken(algorithm):
 
 
 def test_the_base_model_is_balanced_where_there_is_no_reward():
-    """With β = 0, F = 1 and the base model for the policy every Δ of residual DB is 0."""
+    """With β = 0, F = 1 and the base model as the policy, every Δ of residual DB is 0."""
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
     algorithm = ResidualDB(beta=0.0)
     data = first_update(algorithm.batch(zero, SCALAR, rollout(), 1))

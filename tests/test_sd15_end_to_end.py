@@ -134,12 +134,12 @@ def model(tmp_path_factory):
 
 
 def write(name: str, folder: Path) -> None:
-    """In a process of its own, which leaves no memory behind."""
+    """Writes in a separate process, so that its memory is freed."""
     subprocess.run([sys.executable, __file__, name, str(folder)], check=True)
 
 
 def run(command: str, *flags: str, **environment: str) -> str:
-    """A command in a process of its own; prints its time and peak memory."""
+    """Runs a command in a separate process and prints its time and peak memory."""
     start = time.time()
     done = subprocess.run(
         [sys.executable, "-m", f"nabla_gfn_jax.{command}", *flags],
@@ -167,7 +167,7 @@ print((peak() - before) / sum(a.nbytes for a in jax.tree.leaves(model)))
 
 
 def test_loading_takes_the_memory_of_the_weights(model):
-    """In float32, from files in float16."""
+    """Loads float32 parameters from float16 files."""
     done = subprocess.run([sys.executable, "-c", LOAD, str(model)], capture_output=True, text=True, check=True)
     print(f"\nloading: {float(done.stdout):.2f} times the weights")
     assert 1.0 <= float(done.stdout) < 1.3

@@ -1,4 +1,4 @@
-"""The UNet at Stable Diffusion 1.5's true size, 860 million random parameters, against diffusers.
+"""The UNet at Stable Diffusion 1.5's full size, 860 million random parameters, compared with diffusers.
 
 `pytest -n 0 -m slow tests/test_sd15_full_size.py -s` on two cores shared with other work: 279 s, peak 9.4 GiB, 4 GB of
 disk. Relative errors: output 1.7e-6, the same with LoRA; gradient in the input 2.6e-6, in the LoRA 4.0e-6 (1.3e-5 in
@@ -38,7 +38,10 @@ def make_inputs():
 
 
 def by_diffusers(folder, inputs):
-    """Its outputs and gradients; leaves the weights and a rank-4 LoRA in `folder` and nothing in memory."""
+    """diffusers' outputs and gradients.
+
+    Writes the weights and a rank-4 LoRA to `folder` and keeps nothing in memory.
+    """
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval()
     unet.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Single-file checkpoints on the first program's names: the model is the one of diffusers' folder, and diffusers'."""
+"""Single-file checkpoints with LDM's names give the same model as diffusers' folder and as diffusers itself."""
 
 import shutil
 from types import SimpleNamespace
@@ -79,7 +79,7 @@ WIDTH, WORDS = 64, 600
 
 
 def renamed(state, blocks, inner):
-    """Tensors by LDM's names: the block's, then what is in a resnet or an attention."""
+    """The tensors with LDM's names for blocks and for the parts of a resnet or an attention."""
     found = {}
     for name, tensor in state.items():
         block = max((b for b in blocks if name.startswith(f"{b}.")), key=len, default="")
@@ -109,7 +109,7 @@ def write_clip(text):
 
 
 def write_open_clip(text):
-    """With a last block that is not used, as the released files have it."""
+    """Writes OpenCLIP's tensors, with a last block that is not used, as in the released files."""
     state = {k.removeprefix("text_model."): t.numpy() for k, t in text.state_dict().items()}
     found = {
         "token_embedding.weight": state["embeddings.token_embedding.weight"],
@@ -132,7 +132,7 @@ def write_open_clip(text):
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["SD-1", "SD-2"])
 def case(request, tmp_path_factory):
-    """A diffusers folder of that version's kind with random weights, and the same tensors on the first names."""
+    """A diffusers folder of the version with random weights, and a file of the same tensors with LDM's names."""
     folder, version_2 = tmp_path_factory.mktemp("model"), request.param == 2
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
@@ -215,7 +215,7 @@ def test_the_model_is_the_folders(name, case, tmp_path):
 
 
 def test_the_text_encoder_of_the_oldest_files(case, tmp_path):
-    """Which have no `text_model` in its names."""
+    """The oldest files have no `text_model` in these names."""
     if case.version_2:
         pytest.skip("of version 1")
     old = {key.replace(".transformer.text_model.", ".transformer."): array for key, array in case.state.items()}
@@ -225,7 +225,7 @@ def test_the_text_encoder_of_the_oldest_files(case, tmp_path):
 
 
 def test_diffusers_reads_the_same_file_to_the_same_model(case, tmp_path):
-    """So the names that this test writes are the true ones."""
+    """This shows that the tests write the correct names."""
     if case.version_2:
         pytest.skip("diffusers' conversion of OpenCLIP is for its one size")
     write(case, tmp_path / "model.safetensors")

@@ -1,4 +1,4 @@
-"""The whole pipeline against diffusers' with the same noise, and its pieces against closed forms."""
+"""The whole pipeline, compared with diffusers' for the same noise, and its parts, compared with closed forms."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ STEPS, GUIDANCE = 50, 5.0
 
 
 def draw_in_both(folder, pipe, lora, prompts, monkeypatch):
-    """Fifty guided DDPM steps with one noise: the latents after each step, and the images, ours and diffusers'."""
+    """Fifty guided DDPM steps with the same noise in both programs: the latents after each step, and the images."""
     model = load_folder(folder)
     shape = model.latent_shape
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(3), jnp.arange(len(prompts)))
@@ -87,7 +87,7 @@ def test_the_shipped_velocity_prediction_with_a_lora_in_kohyas_layout(tmp_path, 
 
 
 class FakeUNet:
-    """An output that says who was asked what: scale · (mean of the context + t), scale 2 with a LoRA."""
+    """Its output shows its inputs: scale · (mean of the context + t), with scale 2 for a LoRA."""
 
     def __init__(self):
         self.batches = []

@@ -1,4 +1,4 @@
-"""Token ids against transformers' CLIPTokenizer, for vocabularies learned here and saved by either side."""
+"""Token ids, compared with transformers' CLIPTokenizer, for vocabularies that are learned here and saved by both."""
 
 import json
 import random
@@ -73,7 +73,7 @@ def test_the_folder_transformers_saves(folder, tmp_path):
 
 @pytest.mark.parametrize("padding", ["!", {"content": "!", "lstrip": False}])
 def test_padding_that_only_special_tokens_map_states(folder, tmp_path, padding):
-    """As in SD-2.1's tokenizer, which pads with "!"."""
+    """SD-2.1's tokenizer, which pads with "!", states it there."""
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         (tmp_path / name).write_text((folder / name).read_text())
     special = json.loads((folder / "special_tokens_map.json").read_text()) | {"pad_token": padding}

@@ -1,4 +1,4 @@
-"""State dicts to parameters and back, old names; what does not fit or is not implemented is named and refused."""
+"""Conversion of state dicts to parameters and back, old names, and errors for tensors and configs that do not fit."""
 
 import json
 
@@ -25,7 +25,7 @@ MODELS = {
 
 
 def config_json(model):
-    """What the model's own `save_pretrained` would write."""
+    """The config that the model's own `save_pretrained` writes."""
     return json.loads(
         model.config.to_json_string() if hasattr(model.config, "to_json_string") else model.to_json_string()
     )
@@ -36,7 +36,7 @@ def tensors(model):
 
 
 def pair(name):
-    """A torch model's tensors and the shapes that ours expects for its config."""
+    """The tensors of a PyTorch model, and the shapes that our model expects for its config."""
     make, config, module, inputs = MODELS[name]
     theirs = make()
     ours = module(config.from_json(config_json(theirs)))
@@ -57,7 +57,7 @@ def test_there_and_back(name):
 
 
 def test_text_encoder_of_either_age():
-    """transformers 5 dropped the prefix "text_model." and older versions also saved the positions' numbers."""
+    """transformers 5 dropped the prefix "text_model."; older versions also saved the position ids."""
     state, expected = pair("text")
     bare = {key.removeprefix("text_model."): array for key, array in state.items()}
     old = {f"text_model.{key}": array for key, array in bare.items()}
@@ -143,7 +143,7 @@ UNSUPPORTED = [
     ("config", "fields"), UNSUPPORTED, ids=lambda v: next(iter(v)) if isinstance(v, dict) else None
 )
 def test_unsupported_config(config, fields):
-    """What the models do not implement is refused by name; computing something else silently would be worse."""
+    """Values that the models do not implement are refused by name, instead of computing something else silently."""
     (name,) = fields
     with pytest.raises(UserError, match=rf"config\.json: {name} "):
         config.from_json(fields)

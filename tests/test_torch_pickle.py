@@ -1,4 +1,4 @@
-"""Torch checkpoints read without torch, against what torch wrote; hostile and damaged files are refused."""
+"""Reading PyTorch's checkpoints without PyTorch; hostile and damaged files are refused."""
 
 import os
 import pickle
@@ -74,7 +74,7 @@ def test_hostile_pickle_is_refused_and_not_run(tmp_path, zipped):
 
 @LAYOUTS
 def test_what_training_programs_keep_beside_is_passed_over(tmp_path, zipped):
-    """NumPy's scalars, lightning's classes as keys, options: nothing of it is made."""
+    """NumPy's scalars, lightning's classes as keys, and options are not created."""
     kept = {"best": np.float64(3), "args": Namespace(lr=1), "seen": {1, 2}, "counts": defaultdict(list, a=[1])}
     saved = {"state_dict": {"weight": torch.ones(2)}, "callbacks": kept, "epoch": 3}
     torch.save(saved, tmp_path / "model.ckpt", _use_new_zipfile_serialization=zipped)
@@ -104,7 +104,7 @@ def test_truncated(tmp_path, zipped, kept):
 
 
 def test_truncated_before_an_empty_tensor(tmp_path):
-    """The older layout's storages lie in the order of their addresses: the last may be the empty one's, 8 zeros."""
+    """In the older layout, storages are in the order of addresses, so the last may be the empty one, 8 zeros."""
     file = tmp_path / "cut.pth"
     torch.save(OrderedDict(empty=torch.zeros(0, 7)), file, _use_new_zipfile_serialization=False)
     assert read(file)["empty"].shape == (0, 7)
@@ -114,7 +114,7 @@ def test_truncated_before_an_empty_tensor(tmp_path):
 
 
 class Beyond:
-    """Pickles as a tensor that claims more elements than its storage has."""
+    """Is pickled as a tensor that claims more elements than its storage has."""
 
     def __reduce__(self):
         storage = torch.storage.TypedStorage(4, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""A finetuning run on a model of a few thousand parameters: bit-exact resume, bad input, failure."""
+"""A finetuning run on a model of a few thousand parameters: bit-exact resume, bad input, and failures."""
 
 import io
 import json
@@ -46,7 +46,7 @@ def without_time(row: dict) -> dict:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished one: where it wrote, and what it printed."""
+    """A finished run: its workdir, and its output."""
 
     workdir: Path
     printed: str
@@ -56,7 +56,7 @@ class Run:
 
 @contextmanager
 def compilations() -> Iterator[list[str]]:
-    """The names of the programs that are compiled meanwhile, in whatever thread, as JAX logs them."""
+    """The names of the programs that are compiled within the context, in any thread, from JAX's log."""
     log, names = logging.getLogger("jax._src.dispatch"), list[str]()
     listener = logging.Handler()
     listener.emit = lambda record: names.extend(re.findall(r"XLA compilation of (\S+)", record.getMessage()))
@@ -72,7 +72,7 @@ def compilations() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def whole(command, tmp_path_factory):
-    """Runs by credit, three epochs uninterrupted, with all that can be asked to be written. Made once each."""
+    """Uninterrupted runs of three epochs by credit, with all optional outputs. Each is made once."""
     made: dict[str, Run] = {}
 
     def run(credit: str = CREDIT) -> Run:
@@ -89,7 +89,7 @@ def whole(command, tmp_path_factory):
 
 @pytest.mark.parametrize("credit", ["adjoint", pytest.param("lookahead", marks=pytest.mark.slow)])
 def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, command, tmp_path, credit):
-    """The lookahead trains g_φ too; compiling its update takes a minute."""
+    """The lookahead also trains g_φ; its update takes a minute to compile."""
     run = whole(credit)
     assert "lora" in run.printed.lower()
     for name in ("metrics.jsonl", "manifest.json", "samples/update_00000.png", "samples/update_00006.png"):
@@ -111,7 +111,7 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
 
 
 def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_path, monkeypatch):
-    """A run that starts from the LoRA after 4 updates, with the noise of epoch 3, begins with epoch 3's reward."""
+    """A run that starts from the LoRA after 4 updates with the noise of epoch 3 has the reward of epoch 3 first."""
     of_epoch = {row["epoch"]: row for row in rows(whole().workdir)}
     keys = loop.sample_keys
     monkeypatch.setattr(loop, "sample_keys", lambda key, epoch, count: keys(key, epoch + 3, count))
@@ -125,7 +125,7 @@ def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_p
 
 
 def test_every_column_of_the_log_is_documented(whole):
-    """And no other: whoever adds one says what it is, in `COLUMNS` or where the algorithm is."""
+    """No other column is documented. New columns must be declared in `COLUMNS` or in the algorithm's class."""
     found = {name for row in rows(whole().workdir) for name in row}
     others = {name for cls in ALGORITHMS.values() if cls is not ResidualNablaDB for name in cls.columns}
     others -= ResidualNablaDB.columns.keys()
@@ -143,7 +143,7 @@ def test_a_finished_run_is_not_built_again(whole, command, tmp_path, monkeypatch
 
 
 def test_a_finished_run_whose_lora_and_last_row_are_missing_writes_them(whole, command, tmp_path):
-    """As when it was killed after its last checkpoint."""
+    """This happens if the run is killed after its last checkpoint."""
     shutil.copytree(whole().workdir, tmp_path / "run")
     shutil.rmtree((tmp_path / "run" / LORA).parent)
     log = tmp_path / "run/metrics.jsonl"
@@ -165,13 +165,13 @@ def test_a_lora_is_there_before_the_checkpoint_that_says_so(whole, command, tmp_
 
 
 def test_each_program_is_compiled_once(whole):
-    """The first two at once, the update from the shapes of a batch that is not yet there."""
+    """Rollout and update compile simultaneously, the update from the shapes of a batch that does not exist yet."""
     counts = Counter(name for name in whole().compiled if re.search("rollout|update|images", name))
     assert counts == {"jit(_rollout)": 1, "jit(_update)": 1, "jit(_images)": 1}
 
 
 def test_a_run_starts_from_a_lora(whole, command, tmp_path):
-    """Its first grid is the last of the run that made the LoRA, and not the base model's. Its ranks stay."""
+    """Its first grid equals the last grid of the run that made the LoRA, and its ranks are kept."""
     first, second = whole().workdir, tmp_path / "second"
     file = first / LORA.with_name("kohya.safetensors")
     command(second, "--config.training.num_epochs=2", f"--config.lora.start_from={file}", "--config.lora.rank=4")
@@ -200,7 +200,7 @@ def test_bfloat16(whole, command, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_the_reward_is_climbed(command, tmp_path):
-    """By over 4 standard errors: the mean of the last ten epochs against the first two, which the base model drew."""
+    """The mean of the last ten epochs is over 4 standard errors above that of the first two, the base model's."""
     flags = {
         "algorithm.beta": "30000.0",
         "algorithm.credit_clip": "1.0",
@@ -219,7 +219,7 @@ def test_the_reward_is_climbed(command, tmp_path):
 
 
 def test_the_log_says_what_an_epoch_cost_and_the_trace_what_took_it(whole):
-    """The later epochs do the same work, the first, which only samples, less of it."""
+    """The later epochs do the same work; the first, which only samples, does less."""
     run = whole()
     log = rows(run.workdir)
     for row in log:
@@ -279,7 +279,7 @@ def test_a_workdir_in_use_is_one_line_and_exit_code_2(command, tmp_path, capsys)
 
 
 def test_a_resume_may_use_less_memory(whole, command, tmp_path, capsys, monkeypatch):
-    """Of the fields that change no number but by rounding, none is held against it."""
+    """A resume may change the fields that change numbers only by rounding."""
     shutil.copytree(whole().workdir, tmp_path / "run")
     less = {"micro_batches": 1, "remat": True, "images_at_once": 1, "num_epochs": 5}
 
@@ -330,7 +330,7 @@ def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys
 
 
 def test_a_number_that_is_none_stops_a_run_and_keeps_its_last_checkpoint(command, tmp_path, capsys, monkeypatch):
-    """First in a run that has a checkpoint, whose reward then breaks; then in a run without any."""
+    """Tests a run with a checkpoint whose reward then fails, and a run without a checkpoint."""
     command(tmp_path, "--config.training.num_epochs=1")
     before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
     lora = sorted(p.name for p in (tmp_path / "lora").iterdir())

@@ -1,4 +1,4 @@
-"""Which transitions of a trajectory are trained on."""
+"""The selection of the transitions that an update trains on."""
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ def test_one_step_a_bin_and_the_last_never_twice():
 
 
 def test_bins_that_divide_a_step():
-    """20 steps, 8 bins: one step in each two and a half; the last bin is without the last step."""
+    """With 20 steps and 8 bins, each bin is two and a half steps; the last bin does not contain the last step."""
     assert number_of_bins(20, 0.4, uneven=True) == 8
     steps = np.asarray(select_steps(sample_keys(4000), 20, 8))
     edges = np.arange(9) * 2.5

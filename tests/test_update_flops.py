@@ -1,4 +1,4 @@
-"""What an update costs beside the naive program, by XLA's count."""
+"""The cost of an update relative to the naive program, by XLA's count."""
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def _flops(function, *arguments):
 
 
 def test_flops_of_an_update():
-    """By XLA's own count. Naive: 8 network passes a transition; ours: 7, and 3 at the last, so 38/48."""
+    """The naive program makes 8 network passes per transition; ours makes 7, and 3 at the last: 38/48."""
     model, params = _conv_model()
     shape = (8, 8, 2)
     ids, weight = jnp.arange(2), jnp.ones(2)

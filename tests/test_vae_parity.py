@@ -1,4 +1,4 @@
-"""The VAE against diffusers': random weights, saved to disk by it, read by us."""
+"""The VAE, compared with diffusers' VAE, whose random weights are read from disk."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Reading weights: safetensors one by one, pickles converted once, and the memory it takes."""
+"""Reading weights: safetensors one tensor at a time, pickles converted once, and the memory that it takes."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from nabla_gfn_jax.errors import UserError
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """An empty cache folder of its own."""
+    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/nabla_gfn_jax/weights"
 
@@ -47,7 +47,7 @@ def test_a_file_that_does_not_exist(tmp_path):
 
 @pytest.fixture
 def pickled(tmp_path, monkeypatch):
-    """A pickled file, its tensor, and how often a pickle has been read."""
+    """A pickled file, its tensor, and the number of times that a pickle was read."""
     counts = []
     read = weights.torch_pickle.read
     monkeypatch.setattr(weights.torch_pickle, "read", lambda file: (counts.append(file), read(file))[1])
@@ -66,7 +66,7 @@ def test_a_pickle_is_converted_once(pickled, cache):
 
 
 def test_a_copy_that_nobody_touched_is_not_read_to_check_it(pickled, monkeypatch):
-    """Of gigabytes, at every start; the tensors alone are."""
+    """Otherwise every start would read gigabytes; only the tensors are read."""
     file, a, _ = pickled
     weights.read_state_dict(file)
     monkeypatch.setattr(weights, "read_sha256", lambda path: pytest.fail("was read"))
@@ -74,7 +74,7 @@ def test_a_copy_that_nobody_touched_is_not_read_to_check_it(pickled, monkeypatch
 
 
 def test_a_copy_that_was_moved_is_read_once_to_check_it(pickled, cache, monkeypatch):
-    """As from one machine to another: its time has changed, its contents have not."""
+    """A copy that was moved to another machine has another time but the same contents."""
     file, a, counts = pickled
     weights.read_state_dict(file)
     (copy,) = cache.glob("*.safetensors")
@@ -88,7 +88,7 @@ def test_a_copy_that_was_moved_is_read_once_to_check_it(pickled, cache, monkeypa
 
 
 def test_a_changed_source_is_converted_again(pickled, cache):
-    """Under another name: who still reads the old tensors gets no new ones among them, but an error."""
+    """The new copy has another name, so a program that still reads the old tensors gets an error, not new tensors."""
     file, a, counts = pickled
     weights.read_state_dict(file)
     old = weights.read_state_dict(file)
@@ -132,7 +132,7 @@ class Hostile:
 
 
 def test_a_model_with_pickled_weights(tmp_path, capsys):
-    """As repositories from before safetensors have them; a hostile one is refused by name and not run."""
+    """Older repositories have pickled weights. A hostile pickle is refused by name and not executed."""
     oracle.pipeline(tmp_path, **oracle.ONE_LEVEL).save_pretrained(tmp_path)
     expected = load_folder(tmp_path).params
     for part, old in {"unet": "diffusion_pytorch_model", "text_encoder": "pytorch_model"}.items():
@@ -168,7 +168,7 @@ print(peak() - before)
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory where Linux states it")
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
 def test_memory_is_that_of_the_weights(tmp_path, stored):
-    """400 MiB of weights, in float32: the process grows by less than 1.3 times that."""
+    """With 400 MiB of float32 weights, the process grows by less than 1.3 times that."""
     rng = np.random.default_rng(0)
     state = {f"layer.{i}.weight": rng.normal(size=(1024, 1024)).astype(stored) for i in range(100)}
     save_file(state, tmp_path / "a.safetensors")

@@ -1,4 +1,4 @@
-"""Programs that start at once and want the same pickled file, as a sweep's seeds do, or a node's processes."""
+"""Several programs that read the same pickled file simultaneously, such as the seeds of a sweep."""
 
 import hashlib
 import subprocess
@@ -14,7 +14,7 @@ PROGRAM = Path(__file__).with_name("cache_process.py")
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
-    """An empty cache folder of its own."""
+    """An empty cache folder."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return tmp_path / "cache/nabla_gfn_jax/weights"
 
@@ -29,7 +29,7 @@ def large(tmp_path_factory):
 
 
 def run(large, *faults):
-    """What each program printed, or the last line of its errors; one for each fault, started at once."""
+    """The output of each program, or the last line of its errors. One program per fault, started simultaneously."""
     commands = [[sys.executable, str(PROGRAM), *large, *fault] for fault in faults]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for command in commands]
@@ -42,7 +42,7 @@ def test_one_converts_and_the_others_wait_for_it(large):
 
 
 def test_where_there_are_no_locks_each_converts_for_itself(large, cache):
-    """None reads what another is writing, and what they leave is whole."""
+    """No program reads a file that another is writing, and the final copy is complete."""
     assert run(large, *[("no lock",)] * 4) == ["converted"] * 4
     assert run(large, ()) == ["kept"]
     assert len(list(cache.glob("*.safetensors"))) == 1

@@ -1,4 +1,4 @@
-"""A run's folder: claimed by one program, resumed only by the same run, with a manifest that says what it is."""
+"""The folder of a run: one program claims it, only the same run resumes it, and its manifest describes the run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ LORA = {"attention": {"to_q": {"down": jnp.ones((4, 2)), "up": jnp.full((2, 3), 
 
 
 def leave_results(path):
-    """As a run that got somewhere; one that did not binds nobody."""
+    """Leaves results in the workdir, because a run without results can be replaced by another."""
     (path / "metrics.jsonl").touch()
 
 
@@ -63,7 +63,7 @@ def holder(tmp_path):
 
 
 def test_a_second_program_is_refused_in_one_line_until_the_first_has_ended(holder, tmp_path):
-    """Killed, it leaves no lock behind. The line says who is there."""
+    """A killed program leaves no lock. The error names the program that holds the lock."""
     with pytest.raises(UserError) as caught, claim(tmp_path / "run", {"seed": 0}):
         pass
     assert re.fullmatch(
@@ -76,7 +76,7 @@ def test_a_second_program_is_refused_in_one_line_until_the_first_has_ended(holde
 
 
 def test_of_programs_that_start_at_once_one_has_the_workdir(tmp_path):
-    """The others end with one line, whichever comes first."""
+    """The other programs end with one line, whichever is first."""
     command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, **pipes) for _ in range(4)]
@@ -105,7 +105,7 @@ def test_what_the_first_writes_is_not_touched_by_the_second(holder, tmp_path):
 
 
 def test_the_other_processes_of_a_run_take_no_lock(holder, tmp_path):
-    """They compare, and write nothing."""
+    """They compare the settings and write nothing."""
     leave_results(tmp_path / "run")
     before = (tmp_path / "run/manifest.json").read_bytes()
     with claim(tmp_path / "run", {"seed": 0}, write=False) as other:
@@ -125,7 +125,7 @@ def test_the_lock_is_released_after_an_error_too(tmp_path):
 
 
 def test_a_process_reads_the_manifest_while_another_writes_it(tmp_path):
-    """As when all processes of a run are started again at once."""
+    """This happens if all processes of a run are restarted simultaneously."""
     with claim(tmp_path, SETTINGS):
         pass
     stop = threading.Event()
@@ -171,7 +171,7 @@ def test_infinite_numbers_come_back_as_numbers(tmp_path):
 
 @pytest.mark.parametrize("change", [{"training.num_epochs": 80}, {"training.remat": True}, {}])
 def test_a_resume_may_change_what_changes_no_number(tmp_path, change):
-    """The run stays the same one; the manifest has the new values and both starts."""
+    """The run keeps its id; the manifest has the new values and both starts."""
     with claim(tmp_path, SETTINGS, FREE, ABOUT) as first:
         leave_results(tmp_path)
     with claim(tmp_path, SETTINGS | change, FREE, ABOUT) as second:
@@ -204,7 +204,7 @@ def test_a_resume_may_not_change_anything_else(tmp_path, change, named):
 
 
 def test_a_run_that_left_nothing_binds_nobody(tmp_path):
-    """As when the first command had a mistake in it that showed before the first epoch."""
+    """This happens if the first command had a mistake that was noticed before the first epoch."""
     with claim(tmp_path, SETTINGS, FREE, ABOUT) as first:
         first.record_inputs({"prompts": ("a",)})
         (tmp_path / "checkpoints").mkdir()
@@ -255,7 +255,7 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path):
 
 @pytest.fixture
 def inputs(tmp_path):
-    """Files of made-up contents, and the prompts."""
+    """Files with arbitrary contents, and the prompts."""
     (tmp_path / "model").mkdir()
     for name in ("unet.safetensors", "vocab.json"):
         (tmp_path / "model" / name).write_text(name)
@@ -343,7 +343,7 @@ def test_loras_are_kept_by_updates_in_both_layouts(tmp_path):
 
 
 def test_the_same_run_writes_the_same_bytes(tmp_path):
-    """Elsewhere and later: a file's hash says what the LoRA is."""
+    """This also holds in another folder and at another time, so the hash of a file identifies the LoRA."""
     for name in ("a", "b"):
         with claim(tmp_path / name, SETTINGS, about=ABOUT) as run:
             run.save_lora(80, LORA)
@@ -362,7 +362,7 @@ def test_only_the_newest_are_kept(tmp_path, keep, left):
 
 
 def test_a_lora_that_was_cut_short_is_not_there(tmp_path, monkeypatch):
-    """Not even if only its last file is missing; written again, it is."""
+    """A LoRA without its last file counts as missing until it is written again."""
 
     def fail(*_):
         raise OSError("no space left on device")

@@ -1,4 +1,4 @@
-"""The training command with the tests' reward, as a process: `python tests/tiny_process.py --config=…`."""
+"""The training command with the tests' reward, as a separate process: `python tests/tiny_process.py --config=…`."""
 
 import sys
 

@@ -79,7 +79,7 @@ def brightness(scale: float) -> Reward:
 
 @pytest.fixture(scope="session")
 def command(tiny_model):
-    """Runs the training command on the tiny model with a few fields set; returns nothing, raises SystemExit(2)."""
+    """Runs the training command on the tiny model with a few fields set. Errors raise SystemExit(2)."""
 
     def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
         with pytest.MonkeyPatch.context() as patch:
@@ -93,12 +93,12 @@ def command(tiny_model):
 
 
 def last_of_each(flags: list[str]) -> list[str]:
-    """A flag given twice is an error: here the later one is meant."""
+    """The flags, where only the last of each name is kept, because a repeated flag is an error."""
     return list({flag.partition("=")[0]: flag for flag in flags}.values())
 
 
 def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
-    """Of a small run: 3 epochs of 2 updates on 16 trajectories, at a rate that shows in the pictures."""
+    """The flags of a small run: 3 epochs of 2 updates on 16 trajectories; the learning rate changes the images."""
     fields = {
         "model": model,
         "reward": reward,

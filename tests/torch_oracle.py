@@ -1,4 +1,4 @@
-"""The PyTorch models that ours are compared with, at sizes that compile in seconds."""
+"""The PyTorch models with which ours are compared, at sizes that compile in seconds."""
 
 from pathlib import Path
 
@@ -40,14 +40,14 @@ TWO_LEVELS = {
 
 
 def unet(seed: int = 0, **fields) -> diffusers.UNet2DConditionModel:
-    """Four levels as Stable Diffusion has, unless `fields` say otherwise; one layer a block."""
+    """A UNet with four levels as in Stable Diffusion, unless `fields` change it, and one layer per block."""
     torch.manual_seed(seed)
     small = {"block_out_channels": (16, 32, 32, 32), "norm_num_groups": 8, "layers_per_block": 1}
     return diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=WIDTH, **small | fields).eval()
 
 
 def vae(seed: int = 1) -> diffusers.AutoencoderKL:
-    """Three levels: an eighth of the pixels of Stable Diffusion's along each side would be a single one."""
+    """A VAE with three levels; with Stable Diffusion's four, a latent of these small images would be one pixel."""
     torch.manual_seed(seed)
     return diffusers.AutoencoderKL(
         block_out_channels=(8, 16, 16),
@@ -104,12 +104,12 @@ def add_lora(model: diffusers.UNet2DConditionModel, rank: int = 3, alpha: float 
 
 
 def quick_jit(function):
-    """`jit(function)` without the optimisations that take longer than they save here."""
+    """`jit(function)` without optimisations that take longer than they save here."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def compile_quickly(function, *arguments):
-    """The same for these shapes alone."""
+    """The function compiled for these shapes, without such optimisations."""
     return quick_jit(function).lower(*arguments).compile()
 
 

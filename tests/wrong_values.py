@@ -1,4 +1,4 @@
-"""What every field of a config and flag of a command must refuse, by hand; `test_options` walks over it."""
+"""Wrong values for every field of a config and every flag of a command, listed by hand for `test_options`."""
 
 import math
 

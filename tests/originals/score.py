@@ -44,7 +44,7 @@ def folder_of(package: str) -> Path:
 
 
 def add_bare_package(name: str) -> None:
-    """`name` can be imported from, without its `__init__`."""
+    """Makes modules of the package `name` importable without running its `__init__`."""
     parent, _, last = name.rpartition(".")
     folder = Path(sys.modules[parent].__path__[0]) / last if parent else folder_of(name)
     module = types.ModuleType(name)
@@ -53,7 +53,7 @@ def add_bare_package(name: str) -> None:
 
 
 def make_random(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Weights, exact in `dtype`, wide enough that every part of the model shows in its score."""
+    """Random weights that are exact in `dtype` and large enough that every part of the model affects the score."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -69,13 +69,13 @@ def nchw(images: np.ndarray) -> torch.Tensor:
 
 
 def preprocessed(transform, sizes: np.ndarray) -> dict[str, np.ndarray]:
-    """The transform of a random image of each size."""
+    """The preprocessing of a random image of each size."""
     images = {f"{h}x{w}": np.random.default_rng(h).uniform(size=(1, h, w, 3)).astype(np.float32) for h, w in sizes}
     return {name: transform(nchw(image)[0]).permute(1, 2, 0).numpy() for name, image in images.items()}
 
 
 def score_each(function, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """`function(image, row)` of each image and its gradient, one at a time."""
+    """The value and gradient of `function(image, row)` for each image, one at a time."""
     scores, gradients = [], []
     for row in range(len(images)):
         x = nchw(images[row : row + 1]).requires_grad_()
@@ -87,7 +87,9 @@ def score_each(function, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def hps(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """hpsv2's model and transform, open_clip_torch's tokenizer and vocabulary, which hpsv2's wheel lacks."""
+    """Scores with hpsv2's model and transform, and open_clip_torch's tokenizer and vocabulary, which hpsv2's wheel
+    lacks.
+    """
     vocabulary = folder_of("open_clip") / "bpe_simple_vocab_16e6.txt.gz"
     gzip_open = gzip.open
     gzip.open = lambda file, *rest: gzip_open(vocabulary if Path(file).name == vocabulary.name else file, *rest)
@@ -134,7 +136,9 @@ def hps(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def image_reward(folder: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """image-reward's model, transform and tokenizer; the vocabulary is that of a model with the same one."""
+    """Scores with image-reward's model, transform and tokenizer; the vocabulary comes from another model that has the
+    same.
+    """
     for name in ("ImageReward", "ImageReward.models"):
         add_bare_package(name)
     with zipfile.ZipFile(folder_of("all_minilm_l6_v2") / "model.zip") as archive:
