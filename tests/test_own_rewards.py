@@ -93,7 +93,7 @@ def test_a_whole_reward(file):
         ("twice", r"mine\.py:twice cannot be compiled \(Tracer\w+: .* write it with jax\.numpy, or take \(images, pr"),
         ("flat", r"mine\.py:flat gives \(\) for images of shape \(2, 64, 64, 3\); it must give \(2,\)"),
         ("of_three", "takes 3 arguments; a reward is one of"),
-        ("number", "is no function"),
+        ("number", "is not a function"),
         ("missing", "has nothing called missing"),
     ],
 )
