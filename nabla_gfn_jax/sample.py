@@ -62,7 +62,7 @@ class Options(SubjectOptions):
             return self.lora_scale * loras
         if len(self.lora_scale) != loras:
             given = ", ".join(f"{scale:g}" for scale in self.lora_scale)
-            raise UserError(f"--lora_scale = {given} is not allowed; give one, or one for each LoRA, of which {loras}")
+            raise UserError(f"--lora_scale = {given} is not allowed; give one value, or one for each of {loras} LoRAs")
         return self.lora_scale
 
 

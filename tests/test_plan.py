@@ -133,7 +133,7 @@ def test_the_table_says_what_fits_and_what_is_assumed():
     assert re.search(r"update .* 16\.00 GiB \| 102%, too big", text)
     assert "4 all-reduce, 8.0 MB" in text
     assert re.search(r"rollout \|.*\| 2 s \|", text)  # a second at each of the two rates
-    assert "an epoch (4 updates): 5 s, 200 updates: 4.2 min, assuming 40%" in text
+    assert "one epoch (4 updates): 5 s, 200 updates: 4.2 min, assuming 40%" in text
     assert "not measured" in text
     assert "does not fit: why" in show(planned, {"update": "why"}, "title")
 
@@ -144,7 +144,7 @@ def test_the_cost_models_time_is_its_cycles_by_the_clock():
     phase = Phase("rollout", 0, 0, 0, {"bfloat16": 197e12}, Traffic(0, 3e9, {}, 0), 1.0)
     text = show(planned, {"rollout": phase, "update": phase}, "title")
     assert "| 2 s, 50% of the peak | 1 s |" in text
-    assert "an epoch (4 updates): 4 s, 200 updates: 3.3 min, by the compiler's cost model; estimated" in text
+    assert "one epoch (4 updates): 4 s, 200 updates: 3.3 min, by the compiler's cost model; estimated" in text
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,7 @@ def test_each_image_says_how_it_was_drawn(tiny_model, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--lora_scale=1,2"], "give one, or one for each LoRA, of which 0"),
+        (["--lora_scale=1,2"], "give one value, or one for each of 0 LoRAs"),
         (["--lora_from_step=51"], "none of the 50 steps uses the LoRA"),
         (["--height=100000"], "height"),
     ],

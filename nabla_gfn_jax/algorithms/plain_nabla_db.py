@@ -1,15 +1,16 @@
 """Plain ∇-DB (Zhang et al., ICLR 2025, arXiv 2412.07775): the gradient of detailed balance, without a base model.
 
-The balance p_θ(y|x) F(x) = q(x|y) F(y), q the noising kernel, differentiated in y and in x. For a transition x → y from
-time t to t', ∇log F(x) = G(x,t) + g_φ(x,t), G the gradient of the one-step guess β γ_t log R(x̂):
+The balance equation p_θ(y|x) F(x) = q(x|y) F(y), with the noising kernel q, is differentiated with respect to y and x.
+For a transition x → y from time t to t', ∇log F(x) = G(x,t) + g_φ(x,t), where G is the gradient of the one-step guess
+β γ_t log R(x̂):
 
     forward  ‖ s_θ − [∇_y log q(x|y) + G(y) + g_φ(y)] ‖²         s = ∇_y log p_θ(y|x) = −(y − μ)/σ²
     reverse  ‖ r_θ − [∇_x log q(x|y) − G(x) − g_φ(x)] ‖²         r = ∇_x log p_θ(y|x); trains φ only
     terminal ‖ g_φ(x_T, 0) ‖²                                    at the last transition, where G(y) = β ∇log R(y)
     reg      λ ‖ ε_θ − ε_θ† ‖²
 
-The target is R^β *alone*: the base model is where training starts from. Residual ∇-DB (nabla_db.py) is the difference
-of this for the policy and for the base model, and so has the target P_base R^β.
+The target is R^β *alone*; the base model is only the starting point of the training. Residual ∇-DB (nabla_db.py) is the
+difference of these equations for the policy and for the base model, so its target is P_base R^β.
 """
 
 from collections.abc import Mapping
@@ -50,21 +51,21 @@ class PlainNablaDB(FromBins, Unweighted):
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
     variance_weighted: bool = option(False, "weight the forward term by σ²")
 
-    on_policy: ClassVar[bool] = False  # λ holds ε_θ at the policy before, θ†
+    on_policy: ClassVar[bool] = False  # λ keeps ε_θ near the previous epoch's policy θ†
     columns: ClassVar[dict[str, str]] = ResidualNablaDB.columns
 
     def heads(self) -> Mapping[str, HeadKind]:
         return {"correction": "vector"}
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """1 + ⌊T·fraction⌋ transitions of each trajectory, chosen anew for each update."""
+        """1 + ⌊T·fraction⌋ transitions of each trajectory, a new choice for each update."""
         bins = self.bins(model.chain.num_steps)
         return Batch(data=jax.vmap(lambda update: select(rollout, bins, None, update))(jnp.arange(updates)))
 
     def value_and_grad(
         self, params: Params, model: Model, data: Transitions, weight: PerSample
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """Loss, its four terms (they add up to it) and its gradient; a mean over all transitions."""
+        """The loss, the four terms whose sum it is, and the gradient, as means over all transitions."""
         ordinary, last = flatten(data.ordinary), data.last
         total = len(ordinary.x) + len(last.x)
         parts = [self.ordinary(params, model, ordinary), self.last(params, model, last)]
@@ -72,14 +73,14 @@ class PlainNablaDB(FromBins, Unweighted):
         return (sum(metrics.values()), metrics), gradient
 
     def ordinary(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
-        """Sums over transitions with t' > 0."""
+        """Terms and gradient, summed over transitions with t' > 0."""
         x, y, prompt_id = transition.x, transition.y, transition.prompt_id
         step = model.chain[transition.index]
         kernel = kernel_score(transition, step)
         at_y = Prediction(model, params["lora"], y, step.to, prompt_id)
         guess_y = at_y.to_x(step.to.clean, self._guess(model, at_y, step.to, prompt_id))
         at_x = Prediction(model, params["lora"], x, step.at, prompt_id)
-        # r_θ + G(x, t) is linear in the cotangents at o_θ(x, t): one pull-back
+        # r_θ + G(x, t) is linear in the cotangents at o_θ(x, t), so it needs one pull-back
         score_and_guess = at_x.to_x(
             lambda o, x: (step.mean(o, x), step.at.clean(o, x)),
             (-score(at_x.output, transition, step), self._guess(model, at_x, step.at, prompt_id)),
@@ -97,7 +98,7 @@ class PlainNablaDB(FromBins, Unweighted):
         return pull_back(terms, at_x, params)
 
     def last(self, params: Params, model: Model, transition: Transition) -> tuple[Metrics, Params]:
-        """Sums over last transitions: y is the sample, its own x̂."""
+        """Terms and gradient, summed over last transitions, where y is the sample and equals x̂."""
         y, prompt_id, step = transition.y, transition.prompt_id, model.chain[transition.index]
         at_x = Prediction(model, params["lora"], transition.x, step.at, prompt_id)
         target = expand(step.noising_scale, y) * kernel_score(transition, step)
@@ -126,6 +127,6 @@ class PlainNablaDB(FromBins, Unweighted):
 
 
 def kernel_score(transition: Transition, step: Chain) -> Latents:
-    """−∇_x log q(x|y) = (x − n y)/s² of q = N(n y, s²); n times it is ∇_y log q(x|y)."""
+    """−∇_x log q(x|y) = (x − n y)/s² for q = N(n y, s²), (B, …). Multiplied by n it is ∇_y log q(x|y)."""
     difference = transition.x - expand(step.noising_scale, transition.y) * transition.y
     return difference / expand(step.noising_sigma, difference) ** 2

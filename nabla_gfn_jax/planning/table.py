@@ -75,7 +75,7 @@ def _run_time(plan: Plan, phases: list[Phase]) -> str:
         seconds, source = sum(s for s in estimates if s), "by the compiler's cost model"
     updates = plan.config.training.updates_per_epoch
     return (
-        f"an epoch ({updates} update{'s' * (updates > 1)}): {_duration(seconds)}, 200 updates: "
+        f"one epoch ({updates} update{'s' * (updates > 1)}): {_duration(seconds)}, 200 updates: "
         f"{_duration(200 / updates * seconds)}, {source}; estimated, not measured"
     )
 

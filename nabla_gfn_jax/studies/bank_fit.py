@@ -275,7 +275,7 @@ def main(argv: list[str]) -> None:
 def line(layers: str, rate: float, gain: dict[str, list[float]], found: certificate.Certificate) -> str:
     """One line of text about the result of a fit."""
     gap = found.at_beta.gap.value if found.at_beta else float("nan")
-    gained = f"held-out gain {sum(gain['clipped']):.3f} clipped, {sum(gain['as_it_is']):.3f} as it is"
+    gained = f"held-out gain {sum(gain['clipped']):.3f} clipped, {sum(gain['as_it_is']):.3f} unclipped"
     reached = f"exponent {found.exponent.value:.2f}, needed {found.needed.value:.3f}, spent {found.spent.value:.3f}"
     return f"{layers:9} rate {rate:g}: {gained}; {reached}, gap {gap:.3f}"
 

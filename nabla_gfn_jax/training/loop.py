@@ -46,10 +46,10 @@ class Outputs(Protocol):
     """The destinations of a run's results."""
 
     def row(self, row: Row) -> None:
-        """Takes the log row of an epoch."""
+        """Writes the log row of an epoch."""
 
     def images(self, updates: int, images: np.ndarray) -> None:
-        """Takes samples of the policy after `updates` updates, (B, height, width, 3) in [0, 1]."""
+        """Writes samples of the policy after `updates` updates, (B, height, width, 3) in [0, 1]."""
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """Saves the policy, and the state from which a resume continues after this epoch."""
