@@ -64,7 +64,7 @@ COLUMNS = (
 
 def table() -> str:
     """The columns as a Markdown table."""
-    rows = [("column", "unit", "of", "what it is"), ("---",) * 4, *((f"`{c[0]}`", *c[1:]) for c in COLUMNS)]
+    rows = [("column", "unit", "of", "meaning"), ("---",) * 4, *((f"`{c[0]}`", *c[1:]) for c in COLUMNS)]
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
 
 
