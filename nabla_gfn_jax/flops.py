@@ -17,9 +17,7 @@ from jax.interpreters import partial_eval
 # cuDNN's attention on (batch, length, heads, width): two products forward; backward the scores again and four more.
 _CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
-FULL = (
-    "float32 at full precision"  # `jax.default_matmul_precision("highest")`; otherwise accelerators round the operands
-)
+FULL = "float32 at full precision"  # with `jax.default_matmul_precision("highest")`; otherwise operands are rounded
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> dict[str, float]:

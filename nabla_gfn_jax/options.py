@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from nabla_gfn_jax.errors import UserError
 
 T = TypeVar("T")
-LARGEST_SEED = 2**32 - 1  # a random key is made of 32 bits of it
+LARGEST_SEED = 2**32 - 1  # a random key uses 32 bits of the seed
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 

@@ -55,7 +55,7 @@ def host_memory() -> AbstractContextManager[Any]:
         return nullcontext()
     try:
         return jax.default_device(jax.local_devices(backend="cpu")[0])
-    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+    except RuntimeError:  # JAX_PLATFORMS names only the accelerator
         return nullcontext()
 
 

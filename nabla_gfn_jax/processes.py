@@ -90,4 +90,4 @@ def ending_together() -> Iterator[None]:
         else:
             traceback.print_exc()
         sys.stdout.flush()
-        os._exit(2)  # the usual exit waits for all processes
+        os._exit(2)  # a normal exit would wait for all processes

@@ -18,7 +18,7 @@ from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
 
-ROWS = 4  # prompts of a run's set, if none is given
+ROWS = 4  # number of prompts from the run's set, if no prompt is given
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
     subject = find_subject(options, options.lora, options.eta)
-    files = dict(list(subject.loras.items())[0 if options.lora else -1 :])  # of a run's, the last
+    files = dict(list(subject.loras.items())[0 if options.lora else -1 :])  # only the last LoRA of a run
     strengths = options.strengths(len(files))
     how = replace(
         subject.how,

@@ -38,7 +38,7 @@ class Options(ProcessOptions):
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
-    """Settings → workdir → trainer → restored progress → for each epoch: sample, update, log, save."""
+    """Checks the settings, claims the workdir, and runs or resumes the finetuning unless it is finished."""
     options, settings = parse_run(argv, Options, Settings, __doc__)
     path = options.workdir or default_workdir(options.config, settings.seed)
     use_cpu_cores(settings.training.trajectories // settings.training.micro_batches)

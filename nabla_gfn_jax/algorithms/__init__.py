@@ -1,4 +1,4 @@
-"""Algorithms by name. A new one is a file with a class and a line in `ALGORITHMS`."""
+"""Algorithms by name. A new algorithm is a file with a class, and a line in `ALGORITHMS`."""
 
 from typing import Any
 

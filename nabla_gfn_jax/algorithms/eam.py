@@ -48,7 +48,7 @@ class Ends:
 
 @dataclass(frozen=True, kw_only=True)
 class Eam(Checked, Unweighted, PolicyAlone):
-    """Efficient adjoint matching."""
+    """EAM: regression of the policy's steps on the closed-form adjoint."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     noisings: int = option(6, "number of noised copies of each sample in an update", minimum=1)

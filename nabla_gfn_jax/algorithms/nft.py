@@ -44,7 +44,7 @@ _LEAST_SIZE = 1e-5
 
 @dataclass(frozen=True, kw_only=True)
 class Nft(Advantages, PolicyAlone):
-    """DiffusionNFT."""
+    """DiffusionNFT: contrasts two implicit policies on good and bad samples."""
 
     mixing: float = option(
         1.0, "b, the distance of the implicit policies from the one that sampled", above=0, maximum=1e6

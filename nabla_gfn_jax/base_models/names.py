@@ -66,5 +66,5 @@ def abstract_model(name: str, dtype: Any = jnp.float32) -> StableDiffusion:
         found = architecture(path, split_choices(name)[1], dtype) if path.is_file() else read_architecture(path, dtype)
         unet, vae, text_encoder, scheduler = found
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), abstract_params(unet, vae, text_encoder))
-    no_tokenizer: Any = None  # nothing is encoded
+    no_tokenizer: Any = None  # no prompt is encoded
     return StableDiffusion(unet, vae, text_encoder, no_tokenizer, scheduler, shapes)

@@ -47,7 +47,7 @@ class BertConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any], source: str) -> "BertConfig":
-        """From the parsed `med_config.json`. Raises `UserError` for a value this model does not implement."""
+        """The config from the parsed `med_config.json`. Raises `UserError` for a value that is not implemented."""
         only = {
             "hidden_act": ("gelu",),
             "add_cross_attention": (True,),

@@ -34,7 +34,7 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "CLIPTextConfig":
-        """From the parsed `text_encoder/config.json`. Raises `UserError` for a value this model does not implement."""
+        """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {"hidden_act": tuple(ACTIVATIONS), "model_type": ("clip_text_model",)}
         return read_fields(cls, fields, only=only, source="text_encoder/config.json")
 

@@ -49,7 +49,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "UNetConfig":
-        """From the parsed `unet/config.json`. Raises `UserError` for a value this model does not implement."""
+        """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {
             "act_fn": ("silu",),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),

@@ -36,7 +36,7 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> "VAEConfig":
-        """From the parsed `vae/config.json`. Raises `UserError` for a value this model does not implement."""
+        """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {
             "act_fn": ("silu",),
             "down_block_types": ("DownEncoderBlock2D",),

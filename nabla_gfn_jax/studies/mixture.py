@@ -14,7 +14,7 @@ Points = Float[Array, "batch 2"]
 
 
 class Mixture(NamedTuple):
-    """Isotropic Gaussians of one standard deviation."""
+    """A mixture of isotropic Gaussians with the same standard deviation."""
 
     weights: Float[np.ndarray, " modes"]
     means: Float[np.ndarray, "modes 2"]

@@ -52,7 +52,7 @@ CHUNK = 5  # updates between two checks of the mean reward
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """One line of the table."""
+    """An algorithm and its training, for one line of the table."""
 
     name: str
     algorithm: Algorithm
@@ -129,7 +129,7 @@ def keys_of(key: PRNGKey, number: int) -> Array:
 
 
 def draw(lora: Params | None, model: Model, number: int, key: PRNGKey) -> Points:
-    """Samples of the policy."""
+    """`number` samples of the policy, (number, 2); `lora` None is the base model."""
     ids = jnp.zeros(number, jnp.int32)
     run = jax.jit(lambda lora, keys: sample(model.predict, lora, model.chain, keys, (2,), ids).samples)
     return run(lora, keys_of(key, number))
