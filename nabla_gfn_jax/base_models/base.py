@@ -25,11 +25,11 @@ class HeadNetwork(Protocol):
     Its initial output is zero; the shape is that of x, or (B,) for a scalar head.
     """
 
-    def init(self, key: PRNGKey) -> Params: ...
+    def init(self, key: PRNGKey) -> Params:
+        """New parameters φ, for which the output is zero."""
 
-    def apply(
-        self, phi: Params, x: Latents, level: Level, table: Table, prompt_id: PromptIds
-    ) -> Latents | PerSample: ...
+    def apply(self, phi: Params, x: Latents, level: Level, table: Table, prompt_id: PromptIds) -> Latents | PerSample:
+        """h_φ(x, level) for the prompts `prompt_id` of the table."""
 
 
 @runtime_checkable

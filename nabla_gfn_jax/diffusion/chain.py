@@ -86,6 +86,7 @@ class Chain:
 
     @property
     def num_steps(self) -> int:
+        """T, the number of steps."""
         return self.sigma.shape[0]
 
     def mean(self, o: Latents, x: Latents) -> Latents:

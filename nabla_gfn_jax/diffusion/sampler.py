@@ -42,6 +42,7 @@ class Trajectory:
 
     @property
     def samples(self) -> Latents:
+        """The last states, (B, *shape)."""
         return self.latents[-1]
 
 

@@ -33,13 +33,16 @@ class Strata:
         self.prompts, self.starts, self.sizes = np.unique(prompt, return_index=True, return_counts=True)
 
     def sums(self, values: Float[np.ndarray, "n ..."]) -> Float[np.ndarray, "prompts ..."]:
+        """The sum within each prompt."""
         return np.add.reduceat(values, self.starts)
 
     @property
     def slices(self) -> list[slice]:
+        """The range of each prompt's samples."""
         return [slice(start, start + size) for start, size in zip(self.starts, self.sizes, strict=True)]
 
     def repeat(self, of_prompts: OfPrompts) -> Values:
+        """Repeats a value of each prompt for each of its samples."""
         return np.repeat(of_prompts, self.sizes)
 
     def means(self, values: Values, counts: Values | None = None) -> OfPrompts:

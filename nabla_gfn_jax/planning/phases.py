@@ -38,6 +38,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
+        """Arguments, temporaries and results together."""
         return self.arguments + self.temporaries + self.results
 
 

@@ -201,6 +201,7 @@ def add(file: Path, rows: list[Row], more: Iterable[Row]) -> None:
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
+    """Runs what the file lacks, appends the rows and prints the tables."""
     options = parse(argv, Options, __doc__)
     methods = {name: method for name, method in METHODS.items() if options.only in name}
     if not methods:

@@ -64,13 +64,16 @@ class Mixture(NamedTuple):
         return jax.nn.softmax(logits), offsets
 
     def sample(self, rng: np.random.Generator, size: int) -> np.ndarray:
+        """Independent samples, (size, 2)."""
         modes = rng.choice(len(self.weights), size, p=self.weights)
         return self.means[modes] + self.std * rng.normal(size=(size, 2))
 
     def mean(self) -> Float[np.ndarray, "2"]:
+        """E[x]."""
         return self.weights @ self.means
 
     def nearest_mode(self, points: np.ndarray) -> np.ndarray:
+        """The index of the mode whose mean is nearest to each point, (B,)."""
         return ((points[:, None] - self.means) ** 2).sum(-1).argmin(1)
 
 

@@ -64,6 +64,8 @@ class Run:
 
 
 class Result(NamedTuple):
+    """One line of the table: the distances of a policy's samples to the target, in nats, and its mean log R."""
+
     name: str
     reward: str
     updates: int
@@ -116,6 +118,7 @@ def init_mlp(key: PRNGKey, inputs: int, outputs: int = 2, width: int = WIDTH) ->
 
 
 def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Float[Array, "batch outputs"]:
+    """The MLP of the inputs and of sinusoidal features of the time `t`, 0 to 1000."""
     phase = t.astype(jnp.float32)[:, None] / 1000 * (np.pi * 2.0 ** np.arange(-1, FREQUENCIES - 1))[None].astype("f4")
     hidden = jnp.concatenate([inputs, jnp.sin(phase), jnp.cos(phase)], axis=1)
     layers = list(params.values())
@@ -125,6 +128,8 @@ def mlp(params: Params, inputs: Float[Array, "batch width"], t: Timesteps) -> Fl
 
 
 def keys_of(key: PRNGKey, number: int) -> Array:
+    """`number` keys derived from `key`."""
+
     return jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(number))
 
 
@@ -198,6 +203,7 @@ def study(
 def summary(
     name: str, reward: str, target: Mixture, points: np.ndarray, updates: int = 0, seconds: float = 0.0
 ) -> Result:
+    """The line of the table for these samples."""
     near, cells = judge(points, target)
     mean_reward = float((points @ REWARDS[reward]).mean())
     return Result(
@@ -305,6 +311,7 @@ class Options(Checked):
 
 @exit_on_user_error
 def main(argv: list[str]) -> None:
+    """Trains and measures the chosen runs for each reward. Writes the results after each reward."""
     arguments = parse(argv, Options, __doc__)
     chosen = [run for run in runs(arguments.updates) if arguments.only in run.name]
     if not chosen:

@@ -104,10 +104,12 @@ class Programs:
         return (*place((keys, ids), self.trainer.mesh, SPLIT), ids)
 
     def rollout(self, params: Params, keys: Any, ids: Any) -> Any:
+        """Samples with `params`: a `Sampled`."""
         self.meter.call("rollout")
         return self.compiled["rollout"](self.trainer.frozen, params, keys, ids)
 
     def update(self, state: TrainState, data: Any, weight: Any) -> Any:
+        """Makes the updates of an epoch: the new state and the metrics. The old state is donated."""
         self.meter.call("update")
         return self.compiled["update"](self.trainer.frozen, state, data, weight)
 

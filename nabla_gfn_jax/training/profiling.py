@@ -22,12 +22,14 @@ class Trace:
         self._epochs = range(start, min(start + _TRACED, last + 1)) if wanted else range(0)
 
     def before(self, epoch: int) -> None:
+        """Starts the trace if `epoch` is its first."""
         if self._epochs and epoch == self._epochs[0]:
             options = jax.profiler.ProfileOptions()
             options.python_tracer_level = 0  # Python's calls would hide the program's operations in the viewer
             jax.profiler.start_trace(self._folder, profiler_options=options)
 
     def after(self, epoch: int) -> None:
+        """Ends the trace if `epoch` was its last, and prints its folder."""
         if self._epochs and epoch == self._epochs[-1]:
             jax.profiler.stop_trace()
             if jax.process_index() == 0:
