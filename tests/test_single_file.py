@@ -283,9 +283,9 @@ def test_the_noise_schedule_is_the_files(case, tmp_path):
 def test_what_else_is_wrong_is_named(case, tmp_path):
     file = tmp_path / "model.safetensors"
     for cut, said in {
-        "first_stage_model.": "holds no VAE",
-        "cond_stage_model.": "holds no text encoder",
-        "model.diffusion_model.": "holds no UNet",
+        "first_stage_model.": "has no VAE",
+        "cond_stage_model.": "has no text encoder",
+        "model.diffusion_model.": "has no UNet",
     }.items():
         save_file({k: np.ascontiguousarray(a) for k, a in case.state.items() if not k.startswith(cut)}, file)
         with pytest.raises(UserError, match=said):
