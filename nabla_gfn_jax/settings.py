@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, one_of, option
 from nabla_gfn_jax.rewards import NAMES
 
@@ -34,6 +35,9 @@ class Lora(Checked):
     """The LoRA of the UNet that is trained."""
 
     rank: int = option(8, "rank of a new LoRA; ignored with start_from", minimum=1, maximum=1024)
+    layers: Layers = option(
+        "attention", "layers of a new LoRA: attention's projections, or all linear and convolutions"
+    )
     start_from: Path | None = option(None, "LoRA file to start training from, at its own ranks", file="existing")
 
 

@@ -65,7 +65,7 @@ def finetune(
     use_compilation_cache()
     trainer, plan = build(settings), length(settings)
     workdir.record_inputs(inputs(settings, trainer.reward))
-    state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
+    state = place(trainer.first_state(settings.seed, settings.lora.rank, settings.lora.layers), trainer.mesh)
     programs = Programs(trainer, plan, state)
     with Checkpoints(workdir.path / "checkpoints") as checkpoints:
         progress, first = restored(programs, first_progress(trainer, state), checkpoints)

@@ -22,7 +22,7 @@ RUNS = [
     *((name, variant) for name in ("eam", "ram", "awm", "nft") for variant in ("", "emoji")),
     ("draft", "lv"),
     *(("path_regression", variant) for variant in ("", "innovation")),
-    *(("emoji_exact", variant) for variant in ("", "without_gradient")),
+    *(("emoji_exact", variant) for variant in ("", "network")),
     *((name, variant) for name in PAPER for variant in ("", "forward_only", "fast")),
 ]
 

@@ -51,9 +51,12 @@ def with_value(tree, name, value):
 
 
 def algorithm_tree(name):
-    config = {"residual_nabla_db": "emoji", "path_regression": "path_regression", "value_gradient": "emoji_exact"}.get(
-        name, f"{name}:emoji"
-    )
+    config = {
+        "residual_nabla_db": "emoji",
+        "path_regression": "path_regression",
+        "kernel_value": "emoji_exact",
+        "value_gradient": "emoji_exact:network",
+    }.get(name, f"{name}:emoji")
     tree = load_config(*config.split(":")).to_dict()
     assert tree["algorithm"]["name"] == name
     return tree

@@ -18,7 +18,7 @@ from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange, Trajectory
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 Metrics = dict[str, Float[Array, ""]]
-Scalars = dict[str, PerSample]
+Scalars = dict[str, Float[Array, " batch *rest"]]  # one or several numbers for each sample
 LAMBDA = "λ, the weight of ‖ε_θ − ε_θ†‖²"  # the meaning of the option output_regularisation
 HeadKind = Literal["vector", "scalar"]  # the shape of x, such as g_φ; one number per sample, such as log F
 
@@ -105,14 +105,17 @@ class Algorithm(Protocol):
 
     def weigh(
         self, stats: PyTree[np.ndarray], scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
-    ) -> tuple[Float[np.ndarray, " all"], PyTree[np.ndarray]]:
-        """A weight for each sample, and the new stats. `scalars` holds "log_reward" and the scalars of `batch`."""
+    ) -> tuple[Float[np.ndarray, " all *rest"], PyTree[np.ndarray]]:
+        """What `value_and_grad` is told about each sample, which is mostly its weight, and the new stats.
+
+        `scalars` holds "log_reward" and the scalars of `batch`. Both results keep their shapes after the first epoch.
+        """
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """The training data for `updates` updates. `params` are the parameters that sampled the rollout."""
 
     def value_and_grad(
-        self, params: Params, model: Model, data: PyTree[Any], weight: PerSample
+        self, params: Params, model: Model, data: PyTree[Any], weight: Float[Array, " batch *rest"]
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         """((loss, its terms), gradient) as means over the samples of `data`, a micro-batch with leaves (B, …)."""
 

@@ -33,10 +33,9 @@ from nabla_gfn_jax.algorithms.base import (
     Model,
     PolicyAlone,
     Rollout,
-    output_change,
 )
-from nabla_gfn_jax.algorithms.credit import adjoint_credit, compare_with
-from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, step_loss
+from nabla_gfn_jax.algorithms.credit import adjoint_credit
+from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
 from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.errors import UserError
@@ -106,20 +105,16 @@ class PathRegression(Checked, PolicyAlone):
         assert now.adjoint is not None
         assert now.adjoint.base_output is not None
         c = clipped(expand(step.sigma, now.x) * now.adjoint.gradient, self.credit_clip)
-        base_output = now.adjoint.base_output  # with `predict_change`: o_θ† minus its change by the LoRA
-        at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
-
-        def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
-            nats = step_loss(step, change, c)
-            pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
-            terms = {
-                "loss_paths": model.policy_steps * (weight * nats).mean(),
-                "loss_reg": self.output_regularisation * output_change(*pair, step.at).mean(),
-            }
-            return terms["loss_paths"] + terms["loss_reg"], terms
-
-        value, cotangents = jax.value_and_grad(loss, (0, 1), has_aux=True)(*at_x.outputs)
-        return value, {"lora": at_x.to_lora(sum(cotangents))}
+        return regress_steps(
+            model,
+            params["lora"],
+            now,
+            now.adjoint.base_output,  # with `predict_change`: o_θ† minus its change by the LoRA
+            c,
+            loss="loss_paths",
+            regularisation=self.output_regularisation,
+            weight=weight,
+        )
 
 
 def innovation(model: Model, lora: Params, rollout: Rollout) -> AdjointCredit:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import Model, Rollout
+from nabla_gfn_jax.algorithms.base import Metrics, Model, Rollout, output_change
+from nabla_gfn_jax.algorithms.credit import compare_with
+from nabla_gfn_jax.algorithms.transitions import Transition
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.typing import Latents, Params, PerSample
 
@@ -81,3 +83,33 @@ def step_loss(step: Chain, change: Latents, c: Latents) -> PerSample:
     """‖δ‖²/2 − δ·c of each step, in nats, with `change` = o_θ − o_#; least at δ = c."""
     delta = expand(step.mean_o / step.sigma, change) * change
     return (delta * (0.5 * delta - c)).reshape(len(c), -1).sum(axis=1)
+
+
+def regress_steps(
+    model: Model,
+    lora: Params,
+    now: Transition,
+    base_output: Latents,
+    c: Latents,
+    *,
+    loss: str,
+    regularisation: float,
+    weight: PerSample | float = 1.0,
+) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+    """((loss, its terms), {"lora": its gradient}) of transitions (N, …) that are told to go by c.
+
+    The terms are the mean of `weight` times a path's `step_loss`, named `loss`, and λ's, λ being `regularisation`.
+    """
+    step = model.chain[now.index]
+    at_x = compare_with(model, lora, now.x, step.at, now.prompt_id, base_output)
+
+    def value(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
+        pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
+        terms = {
+            loss: model.policy_steps * (weight * step_loss(step, change, c)).mean(),
+            "loss_reg": regularisation * output_change(*pair, step.at).mean(),
+        }
+        return terms[loss] + terms["loss_reg"], terms
+
+    found, cotangents = jax.value_and_grad(value, (0, 1), has_aux=True)(*at_x.outputs)
+    return found, {"lora": at_x.to_lora(sum(cotangents))}

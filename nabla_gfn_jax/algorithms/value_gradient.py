@@ -32,9 +32,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout, output_change
-from nabla_gfn_jax.algorithms.credit import Prediction, compare_with
-from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, step_loss
+from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout
+from nabla_gfn_jax.algorithms.credit import Prediction
+from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
 from nabla_gfn_jax.algorithms.transitions import Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.errors import UserError
@@ -148,19 +148,16 @@ class ValueGradient(Checked):
         step = model.chain[now.index]
         credit = self._gradient(params["flow"], model, now, step, jnp.repeat(log_z, each))
         c = expand(step.sigma, now.x) * credit
-        at_x = compare_with(model, params["lora"], now.x, step.at, now.prompt_id, base_output)
-
-        def loss(output: Latents, change: Latents) -> tuple[Float[Array, ""], Metrics]:
-            nats = step_loss(step, change, c)
-            pair = (output, now.output) if model.predict_change is None else (change, now.output - base_output)
-            terms = {
-                "loss_steps": model.policy_steps * nats.mean(),
-                "loss_reg": self.output_regularisation * output_change(*pair, step.at).mean(),
-            }
-            return terms["loss_steps"] + terms["loss_reg"], terms
-
-        (_, terms), cotangents = jax.value_and_grad(loss, (0, 1), has_aux=True)(*at_x.outputs)
-        return terms, at_x.to_lora(sum(cotangents))
+        (_, terms), gradient = regress_steps(
+            model,
+            params["lora"],
+            now,
+            base_output,
+            c,
+            loss="loss_steps",
+            regularisation=self.output_regularisation,
+        )
+        return terms, gradient["lora"]
 
     def _gradient(self, phi: Params, model: Model, now: Transition, step: Chain, log_z: PerSample) -> Latents:
         """∇V(y), pulled back to y through the base model's clean sample; a sample is its own."""

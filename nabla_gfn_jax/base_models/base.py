@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from nabla_gfn_jax.diffusion.chain import Chain, Level
 from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange
 from nabla_gfn_jax.diffusion.schedule import Sampler
+from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKey, PromptIds
 
 Table: TypeAlias = PyTree[Any]  # arrays with the features of prompts for a network; a prompt's id is its row
@@ -95,8 +96,8 @@ class BaseModel(Protocol):
     def decode(self, params: Params, latents: Latents) -> Images:
         """Images (B, height, width, 3), clamped to [0, 1], float32."""
 
-    def init_lora(self, key: PRNGKey, rank: int) -> Params:
-        """A new LoRA, which does not change the model's output."""
+    def init_lora(self, key: PRNGKey, rank: int, layers: Layers = "attention") -> Params:
+        """A new LoRA on the attention layers or on all layers, which does not change the model's output."""
 
     def head(self, kind: str, options: Mapping[str, Any]) -> HeadNetwork:
         """A network for a head of an algorithm; `kind` is "vector" or "scalar"."""

@@ -14,7 +14,7 @@ from nabla_gfn_jax.diffusion.chain import Chain, Level, expand, stable_diffusion
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.clip import CLIPTextModel
-from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.models.lora import Layers, init_lora
 from nabla_gfn_jax.models.pair import Pair, filled, linear
 from nabla_gfn_jax.models.tokenizer import CLIPTokenizer
 from nabla_gfn_jax.models.unet import UNet2DConditionModel, UNetConfig
@@ -152,8 +152,8 @@ class StableDiffusion:
         images: Images = self.vae.apply({"params": params["vae"]}, latents, method="decode")  # type: ignore[assignment]
         return jnp.clip(images.astype(jnp.float32), 0.0, 1.0)
 
-    def init_lora(self, key: PRNGKey, rank: int) -> Params:
-        return init_lora(key, self.params["unet"], rank)
+    def init_lora(self, key: PRNGKey, rank: int, layers: Layers = "attention") -> Params:
+        return init_lora(key, self.params["unet"], rank, layers)
 
     def head(self, kind: str, options: Mapping[str, Any]) -> "UNetHead":
         """A small UNet that attends to the prompt. `options` are fields of its `UNetConfig`."""

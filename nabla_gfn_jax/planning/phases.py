@@ -117,16 +117,16 @@ class Plan:
         """The function of the phase and the shapes of its arguments."""
         c, everywhere = self.config, lambda tree: placed(tree, self.mesh, EVERYWHERE)
         frozen = everywhere(trainer.frozen_params)
-        state = everywhere(jax.eval_shape(lambda: trainer.first_state(0, c.lora.rank)))
+        state = everywhere(jax.eval_shape(lambda: trainer.first_state(0, c.lora.rank, c.lora.layers)))
         count = c.training.trajectories
         keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), count))
         ids = jax.ShapeDtypeStruct((count,), jnp.int32)
         given = (frozen, state.params, placed(keys, self.mesh, SPLIT), placed(ids, self.mesh, SPLIT))
         if name == "rollout":
             return trainer.rollout, given
-        data = jax.eval_shape(trainer.rollout, *given).data
-        weight = placed(jax.ShapeDtypeStruct((count,), jnp.float32), self.mesh, SPLIT)
-        return trainer.update, (frozen, state, placed(data, self.mesh, BY_UPDATE), weight)
+        sampled = jax.eval_shape(trainer.rollout, *given)
+        weight = placed(trainer.told(sampled.scalars, count)[0], self.mesh, SPLIT)
+        return trainer.update, (frozen, state, placed(sampled.data, self.mesh, BY_UPDATE), weight)
 
 
 def abstract_trainer(config: Settings, mesh: Mesh) -> Trainer:

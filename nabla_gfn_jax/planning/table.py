@@ -44,7 +44,7 @@ def _parameters(plan: Plan) -> str:
         return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:.1f} M"
 
     trainer = plan.trainer
-    state = jax.eval_shape(lambda: trainer.first_state(0, plan.config.lora.rank))
+    state = jax.eval_shape(lambda: trainer.first_state(0, plan.config.lora.rank, plan.config.lora.layers))
     frozen = trainer.frozen_params
     base = ", ".join(f"{part} {millions(tree)}" for part, tree in frozen["base"].items())
     trained = ", ".join(f"{name} {millions(tree)}" for name, tree in state.params.items())

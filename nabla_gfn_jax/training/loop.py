@@ -88,7 +88,8 @@ class Programs:
         self._prompts = PromptIds(trainer.num_prompts, trainer.prompt_weights)
         traced = trainer.rollout.trace(trainer.frozen, state.params, *self.given(0)[:2])
         self.data = placed(traced.out_info.data, trainer.mesh, BY_UPDATE)
-        self.weight = placed(jax.ShapeDtypeStruct((plan.samples,), jnp.float32), trainer.mesh, SPLIT)
+        weight, self.stats = trainer.told(traced.out_info.scalars, plan.samples)
+        self.weight = placed(weight, trainer.mesh, SPLIT)
         update = trainer.update.trace(trainer.frozen, state, self.data, self.weight)
         self.meter.know("rollout", traced)
         self.meter.know("update", update)
@@ -130,6 +131,7 @@ def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[
     trainer = programs.trainer
     if checkpoints.latest is None:
         return progress, 1 if trainer.algorithm.on_policy else 0
+    progress = replace(progress, stats=programs.stats)
     if not trainer.algorithm.on_policy:
         zeros = lambda shapes, spec: place(  # noqa: E731
             jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), trainer.mesh, spec

@@ -11,15 +11,17 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
-from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout
+from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout, Scalars
 from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, change_predictor, predictor
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
 from nabla_gfn_jax.rewards import TOTAL, Reward
 from nabla_gfn_jax.streams import stream
@@ -33,7 +35,7 @@ class Sampled:
     """The result of an epoch's sampling: training data, and "log_reward" and other scalars of each sample."""
 
     data: PyTree[Any]
-    scalars: dict[str, PerSample]
+    scalars: Scalars
 
 
 BY_UPDATE = PartitionSpec(None, AXIS)  # leaves (updates, B, …), split by samples
@@ -69,10 +71,10 @@ class Trainer:
         """The networks of the algorithm's heads."""
         return {name: self.base.head(kind, self.head_options) for name, kind in self.algorithm.heads().items()}
 
-    def first_state(self, seed: int, rank: int) -> TrainState:
+    def first_state(self, seed: int, rank: int, layers: Layers = "attention") -> TrainState:
         """The initial state. A new LoRA and the heads do not change the base model's distribution."""
         key = jax.random.key(seed)
-        lora = self.start_from or self.base.init_lora(stream(key, "lora"), rank)
+        lora = self.start_from or self.base.init_lora(stream(key, "lora"), rank, layers)
         params: Params = {"lora": lora} | {name: h.init(stream(key, name)) for name, h in self.heads.items()}
         average = jax.tree.map(jnp.copy, lora) if self.average else None
         return TrainState(params, self.optimizer.init(params), jnp.zeros((), jnp.int32), average)
@@ -86,6 +88,15 @@ class Trainer:
     def frozen(self) -> Params:
         """`frozen_params` on the devices."""
         return place(self.frozen_params, self.mesh)
+
+    def told(self, scalars: Mapping[str, Any], samples: int) -> tuple[PyTree[np.ndarray], PyTree[np.ndarray]]:
+        """What the algorithm tells each sample after an epoch, and what it then remembers; good for their shapes alone.
+
+        `scalars`: the shapes of what a rollout gives to `Algorithm.weigh`.
+        """
+        zeros = {name: np.zeros(a.shape, a.dtype) for name, a in scalars.items()}
+        first = self.algorithm.first_stats(self.num_prompts)
+        return self.algorithm.weigh(first, zeros, np.zeros(samples, np.int32))
 
     def model(self, frozen: Params) -> Model:
         """The functions that the algorithm works with."""
@@ -147,7 +158,7 @@ class Trainer:
         return in_parts(partial(self.base.decode, frozen["base"]), self.images_at_once, trajectory.samples)
 
     def _update(
-        self, frozen: Params, state: TrainState, data: PyTree[Any], weight: PerSample
+        self, frozen: Params, state: TrainState, data: PyTree[Any], weight: Float[Array, " batch *rest"]
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on each of the epoch's batches. The metrics are means over these steps."""
         state, metrics = jax.lax.scan(partial(self._step, self.model(frozen), weight), state, data)

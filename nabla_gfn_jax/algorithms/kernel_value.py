@@ -1,0 +1,155 @@
+"""Kernel value: all paths so far tell the log value of a state, and the policy's steps follow its gradient.
+
+V(x) = log E_#[R(x_T)^β | x] is the log value of a state x under the base model. The target P_base · R^β steps from x to
+
+    E_*[y | x] = μ_# + σ² E_*[∇V(y) | x]            (Doob's h-transform, by Stein's identity)
+
+V is fitted after every epoch's sampling to the ends of all paths that are remembered, each with its exact weight
+(`value_memory`), as a function of the base model's clean sample x̂_#. The policy's loss is on its own new paths,
+
+    policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c = σ ∇_y V(x̂_#(y)), a constant
+    reg       λ ‖ε_θ − ε_θ†‖²
+
+in nats of a path, and the target is its fixed point. V's gradient by x̂ comes from the host. The device pulls it back
+to y through the base model. The chance in y makes c rough, and the policy learns its mean given x. No gradient of the
+reward is taken: any reward will do.
+
+`value_gradient` has a network for V, which all prompts share. A kernel needs some hundred paths of every prompt.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout
+from nabla_gfn_jax.algorithms.credit import Prediction
+from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
+from nabla_gfn_jax.algorithms.transitions import Transition, flatten, share_out, take
+from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.diffusion.chain import expand
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.typing import Latents, Params
+
+
+@flax.struct.dataclass
+class Data:
+    """What an update is made of; leaves (B, steps, …)."""
+
+    now: Transition
+    base_output: Latents  # o_# at x
+
+
+@flax.struct.dataclass
+class Stats:
+    """What is remembered of all epochs."""
+
+    weights: PathWeights
+    memory: ValueMemory
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelValue(Checked, PolicyAlone):
+    """The policy follows the gradient of a log value that a kernel regression learns."""
+
+    beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
+    steps: int = option(1, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
+    memory: int = option(16384, "paths that V is fitted to: the newest so many", minimum=2)
+    after: int = option(0, "paths to be sampled before the policy begins to learn", minimum=0)
+    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
+    features: int = option(600, "random features of the kernel", minimum=1)
+    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
+    ridge: float = option(3.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
+    weight_clip: float = option(20.0, "largest weight W/Z", above=0)
+    output_regularisation: float = option(0.0, LAMBDA, minimum=0)
+
+    on_policy: ClassVar[bool] = True
+    takes_any_steps: ClassVar[bool] = True
+    columns: ClassVar[dict[str, str]] = {
+        "loss_steps": "the regression of the policy's steps on V's gradient, in nats a path, up to a constant",
+        "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
+    }
+
+    def validate(self, num_steps: int) -> None:
+        """Raises `UserError` if a trajectory has fewer steps than an update takes."""
+        if self.steps > num_steps:
+            raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
+
+    @property
+    def fit(self) -> Fit:
+        """How V is fitted."""
+        return Fit(
+            places=self.memory,
+            components=self.components,
+            features=self.features,
+            length=self.length,
+            ridge=self.ridge,
+            weight_clip=self.weight_clip,
+        )
+
+    def first_stats(self, num_prompts: int) -> Stats:
+        return Stats(PathWeights.none(num_prompts), ValueMemory.empty(num_prompts))
+
+    def weigh(
+        self, stats: Stats, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
+    ) -> tuple[Float[np.ndarray, "all S elements"], Stats]:
+        """∇V by x̂ at the states after each of the policy's steps, V being fitted to these paths too."""
+        log_reward = np.asarray(scalars["log_reward"], np.float64)[:, None]
+        clean = np.asarray(scalars["clean"])
+        _, weights = stats.weights.add(self.beta, scalars, prompt_id)
+        log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_after"], np.float64)
+        memory = self.fit.add(stats.memory, clean, log_w.astype(np.float32), prompt_id)
+        if memory.seen <= self.after:
+            return np.zeros(clean.shape, np.float32), Stats(weights, memory)
+        gradient, memory = self.fit.gradients(memory, clean, prompt_id, weights.log_z)
+        return gradient, Stats(weights, memory)
+
+    def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
+        """`steps` steps of each trajectory for every update; x̂_# and log Π p_#/p_θ† after each step of the policy."""
+        path, after = rollout.trajectory, slice(1, model.policy_steps + 1)
+        base = base_outputs(model, params["lora"], rollout)
+        ratio = log_ratio(model.chain, rollout, base)
+        clean = jax.vmap(lambda level, o, x: level.clean(o, x))(model.chain.at, base, path.latents[:-1])
+        clean = jnp.concatenate([clean, path.samples[None]])[after]  # of a sample, itself
+        steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
+        rows = jnp.arange(len(rollout.keys))[:, None]
+
+        return Batch(
+            data=jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps),
+            scalars={
+                "log_ratio": ratio[0],
+                "log_ratio_after": ratio[after].T,
+                "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps, -1),
+            },
+        )
+
+    def value_and_grad(
+        self, params: Params, model: Model, data: Data, weight: Float[Array, "batch S elements"]
+    ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+        """The loss and the LoRA's gradient. `weight` is ∇V by x̂ after each step."""
+        rows = jnp.arange(len(weight))[:, None]
+        now, base_output = flatten(data.now), flatten(data.base_output)
+        by_clean = weight[rows, data.now.index].reshape(now.y.shape)
+        c = expand(model.chain[now.index].sigma, now.x) * self._pulled_back(model, now, by_clean)
+        return regress_steps(
+            model,
+            params["lora"],
+            now,
+            base_output,
+            c,
+            loss="loss_steps",
+            regularisation=self.output_regularisation,
+        )
+
+    def _pulled_back(self, model: Model, now: Transition, by_clean: Latents) -> Latents:
+        """A gradient by x̂_#(y), pulled back to y; a sample is its own x̂."""
+        to: Any = model.chain[now.index].to
+        at_y = Prediction(model, None, now.y, to, now.prompt_id)
+        is_sample = expand(now.index == model.chain.num_steps - 1, now.y)
+        return jnp.where(is_sample, by_clean, at_y.to_x(to.clean, by_clean))

@@ -1,0 +1,174 @@
+"""The log values of states, from where all paths so far have ended: a kernel regression, on the host, in NumPy.
+
+V(x) = log E_#[R(x_T)^β | x] = log E_θ†[W | x], W = R(x_T)^β Π p_#/p_θ† over the steps after x. A state is seen as the
+base model's clean sample x̂ in a few principal components, a, in units of the widest. For every prompt and step
+
+    V(a) = log Z + b_0 + bᵀφ(a),     φ = ( √(2/F) cos(Ωa + ρ), a/3 ),     Ω ~ N(0, 1/ℓ²)
+
+with F random features of the Gaussian kernel of length ℓ (Rahimi & Recht 2007). b has the least
+
+    Σ_paths ( e^{V−log Z} − (W/Z)(V − log Z) ) + ridge ‖b‖²/2,
+
+a Poisson regression, which is convex. Few paths give a V that is nearly flat, and many one that bends. What chance did
+in a path is not learned by heart, as a network of many layers would.
+"""
+
+from dataclasses import dataclass
+
+import flax.struct
+import numpy as np
+import scipy.optimize
+from jaxtyping import Float, Int
+
+_LINEAR = 1 / 3  # a's own weight among the features
+_ITERATIONS = 40  # of L-BFGS, from the solution of the epoch before
+_SEED = 0  # of the random features
+_NEVER = -1  # the prompt of an empty place
+
+
+@flax.struct.dataclass
+class ValueMemory:
+    """Paths by place in a ring, and what was fitted to them; S states of a path, d components, F features."""
+
+    seen: Int[np.ndarray, ""]  # paths so far
+    prompt_id: Int[np.ndarray, " places"]
+    components: Float[np.ndarray, "places S d"]
+    log_w: Float[np.ndarray, "places S"]
+    centre: Float[np.ndarray, " elements"]
+    basis: Float[np.ndarray, "elements d"]
+    solution: Float[np.ndarray, "prompts S F"]
+
+    @classmethod
+    def empty(cls, num_prompts: int) -> "ValueMemory":
+        """Before the first path, whose shapes are not known yet."""
+        return cls(
+            seen=np.zeros((), np.int64),
+            prompt_id=np.zeros(0, np.int32),
+            components=np.zeros((0, 0, 0), np.float32),
+            log_w=np.zeros((0, 0), np.float32),
+            centre=np.zeros(0, np.float32),
+            basis=np.zeros((0, 0), np.float32),
+            solution=np.zeros((num_prompts, 0, 0), np.float32),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fit:
+    """How a memory is kept and fitted."""
+
+    places: int
+    components: int
+    features: int
+    length: float
+    ridge: float
+    weight_clip: float
+
+    def add(
+        self,
+        memory: ValueMemory,
+        clean: Float[np.ndarray, "paths S elements"],
+        log_w: Float[np.ndarray, "paths S"],
+        prompt_id: Int[np.ndarray, " paths"],
+    ) -> ValueMemory:
+        """The memory with an epoch's paths; the oldest make room."""
+        if not memory.basis.size:
+            memory = self._begun(memory, clean)
+        places = (memory.seen + np.arange(len(clean))) % self.places
+        places, new = places[-self.places :], slice(max(len(clean) - self.places, 0), None)
+        arrays = {"prompt_id": prompt_id, "components": self.project(memory, clean), "log_w": log_w}
+        changed = {}
+        for name, rows in arrays.items():
+            changed[name] = getattr(memory, name).copy()
+            changed[name][places] = rows[new]
+        return memory.replace(seen=np.asarray(memory.seen + len(clean)), **changed)  # type: ignore[attr-defined,no-any-return]
+
+    def _begun(self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]) -> ValueMemory:
+        """The first paths say what the principal components are: those of their last states."""
+        last = np.asarray(clean[:, -1], np.float64)
+        centre = last.mean(axis=0)
+        size = min(self.components, last.shape[1])
+        rows = np.linalg.svd(last - centre, full_matrices=False)[2][:size]
+        basis = np.zeros((last.shape[1], size), np.float32)
+        basis[:, : len(rows)] = rows.T
+        states = clean.shape[1]
+        return ValueMemory(
+            seen=memory.seen,
+            prompt_id=np.full(self.places, _NEVER, np.int32),
+            components=np.zeros((self.places, states, size), np.float32),
+            log_w=np.zeros((self.places, states), np.float32),
+            centre=centre.astype(np.float32),
+            basis=basis,
+            solution=np.zeros((len(memory.solution), states, 1 + self.features + size), np.float32),
+        )
+
+    def project(
+        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]
+    ) -> Float[np.ndarray, "paths S d"]:
+        return (np.asarray(clean, np.float32) - memory.centre) @ memory.basis
+
+    def gradients(
+        self,
+        memory: ValueMemory,
+        clean: Float[np.ndarray, "paths S elements"],
+        prompt_id: Int[np.ndarray, " paths"],
+        log_z: Float[np.ndarray, " prompts"],
+    ) -> tuple[Float[np.ndarray, "paths S elements"], ValueMemory]:
+        """∇V by x̂ at every state of the paths, and the memory with the solutions that were fitted for it."""
+        found, solution = np.zeros(clean.shape, np.float32), memory.solution.copy()
+        new = self.project(memory, clean)
+        waves = self._waves(new.shape[2])
+        for prompt in np.unique(prompt_id):
+            known, asked = memory.prompt_id == prompt, prompt_id == prompt
+            for state in range(new.shape[1]):
+                old = memory.components[known, state]
+                centre = old.mean(axis=0)
+                unit = max(float(old.std(axis=0).max()), 1e-6)
+                w = np.minimum(np.exp(memory.log_w[known, state] - log_z[prompt]), self.weight_clip)
+                solution[prompt, state] = b = self._solve(
+                    features((old - centre) / unit, *waves), w, solution[prompt, state]
+                )
+                by_a = slope((new[asked, state] - centre) / unit, b, *waves)
+                found[asked, state] = by_a @ memory.basis.T / unit
+        return found, memory.replace(solution=solution)  # type: ignore[attr-defined]
+
+    def _waves(self, size: int) -> tuple[Float[np.ndarray, "d F"], Float[np.ndarray, " F"]]:
+        random = np.random.default_rng(_SEED)
+        omega = random.normal(size=(size, self.features)) / self.length
+        return omega.astype(np.float32), random.uniform(0, 2 * np.pi, self.features).astype(np.float32)
+
+    def _solve(
+        self, phi: Float[np.ndarray, "paths F"], w: Float[np.ndarray, " paths"], start: Float[np.ndarray, " F"]
+    ) -> Float[np.ndarray, " F"]:
+        """b of the least loss; above `weight_clip` e^v goes on as a straight line, as W does."""
+        top, most = float(np.log(self.weight_clip)), self.weight_clip
+        penalty = np.r_[0.0, np.full(phi.shape[1] - 1, self.ridge)]
+
+        def loss(b: Float[np.ndarray, " F"]) -> tuple[float, Float[np.ndarray, " F"]]:
+            v = phi @ b.astype(np.float32)
+            e = np.exp(np.minimum(v, top))
+            value = (e + most * np.maximum(v - top, 0.0) - w * v).sum(dtype=np.float64) + penalty @ b**2 / 2
+            return float(value), (phi.T @ (e - w)).astype(np.float64) + penalty * b
+
+        options = {"maxiter": _ITERATIONS}
+        result = scipy.optimize.minimize(loss, start.astype(np.float64), jac=True, method="L-BFGS-B", options=options)
+        return np.asarray(result.x, np.float32)
+
+
+def features(
+    a: Float[np.ndarray, "paths d"], omega: Float[np.ndarray, "d waves"], phase: Float[np.ndarray, " waves"]
+) -> Float[np.ndarray, "paths F"]:
+    """1, the cosines, and a itself."""
+    waves = np.sqrt(np.float32(2 / max(len(phase), 1))) * np.cos(a @ omega + phase)
+    return np.concatenate([np.ones((len(a), 1), np.float32), waves, np.float32(_LINEAR) * a], axis=1)
+
+
+def slope(
+    a: Float[np.ndarray, "paths d"],
+    b: Float[np.ndarray, " F"],
+    omega: Float[np.ndarray, "d waves"],
+    phase: Float[np.ndarray, " waves"],
+) -> Float[np.ndarray, "paths d"]:
+    """∇_a of bᵀφ(a)."""
+    cosines, own = b[1 : 1 + len(phase)], b[1 + len(phase) :]
+    waves = -np.sqrt(np.float32(2 / max(len(phase), 1))) * np.sin(a @ omega + phase) * cosines
+    return waves @ omega.T + np.float32(_LINEAR) * own

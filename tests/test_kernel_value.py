@@ -1,0 +1,194 @@
+"""The kernel value: its fit against an independent statement, its losses against PyTorch, its target in the plane."""
+
+import jax
+import numpy as np
+import pytest
+import torch
+from test_nabla_db import (
+    BATCH,
+    CARRIED,
+    DEFAULTS,
+    LORA,
+    MODEL,
+    _float64,
+    _oracle,
+    first_update,
+    rollout,
+    sampled_trajectory,
+    step,
+)
+
+from nabla_gfn_jax.algorithms.kernel_value import KernelValue
+from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.studies import mixture2d
+
+torch.set_num_threads(1)
+LAMBDA, POLICY_STEPS = 3.0, 50
+FIT = Fit(places=64, components=3, features=40, length=1.5, ridge=0.7, weight_clip=6.0)
+
+
+def paths(count, states=2, elements=5, seed=0):
+    """States, log weights and prompts of paths, the last state's components known."""
+    random = np.random.default_rng(seed)
+    clean = (random.normal(size=(count, states, elements)) * [3, 2, 1, 0.3, 0.1] + 1).astype(np.float32)
+    return clean, random.normal(size=(count, states)).astype(np.float32), random.integers(0, 2, count)
+
+
+def value_in_torch(x, memory, prompt, state, b):
+    """V − log Z of states in float64, and the features, stated anew."""
+    known = memory.prompt_id == prompt
+    old = memory.components[known, state].astype(np.float64)
+    random = np.random.default_rng(0)
+    omega = random.normal(size=(old.shape[1], FIT.features)) / FIT.length
+    phase = random.uniform(0, 2 * np.pi, FIT.features)
+    a = (x - _float64(memory.centre)) @ _float64(memory.basis)
+    a = (a - torch.as_tensor(old.mean(0))) / float(old.std(0).max())
+    waves = torch.cos(a @ torch.as_tensor(omega) + torch.as_tensor(phase)) * (2 / FIT.features) ** 0.5
+    return b[0] + waves @ b[1 : 1 + FIT.features] + a @ b[1 + FIT.features :] / 3
+
+
+@pytest.mark.parametrize("prompt", [0, 1])
+@pytest.mark.parametrize("state", [0, 1])
+def test_the_fit_and_its_gradient(prompt, state):
+    """No change of b lowers the loss, and what is told a state is V's gradient there."""
+    clean, log_w, prompt_id = paths(40)
+    log_z = np.asarray([0.4, -0.2])
+    memory = FIT.add(ValueMemory.empty(2), clean, log_w, prompt_id)
+    gradient, memory = FIT.gradients(memory, clean, prompt_id, log_z)
+    own = prompt_id == prompt
+    x, b = _float64(clean[own, state]).requires_grad_(), _float64(memory.solution[prompt, state]).requires_grad_()
+    v = value_in_torch(x, memory, prompt, state, b)
+    w = torch.clamp(torch.exp(_float64(log_w[own, state]) - log_z[prompt]), max=FIT.weight_clip)
+    grown = torch.where(v < np.log(FIT.weight_clip), torch.exp(v), FIT.weight_clip * (1 + v - np.log(FIT.weight_clip)))
+    loss = (grown - w * v).sum() + FIT.ridge * (b[1:] ** 2).sum() / 2
+    (slope,) = torch.autograd.grad(loss, b, retain_graph=True)
+    at_zero = (1 - w).abs().sum()
+    assert slope.norm() < 1e-3 * at_zero
+    (by_x,) = torch.autograd.grad(v.sum(), x)
+    np.testing.assert_allclose(gradient[own, state], by_x, rtol=1e-4, atol=1e-4 * float(by_x.abs().max()))
+
+
+def test_a_linear_log_value_is_found():
+    """log W = 1.2 times the first element, and noise of known mean: the slope comes near with many paths."""
+    random = np.random.default_rng(1)
+    clean = random.normal(size=(4000, 1, 4)).astype(np.float32) * np.asarray([1, 0.8, 0.5, 0.1], np.float32)
+    log_w = (0.6 * clean[..., 0] + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
+    fit = Fit(places=4000, components=3, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    ids = np.zeros(4000, int)
+    memory = fit.add(ValueMemory.empty(1), clean, log_w, ids)
+    gradient, _ = fit.gradients(memory, clean, ids, np.log(np.exp(log_w).mean(0)))
+    np.testing.assert_allclose(gradient[:, 0].mean(0), [0.6, 0, 0, 0], atol=0.05)
+
+
+def test_the_oldest_paths_make_room():
+    """A ring of 64: of 100 paths in three epochs the last 64 are kept, each with what belongs to it."""
+    clean, log_w, prompt_id = paths(100)
+    memory = ValueMemory.empty(2)
+    for some in (slice(0, 40), slice(40, 70), slice(70, 100)):
+        memory = FIT.add(memory, clean[some], log_w[some], prompt_id[some])
+    assert memory.seen == 100
+    order = np.argsort(memory.log_w[:, 0])
+    kept = 36 + np.argsort(log_w[36:, 0])
+    np.testing.assert_array_equal(memory.log_w[order], log_w[kept])
+    np.testing.assert_array_equal(memory.prompt_id[order], prompt_id[kept])
+    np.testing.assert_allclose(memory.components[order], FIT.project(memory, clean[kept]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_basis_is_that_of_the_first_paths_samples():
+    clean, log_w, prompt_id = paths(50)
+    memory = FIT.add(ValueMemory.empty(2), clean, log_w, prompt_id)
+    last = clean[:, -1].astype(np.float64)
+    variance, vectors = np.linalg.eigh(np.cov(last.T))
+    found = np.abs(memory.basis.T @ vectors[:, np.argsort(-variance)[:3]])
+    np.testing.assert_allclose(found, np.eye(3), atol=1e-4)
+
+
+def test_the_policy_waits_for_paths():
+    """Until `after` paths have been seen every sample is told nothing, and their number alone decides."""
+    algorithm = KernelValue(beta=1.0, after=40, memory=64, components=3, features=10)
+    stats, told = algorithm.first_stats(2), []
+    for epoch in range(3):
+        clean, _, prompt_id = paths(20, seed=epoch)
+        scalars = {
+            "log_reward": clean[:, -1, 0],
+            "log_ratio": np.zeros(20),
+            "log_ratio_after": np.zeros((20, 2)),
+            "clean": clean,
+        }
+        weight, stats = algorithm.weigh(stats, scalars, prompt_id)
+        told.append(np.abs(weight).max())
+    assert told[0] == told[1] == 0
+    assert told[2] > 0
+
+
+@pytest.mark.parametrize("model", [MODEL, CARRIED], ids=["subtracted", "carried"])
+def test_loss_and_gradient(model):
+    """Each step goes by V's gradient by x̂, pulled back to y; the sample is its own x̂."""
+    algorithm = KernelValue(beta=0.8, steps=20, output_regularisation=LAMBDA)
+    sampled_by = {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
+    batch = jax.jit(lambda r: algorithm.batch(sampled_by, model, r, 2))(rollout())
+    data, path = first_update(batch), sampled_trajectory()
+    told = np.random.default_rng(0).normal(size=(BATCH, POLICY_STEPS, path.samples[0].size)).astype(np.float32)
+    (loss, terms), gradient = jax.jit(lambda *a: algorithm.value_and_grad(a[0], model, *a[1:]))(
+        {"lora": LORA}, data, told
+    )
+    oracle, x = _oracle(DEFAULTS), [_float64(latents) for latents in path.latents]
+
+    def clean(y, k):
+        return y if k == 50 else oracle.clean(oracle.eps(y, step(k)[0], None), y, step(k)[2])
+
+    for k in (1, 20, 50):
+        expected = clean(x[k], k).detach().numpy().reshape(BATCH, -1)
+        np.testing.assert_allclose(batch.scalars["clean"][:, k - 1], expected, rtol=1e-4, atol=1e-4)
+    nats = reg = size = 0.0
+    for b in range(BATCH):
+        for k in np.asarray(data.now.index[b]):
+            y = x[k + 1].clone().requires_grad_()
+            by_clean = _float64(told[:, k].reshape(path.samples.shape))
+            sigma = step(k)[4]
+            c = sigma * torch.autograd.grad((clean(y, k + 1) * by_clean).sum(), y)[0]
+            now, base = (oracle.eps(x[k], step(k)[0], lora) for lora in (oracle.lora, None))
+            shift = (oracle.mean(now, x[k], k) - oracle.mean(base, x[k], k)) / sigma
+            each = 50 * (shift[b] ** 2 / 2 - shift[b] * c[b]) / (20 * BATCH)
+            nats, size = nats + each.sum(), size + float(each.detach().abs().sum())
+            reg = reg + LAMBDA * ((now - _float64(path.outputs[k]))[b] ** 2).mean() / (20 * BATCH)
+    assert 49 in np.asarray(data.now.index)
+    np.testing.assert_allclose(terms["loss_steps"], float(nats.detach()), atol=1e-5 * size)  # parts cancel
+    np.testing.assert_allclose(terms["loss_reg"], float(reg.detach()), rtol=1e-4)
+    np.testing.assert_allclose(loss, sum(terms.values()), rtol=1e-6)
+    (nats + reg).backward()
+    for name, weights in oracle.lora.items():
+        expected = weights.grad.numpy()
+        assert np.linalg.norm(gradient["lora"][name] - expected) < 1e-4 * np.linalg.norm(expected), name
+
+
+def test_the_weights_are_those_of_the_steps_after():
+    """`log_ratio_after` of state k is log Π p_#/p_θ† over the steps k to T; the whole path's is `log_ratio`."""
+    algorithm, earlier = KernelValue(beta=0.8), jax.tree.map(lambda a: 0.7 * a, LORA)
+    found = jax.jit(lambda r: algorithm.batch({"lora": earlier}, MODEL, r, 1))(rollout()).scalars
+    oracle, path = _oracle(DEFAULTS), sampled_trajectory()
+    x, lora = [_float64(latents) for latents in path.latents], _float64(earlier)
+    ratio = [torch.zeros(BATCH, dtype=torch.float64)]
+    for k in range(49, -1, -1):
+        means = (oracle.mean(oracle.eps(x[k], step(k)[0], who), x[k], k) for who in (None, lora))
+        base, policy = (-((x[k + 1] - mean) ** 2).sum((1, 2, 3)) / (2 * step(k)[4] ** 2) for mean in means)
+        ratio.insert(0, ratio[0] + base - policy)
+    np.testing.assert_allclose(found["log_ratio"], ratio[0].detach(), rtol=1e-4)
+    expected = torch.stack(ratio[1:], 1).detach().numpy()
+    largest = np.abs(expected).max()  # the last step's noise is a small difference of latents, divided by a small σ
+    np.testing.assert_allclose(found["log_ratio_after"], expected, rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_more_than_a_trajectory_has_is_named():
+    KernelValue(beta=1.0, steps=50).validate(50)
+    with pytest.raises(UserError, match=r"algorithm\.steps = 51 is more than"):
+        KernelValue(beta=1.0, steps=51).validate(50)
+
+
+def test_a_few_updates_bring_the_policy_close():
+    """In the plane, and no gradient of the reward is taken there."""
+    algorithm = KernelValue(beta=1.0, steps=6, memory=4096, components=2, features=100)
+    run = mixture2d.Run(name="kernel value", algorithm=algorithm, batch=256, updates=120, learning_rate=2e-3)
+    result, _ = mixture2d.study(run, "doubled", samples=5000)
+    assert result.kl_policy_target < 0.25  # .94 before
