@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch_oracle as oracle
 from diffusers import StableDiffusionPipeline
 from diffusers.schedulers import scheduling_ddim
+from flax.traverse_util import flatten_dict
 from torch_oracle import nchw, nhwc, relative
 
 from nabla_gfn_jax.base_models.base import BaseModel, predictor
@@ -55,15 +57,20 @@ def draw_in_both(folder, pipe, lora, prompts, monkeypatch):
     return zip(ours, theirs, strict=True), images, their_images
 
 
-def random_lora(folder):
-    fresh = init_lora(jax.random.key(0), load_folder(folder).params["unet"], rank=3)
+def random_lora(folder, layers="attention"):
+    fresh = init_lora(jax.random.key(0), load_folder(folder).params["unet"], 3, layers)
     return jax.tree.map(lambda a: 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), fresh)
 
 
-def test_noise_prediction_with_a_lora_in_diffusers_layout(tmp_path, monkeypatch):
+@pytest.mark.parametrize("layers", ["attention", "all"])
+def test_noise_prediction_with_a_lora_in_diffusers_layout(layers, tmp_path, monkeypatch):
     pipe = oracle.pipeline(tmp_path, "epsilon", **oracle.TWO_LEVELS)
     pipe.save_pretrained(tmp_path)
-    lora = random_lora(tmp_path)
+    lora = random_lora(tmp_path, layers)
+    if layers == "all":
+        lora = jax.tree.map(lambda a: 0.3 * a, lora)
+        kernels = [path for path in flatten_dict(load_folder(tmp_path).params["unet"]) if path[-1] == "kernel"]
+        assert {path[:-1] for path in flatten_dict(lora)} == {path[:-1] for path in kernels}
     save_lora(tmp_path / "lora.safetensors", lora)
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
     prompts = ["a cat", "two dogs and a frog's pond"]
