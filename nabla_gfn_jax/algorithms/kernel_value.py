@@ -137,7 +137,7 @@ class KernelValue(Checked, PolicyAlone):
         now, base_output = flatten(data.now), flatten(data.base_output)
         by_clean = weight[rows, data.now.index].reshape(now.y.shape)
         c = expand(model.chain[now.index].sigma, now.x) * self._pulled_back(model, now, by_clean)
-        return regress_steps(
+        found, gradient = regress_steps(
             model,
             params["lora"],
             now,
@@ -146,6 +146,8 @@ class KernelValue(Checked, PolicyAlone):
             loss="loss_steps",
             regularisation=self.output_regularisation,
         )
+        # A policy that waits stays where it is: Adam would make steps of its rounding errors.
+        return found, jax.tree.map(lambda a: jnp.where(jnp.any(weight != 0), a, 0.0), gradient)
 
     def _pulled_back(self, model: Model, now: Transition, by_clean: Latents) -> Latents:
         """A gradient by x̂_#(y), pulled back to y; a sample is its own x̂."""
