@@ -80,14 +80,23 @@ def test_every_algorithm_keeps_the_protocol(name):
     model = dataclasses.replace(MODEL, heads={head: heads[kind] for head, kind in algorithm.heads().items()})
     params = {"lora": LORA} | dict.fromkeys(algorithm.heads(), PARAMS["correction"])
 
-    def metrics(sampled, weight):
-        data = first_update(algorithm.batch(params, model, sampled, 1))
-        (_, terms), gradient = algorithm.value_and_grad(params, model, data, weight)
+    def batch(sampled):
+        return algorithm.batch(params, model, sampled, 1)
+
+    def metrics(sampled, told):
+        (_, terms), gradient = algorithm.value_and_grad(params, model, first_update(batch(sampled)), told)
         assert gradient.keys() == params.keys()
         return terms
 
-    # The log's table is made of the columns. `rollout()` is called here: what it samples is kept for the other tests.
-    assert jax.eval_shape(metrics, rollout(), ONES).keys() == algorithm.columns.keys()
+    sampled = rollout()  # called here: what it samples is kept for the other tests
+    shapes = jax.eval_shape(lambda r: batch(r).scalars, sampled) | {"log_reward": sampled.log_reward}
+    scalars = {name: np.zeros(a.shape, a.dtype) for name, a in shapes.items()}
+    ids = np.asarray(sampled.prompt_id)
+    told, stats = algorithm.weigh(algorithm.first_stats(1 + int(ids.max())), scalars, ids)
+    # The log's table is made of the columns.
+    assert jax.eval_shape(metrics, sampled, told).keys() == algorithm.columns.keys()
+    again = algorithm.weigh(stats, scalars, ids)  # shapes stay: a checkpoint is restored by them, an update compiled
+    assert jax.tree.map(np.shape, again) == jax.tree.map(np.shape, (told, stats))
 
 
 def drift(oracle, x, k):
