@@ -309,7 +309,7 @@ def test_a_resume_with_other_prompts_in_the_same_file_is_refused(command, tmp_pa
     (tmp_path / "prompts.txt").write_text("an animal\n")
     with pytest.raises(SystemExit):
         command(tmp_path / "run", prompts)
-    assert re.search(r"prompts had SHA-256 \w+… and has \w+…; restore it, or", capsys.readouterr().err)
+    assert re.search(r"prompts had SHA-256 \w+… and has \w+…; restore them or", capsys.readouterr().err)
 
 
 def test_an_unwritable_workdir_is_named(command, tmp_path, capsys):
