@@ -110,6 +110,31 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     assert (run.workdir / LORA).read_bytes() == (tmp_path / LORA).read_bytes()
 
 
+@pytest.mark.slow
+def test_a_run_that_remembers_paths_resumes_bit_for_bit(command, tmp_path):
+    """The kernel value's memory is a part of the checkpoint; the ring of 24 places is full in the second epoch."""
+    fields = {
+        "algorithm.after": 0,
+        "algorithm.memory": 24,
+        "algorithm.features": 8,
+        "algorithm.components": 4,
+        "sampling.lora_until_step": 8,
+        "lora.layers": "attention",
+        "lora.rank": 2,
+        "training.decline": "constant",
+        "logging.checkpoint_every": 1,
+    }
+    more = ["--config=emoji_exact", *(f"--config.{name}={value}" for name, value in fields.items())]
+    command(tmp_path / "whole", *more, "--config.training.num_epochs=2")
+    command(tmp_path / "parts", *more, "--config.training.num_epochs=1")
+    command(tmp_path / "parts", *more, "--config.training.num_epochs=2")
+    log = rows(tmp_path / "whole")
+    assert all(row["loss_steps"] != 0 for row in log[:2])
+    assert list(map(without_time, rows(tmp_path / "parts"))) == list(map(without_time, log))
+    last = Path("lora/00004/diffusers.safetensors")
+    assert (tmp_path / "parts" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
+
+
 def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_path, monkeypatch):
     """A run that starts from the LoRA after 4 updates with the noise of epoch 3 has the reward of epoch 3 first."""
     of_epoch = {row["epoch"]: row for row in rows(whole().workdir)}
