@@ -3,7 +3,7 @@
     python -m nabla_gfn_jax.train --config=emoji_exact            the log value is a kernel regression
     python -m nabla_gfn_jax.train --config=emoji_exact:network    the log value is a network: algorithm value_gradient
 
-Hardware: 2 CPU cores without AVX-512, 6 GB.
+Hardware: 2 CPU cores without AVX-512: 60 to 110 s per epoch beside other work, 6 GB.
 Expect: docs/credit.md has what was measured.
 The variant `network` takes 45 s per epoch on two busy cores; docs/credit.md has what 15 of its 160 epochs reached.
 
@@ -11,13 +11,13 @@ Differences from `emoji.py`, and the reasons:
 
 - `kernel_value` at β = 8: the policy follows the gradient of a learned log value and not a clipped adjoint
   (docs/credit.md). No gradient of the reward is taken.
-- 20 sampling steps instead of 50: the samples are as good, and they cost less than half.
-- `lora_until_step = 16`: in the last steps, where σ is small, the least change of the output costs the most nats and
-  gains nothing.
-- `after = 512`: the policy waits for this many paths of the base model. A value that is fitted to fewer misleads it.
+- 20 sampling steps instead of 50 cost less than half.
+- `lora_until_step = 16`: in the last steps, where σ is small, the least change of the output costs the most nats
+  (docs/credit.md).
+- `after = 512`: the policy waits for this many paths of the base model, to which the first value is fitted.
 - `layers = "all"`: the LoRA adapts the convolutions and the time embedding too. Its 0.9 million parameters want a
   smaller learning rate.
-- Eight small updates per epoch: sampling is half of the cost.
+- Eight small updates per epoch, each on one step of every path.
 - The saved LoRA is a running mean over about thirty updates.
 """
 

@@ -14,12 +14,12 @@ in nats of a path, and the target is its fixed point. V's gradient by x̂ comes 
 to y through the base model. The chance in y makes c rough, and the policy learns its mean given x. No gradient of the
 reward is taken: any reward will do.
 
-`value_gradient` has a network for V, which all prompts share. A kernel needs some hundred paths of every prompt.
+`value_gradient` has a network for V, which all prompts share. Here every prompt needs paths of its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.struct
 import jax
@@ -28,12 +28,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout
-from nabla_gfn_jax.algorithms.credit import Prediction
-from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
-from nabla_gfn_jax.algorithms.transitions import Transition, flatten, share_out, take
+from nabla_gfn_jax.algorithms.paths import (
+    PathWeights,
+    base_outputs,
+    clean_after,
+    clean_samples,
+    log_ratio,
+    regress_steps,
+)
+from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatten, share_out, take
 from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
-from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params
 
@@ -72,14 +77,13 @@ class KernelValue(Checked, PolicyAlone):
     on_policy: ClassVar[bool] = True
     takes_any_steps: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_steps": "the regression of the policy's steps on V's gradient, in nats a path, up to a constant",
+        "loss_steps": "the regression of the policy's steps on V's gradient, in nats per path, up to a constant",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
 
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if a trajectory has fewer steps than an update takes."""
-        if self.steps > num_steps:
-            raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
+        check_steps(self.steps, num_steps)
 
     @property
     def fit(self) -> Fit:
@@ -112,11 +116,10 @@ class KernelValue(Checked, PolicyAlone):
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update; x̂_# and log Π p_#/p_θ† after each step of the policy."""
-        path, after = rollout.trajectory, slice(1, model.policy_steps + 1)
+        after = slice(1, model.policy_steps + 1)
         base = base_outputs(model, params["lora"], rollout)
         ratio = log_ratio(model.chain, rollout, base)
-        clean = jax.vmap(lambda level, o, x: level.clean(o, x))(model.chain.at, base, path.latents[:-1])
-        clean = jnp.concatenate([clean, path.samples[None]])[after]  # of a sample, itself
+        clean = clean_samples(model.chain, rollout, base)[after]
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         rows = jnp.arange(len(rollout.keys))[:, None]
 
@@ -136,7 +139,8 @@ class KernelValue(Checked, PolicyAlone):
         rows = jnp.arange(len(weight))[:, None]
         now, base_output = flatten(data.now), flatten(data.base_output)
         by_clean = weight[rows, data.now.index].reshape(now.y.shape)
-        c = expand(model.chain[now.index].sigma, now.x) * self._pulled_back(model, now, by_clean)
+        _, to_y = clean_after(model, now)
+        c = expand(model.chain[now.index].sigma, now.x) * to_y(by_clean)
         found, gradient = regress_steps(
             model,
             params["lora"],
@@ -148,10 +152,3 @@ class KernelValue(Checked, PolicyAlone):
         )
         # A policy that waits stays where it is: Adam would make steps of its rounding errors.
         return found, jax.tree.map(lambda a: jnp.where(jnp.any(weight != 0), a, 0.0), gradient)
-
-    def _pulled_back(self, model: Model, now: Transition, by_clean: Latents) -> Latents:
-        """A gradient by x̂_#(y), pulled back to y; a sample is its own x̂."""
-        to: Any = model.chain[now.index].to
-        at_y = Prediction(model, None, now.y, to, now.prompt_id)
-        is_sample = expand(now.index == model.chain.num_steps - 1, now.y)
-        return jnp.where(is_sample, by_clean, at_y.to_x(to.clean, by_clean))

@@ -36,9 +36,8 @@ from nabla_gfn_jax.algorithms.base import (
 )
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
-from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, flatten, share_out, take
+from nabla_gfn_jax.algorithms.transitions import AdjointCredit, Transition, check_steps, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, expand
-from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
 from nabla_gfn_jax.typing import Latents, Params, PerSample
 
@@ -69,8 +68,7 @@ class PathRegression(Checked, PolicyAlone):
 
     def validate(self, num_steps: int) -> None:
         """Raises `UserError` if an update takes more steps than a trajectory has."""
-        if self.steps > num_steps:
-            raise UserError(f"algorithm.steps = {self.steps} is more than sampling.num_steps = {num_steps}; lower it")
+        check_steps(self.steps, num_steps)
 
     def first_stats(self, num_prompts: int) -> PathWeights:
         return PathWeights.none(num_prompts)

@@ -3,7 +3,7 @@
 Steps are N(μ, σ²), of the policy θ or θ† (which sampled), or of the base model, #. δ = (μ_θ − μ_#)/σ.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import Metrics, Model, Rollout, output_change
-from nabla_gfn_jax.algorithms.credit import compare_with
+from nabla_gfn_jax.algorithms.credit import Prediction, compare_with
 from nabla_gfn_jax.algorithms.transitions import Transition
 from nabla_gfn_jax.diffusion.chain import Chain, expand
 from nabla_gfn_jax.typing import Latents, Params, PerSample
@@ -77,6 +77,28 @@ def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> Float[Arr
     path, nothing = rollout.trajectory, jnp.zeros(len(rollout.keys))
     steps = (path.latents[:-1], path.latents[1:], path.outputs, base_output, chain)
     return jnp.concatenate([jax.lax.scan(of_step, nothing, steps, reverse=True)[1], nothing[None]])
+
+
+def clean_samples(chain: Chain, rollout: Rollout, base_output: Latents) -> Latents:
+    """x̂_# at every state (T + 1, B, …), from o_# at all states but the last: the sample is its own x̂."""
+    path = rollout.trajectory
+    clean = jax.vmap(lambda level, o, x: level.clean(o, x))(chain.at, base_output, path.latents[:-1])
+    return jnp.concatenate([clean, path.samples[None]])
+
+
+def clean_after(model: Model, now: Transition) -> tuple[Latents, Callable[[Latents], Latents]]:
+    """x̂_# at the y of transitions (N, …), and the function that pulls a gradient by it back to y.
+
+    A sample is its own x̂.
+    """
+    to = model.chain[now.index].to
+    at_y = Prediction(model, None, now.y, to, now.prompt_id)
+    is_sample = expand(now.index == model.chain.num_steps - 1, now.y)
+
+    def to_y(by_clean: Latents) -> Latents:
+        return jnp.where(is_sample, by_clean, at_y.to_x(to.clean, by_clean))
+
+    return jnp.where(is_sample, now.y, to.clean(at_y.output, now.y)), to_y
 
 
 def step_loss(step: Chain, change: Latents, c: Latents) -> PerSample:

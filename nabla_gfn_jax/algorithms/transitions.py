@@ -105,6 +105,12 @@ def share_out(keys: PRNGKeys, num_steps: int, updates: int, each: int) -> Int[Ar
     return jax.vmap(order, out_axes=1)(keys)
 
 
+def check_steps(steps: int, num_steps: int) -> None:
+    """Raises `UserError` if an update takes more steps of a trajectory than the trajectory has."""
+    if steps > num_steps:
+        raise UserError(f"algorithm.steps = {steps} is more than sampling.num_steps = {num_steps}; lower it")
+
+
 def take(steps: Int[Array, " batch *bins"], rollout: Rollout, adjoint: AdjointCredit | None = None) -> Transition:
     """The transitions at `steps` of each trajectory, leaves (B, *bins, …)."""
     rows = jnp.broadcast_to(jnp.arange(steps.shape[0]).reshape((-1,) + (1,) * (steps.ndim - 1)), steps.shape)

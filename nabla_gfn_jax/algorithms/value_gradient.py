@@ -33,8 +33,14 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, HeadKind, Metrics, Model, Rollout
-from nabla_gfn_jax.algorithms.credit import Prediction
-from nabla_gfn_jax.algorithms.paths import PathWeights, base_outputs, log_ratio, regress_steps
+from nabla_gfn_jax.algorithms.paths import (
+    PathWeights,
+    base_outputs,
+    clean_after,
+    clean_samples,
+    log_ratio,
+    regress_steps,
+)
 from nabla_gfn_jax.algorithms.transitions import Transition, flatten, share_out, take
 from nabla_gfn_jax.diffusion.chain import Chain, Level, expand
 from nabla_gfn_jax.errors import UserError
@@ -77,7 +83,7 @@ class ValueGradient(Checked):
     on_policy: ClassVar[bool] = True
     takes_any_steps: ClassVar[bool] = True
     columns: ClassVar[dict[str, str]] = {
-        "loss_steps": "the regression of the policy's steps on V's gradient, in nats a path, up to a constant",
+        "loss_steps": "the regression of the policy's steps on V's gradient, in nats per path, up to a constant",
         "loss_value": "how far V is from the log values of paths, the mean of e^V − W V; 1 where all V are 0",
         "loss_reg": "λ ‖ε_θ − ε_θ†‖²",
     }
@@ -106,16 +112,15 @@ class ValueGradient(Checked):
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """For every update `steps` steps and `states` states of each trajectory."""
-        path, num_steps = rollout.trajectory, model.chain.num_steps
+        num_steps = model.chain.num_steps
         base = base_outputs(model, params["lora"], rollout)
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         ratio = log_ratio(model.chain, rollout, base)
 
-        at_states = jax.vmap(lambda level, o, x: level.clean(o, x))(model.chain.at, base, path.latents[:-1])
-        clean = jnp.concatenate([at_states, path.samples[None]])
+        clean = clean_samples(model.chain, rollout, base)
         log_reward = jnp.zeros(clean.shape[:2])
         if self.guess:
-            before = jax.lax.map(lambda z: model.log_reward(z, rollout.prompt_id), at_states)
+            before = jax.lax.map(lambda z: model.log_reward(z, rollout.prompt_id), clean[:-1])
             log_reward = jnp.concatenate([before, rollout.log_reward[None]])
         chosen = share_out(rollout.keys, num_steps + 1, updates, self.states)
 
@@ -161,16 +166,13 @@ class ValueGradient(Checked):
 
     def _gradient(self, phi: Params, model: Model, now: Transition, step: Chain, log_z: PerSample) -> Latents:
         """∇V(y), pulled back to y through the base model's clean sample; a sample is its own."""
-        at_y = Prediction(model, None, now.y, step.to, now.prompt_id)
-        is_sample = expand(now.index == model.chain.num_steps - 1, now.y)
-        clean = jnp.where(is_sample, now.y, step.to.clean(at_y.output, now.y))
+        clean, to_y = clean_after(model, now)
 
         def total(clean: Latents) -> Float[Array, ""]:
             log_reward = model.log_reward(clean, now.prompt_id) if self.guess else jnp.zeros(len(clean))
             return self._log_value(phi, model, clean, log_reward, step.to, now.prompt_id, log_z).sum()
 
-        cotangent = jax.grad(total)(clean)
-        return jnp.where(is_sample, cotangent, at_y.to_x(step.to.clean, cotangent))
+        return to_y(jax.grad(total)(clean))
 
     def _value(self, phi: Params, model: Model, data: Data, log_z: PerSample) -> Float[Array, ""]:
         """The mean of e^V − W V over states; W is at most `weight_clip`, above which e^V goes on as a straight line."""

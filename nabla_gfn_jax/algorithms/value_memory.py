@@ -9,8 +9,7 @@ with F random features of the Gaussian kernel of length ℓ (Rahimi & Recht 2007
 
     Σ_paths ( e^{V−log Z} − (W/Z)(V − log Z) ) + ridge ‖b‖²/2,
 
-a Poisson regression, which is convex. Few paths give a V that is nearly flat, and many one that bends. What chance did
-in a path is not learned by heart, as a network of many layers would.
+a Poisson regression, which is convex. The ridge keeps V flat as long as there are few paths.
 """
 
 from dataclasses import dataclass
@@ -56,12 +55,12 @@ class ValueMemory:
 class Fit:
     """How a memory is kept and fitted."""
 
-    places: int
-    components: int
-    features: int
-    length: float
+    places: int  # of paths in the ring
+    components: int  # d, at most
+    features: int  # of the kernel
+    length: float  # ℓ
     ridge: float
-    weight_clip: float
+    weight_clip: float  # largest W/Z
 
     def add(
         self,
@@ -104,6 +103,7 @@ class Fit:
     def project(
         self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]
     ) -> Float[np.ndarray, "paths S d"]:
+        """The principal components of clean samples."""
         return (np.asarray(clean, np.float32) - memory.centre) @ memory.basis
 
     def gradients(

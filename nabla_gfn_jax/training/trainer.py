@@ -165,7 +165,7 @@ class Trainer:
         return state, jax.tree.map(lambda a: a.mean(), metrics)
 
     def _step(
-        self, model: Model, weight: PerSample, state: TrainState, data: PyTree[Any]
+        self, model: Model, weight: Float[Array, " batch *rest"], state: TrainState, data: PyTree[Any]
     ) -> tuple[TrainState, Metrics]:
         """One optimizer step on the mean gradient over all samples.
 
