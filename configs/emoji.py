@@ -77,11 +77,16 @@ def get_config() -> ConfigDict:
     c.training.images_at_once = 0  # most images decoded and scored together on a device; 0: a whole micro-batch
     c.training.clip = 1e6
 
-    c.logging = ConfigDict()
-    c.logging.samples_every = 20
-    c.logging.checkpoint_every = 5
-    c.logging.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
-    c.logging.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
-    c.logging.tensorboard = False
-    c.logging.wandb = False
+    c.logging = _logging()
+    return c
+
+
+def _logging() -> ConfigDict:
+    c = ConfigDict()
+    c.samples_every = 20
+    c.checkpoint_every = 5
+    c.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
+    c.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
+    c.tensorboard = False
+    c.wandb = False
     return c
