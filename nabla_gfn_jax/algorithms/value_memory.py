@@ -7,9 +7,11 @@ base model's clean sample x̂ in a few principal components, a, in units of the 
 
 with F random features of the Gaussian kernel of length ℓ (Rahimi & Recht 2007). b has the least
 
-    Σ_paths ( e^{V−log Z} − (W/Z)(V − log Z) ) + ridge ‖b‖²/2,
+    Σ_paths ( V − log Z + (W/Z) e^{−(V−log Z)} ) + ridge ‖b‖²/2,
 
-a Poisson regression, which is convex. The ridge keeps V flat as long as there are few paths.
+a gamma regression (McCullagh & Nelder 1989, chapter 8), which is convex. Its least is where e^V is the mean of W, and
+only the ratio of W to its mean counts: states of low value, where the policy begins, are fitted as well as those of
+high value. The ridge keeps V flat as long as there are few paths.
 """
 
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ import scipy.optimize
 from jaxtyping import Float, Int
 
 _LINEAR = 1 / 3  # a's own weight among the features
+_LOWEST = -6.0  # V − log Z below which e^{−(V−log Z)} goes on as a parabola, so that no trial step overflows
 _ITERATIONS = 40  # of L-BFGS, from the solution of the epoch before
 _SEED = 0  # of the random features
 _NEVER = -1  # the prompt of an empty place
@@ -139,15 +142,15 @@ class Fit:
     def _solve(
         self, phi: Float[np.ndarray, "paths F"], w: Float[np.ndarray, " paths"], start: Float[np.ndarray, " F"]
     ) -> Float[np.ndarray, " F"]:
-        """b of the least loss; above `weight_clip` e^v goes on as a straight line, as W does."""
-        top, most = float(np.log(self.weight_clip)), self.weight_clip
+        """b of the least loss."""
         penalty = np.r_[0.0, np.full(phi.shape[1] - 1, self.ridge)]
 
         def loss(b: Float[np.ndarray, " F"]) -> tuple[float, Float[np.ndarray, " F"]]:
             v = phi @ b.astype(np.float32)
-            e = np.exp(np.minimum(v, top))
-            value = (e + most * np.maximum(v - top, 0.0) - w * v).sum(dtype=np.float64) + penalty @ b**2 / 2
-            return float(value), (phi.T @ (e - w)).astype(np.float64) + penalty * b
+            under = np.minimum(v - np.float32(_LOWEST), 0)
+            ratio = w * np.exp(-np.maximum(v, _LOWEST))
+            value = (v + ratio * (1 - under + under**2 / 2)).sum(dtype=np.float64) + penalty @ b**2 / 2
+            return float(value), (phi.T @ (1 - ratio * (1 - under))).astype(np.float64) + penalty * b
 
         options = {"maxiter": _ITERATIONS}
         result = scipy.optimize.minimize(loss, start.astype(np.float64), jac=True, method="L-BFGS-B", options=options)
