@@ -20,7 +20,7 @@ SMALL = {"num_steps": 10, "paths": 32, "held_out": 16, "together": 16, "updates"
 @pytest.fixture(scope="module")
 def bench(tiny_model, tmp_path_factory):
     options = Options(out=tmp_path_factory.mktemp("bank"), beta=40.0, **SMALL)
-    return Bench(load_model(str(tiny_model), jnp.float32), brightness(1.0), options, ("a face", "an animal"))
+    return Bench(load_model(str(tiny_model), jnp.float32), brightness(1.0), ("a face", "an animal"), options)
 
 
 @pytest.fixture(scope="module")

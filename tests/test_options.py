@@ -31,6 +31,7 @@ COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
+    "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
     "accelerator": "benchmarks.accelerator.command:Options",
@@ -132,8 +133,8 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    given = {"mixture2d": {"out": "out"}, "bank_fit": {"out": "out"}, "bench2d": {"out": "out.jsonl"}}  # it must be
-    given = given.get(command, {})
+    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "microscope")}
+    given = (folders | {"bench2d": {"out": "out.jsonl"}}).get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():
         for value in values:
             refused(options_of(command), given, name, value, prefix="--")

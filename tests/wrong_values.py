@@ -239,6 +239,18 @@ WRONG_FLAGS = {
         "rates": ((), (0.0,), (1e-3, math.nan), 1e-3),
         "seed": SEED,
     },
+    "microscope": {
+        "out": ("", *PATH),
+        **dict.fromkeys(("model", "prompts"), TEXT),
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
+        "guidance": (-1.0, 101.0, *NUMBERS),
+        "num_steps": (1000, *COUNT),
+        "steps": ((), (-1,), (1.5,), 3),
+        "states": COUNT,
+        "continuations": (7, *COUNT),
+        "seed": SEED,
+    },
     "fit": {"emoji": PATH},
     "benchmarks": {"benchmark": ((), ("speed",), "unet")},
     "accelerator": {

@@ -30,11 +30,10 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from nabla_gfn_jax.algorithms.base import Model, Rollout
+from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.path_regression import clipped
 from nabla_gfn_jax.algorithms.paths import step_loss
-from nabla_gfn_jax.base_models.base import BaseModel, predictor
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
@@ -45,7 +44,8 @@ from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import TARGETS
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
+from nabla_gfn_jax.rewards import REWARDS, load_reward
+from nabla_gfn_jax.studies.images import Images
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 TENTHS = 10
@@ -91,38 +91,10 @@ class Bank(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(Images):
     """The base model, its reward and its prompts."""
 
-    base: BaseModel
-    reward: Reward
     options: Options
-    prompts: tuple[str, ...]
-
-    @functools.cached_property
-    def frozen(self) -> Params:
-        """The parameters, as arguments of compiled functions so that they are not compiled in as constants."""
-        table = {
-            "base": self.base.encode_prompts(self.prompts),
-            "reward": self.reward.encode_prompts(list(self.prompts)),
-        }
-        return jax.device_put({"base": self.base.frozen_params, "reward": self.reward.params, "table": table})
-
-    def model(self, frozen: Params) -> Model:
-        """The base model with the parameters `frozen`, in the form that algorithms use."""
-
-        def log_reward(z: Latents, prompt_id: PromptIds) -> Array:
-            features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
-            return self.reward.score(frozen["reward"], self.base.decode(frozen["base"], z), features)
-
-        predict = predictor(self.base, frozen["base"], frozen["table"]["base"], self.options.guidance)
-        return Model(self.base.chain(self.options.num_steps), predict, log_reward, {})
-
-    def keys(self, stream: int, start: int, count: int) -> tuple[PRNGKeys, PromptIds]:
-        """The keys of `count` samples from number `start` on, and their prompt ids, which cycle."""
-        numbers = jnp.arange(start, start + count)
-        key = jax.random.fold_in(jax.random.key(self.options.seed), stream)
-        return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)
 
     def bank(self, stream: int, count: int) -> Bank:
         """Samples `count` base paths with their credit, some at a time."""
@@ -253,7 +225,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     prompts = prompt_set(options.prompts).train
     use_compilation_cache()
-    bench = Bench(load_model(options.model, jnp.float32), load_reward(options.reward), options, prompts)
+    bench = Bench(load_model(options.model, jnp.float32), load_reward(options.reward), prompts, options)
     bank, held_out = bench.bank(2, options.paths), bench.bank(3, options.held_out)
     clip = clip_of(bank, options.beta, options.clip_quantile)
     base = certificate.Paths.of_base(np.asarray(bank.log_reward), np.asarray(bank.prompt_id))
