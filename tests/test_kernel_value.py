@@ -58,7 +58,8 @@ def test_the_fit_and_its_gradient(prompt, state):
     clean, log_w, prompt_id = paths(40)
     log_z = np.asarray([0.4, -0.2])
     memory = FIT.add(ValueMemory.empty(2), clean, log_w, prompt_id)
-    gradient, memory = FIT.gradients(memory, clean, prompt_id, log_z)
+    memory = FIT.fitted(memory, np.unique(prompt_id), log_z)
+    gradient, value = FIT.gradients(memory, clean, prompt_id), FIT.values(memory, clean, prompt_id)
     own = prompt_id == prompt
     x, b = _float64(clean[own, state]).requires_grad_(), _float64(memory.solution[prompt, state]).requires_grad_()
     v = value_in_torch(x, memory, prompt, state, b)
@@ -68,6 +69,7 @@ def test_the_fit_and_its_gradient(prompt, state):
     (slope,) = torch.autograd.grad(loss, b, retain_graph=True)
     at_zero = (1 - w).abs().sum()
     assert slope.norm() < 1e-3 * at_zero
+    np.testing.assert_allclose(value[own, state], v.detach(), rtol=1e-4, atol=1e-4)
     (by_x,) = torch.autograd.grad(v.sum(), x)
     np.testing.assert_allclose(gradient[own, state], by_x, rtol=1e-4, atol=1e-4 * float(by_x.abs().max()))
 
@@ -80,7 +82,8 @@ def test_a_linear_log_value_is_found():
     fit = Fit(places=4000, components=3, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
     ids = np.zeros(4000, int)
     memory = fit.add(ValueMemory.empty(1), clean, log_w, ids)
-    gradient, _ = fit.gradients(memory, clean, ids, np.log(np.exp(log_w).mean(0)))
+    memory = fit.fitted(memory, np.zeros(1, int), np.log(np.exp(log_w).mean(0)))
+    gradient = fit.gradients(memory, clean, ids)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0.6, 0, 0, 0], atol=0.05)
 
 

@@ -31,6 +31,7 @@ COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
+    "foresight": "nabla_gfn_jax.studies.foresight:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
@@ -133,7 +134,7 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "microscope")}
+    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "microscope")}
     given = (folders | {"bench2d": {"out": "out.jsonl"}}).get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():
         for value in values:

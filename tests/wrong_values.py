@@ -239,6 +239,18 @@ WRONG_FLAGS = {
         "rates": ((), (0.0,), (1e-3, math.nan), 1e-3),
         "seed": SEED,
     },
+    "foresight": {
+        "out": ("", *PATH),
+        **dict.fromkeys(("model", "prompts"), TEXT),
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
+        "guidance": (-1.0, 101.0, *NUMBERS),
+        "num_steps": (1000, *COUNT),
+        **dict.fromkeys(("paths", "held_out"), (1, *COUNT)),
+        **dict.fromkeys(("together", "components", "features"), COUNT),
+        **dict.fromkeys(("length", "ridge", "weight_clip"), POSITIVE),
+        "seed": SEED,
+    },
     "microscope": {
         "out": ("", *PATH),
         **dict.fromkeys(("model", "prompts"), TEXT),

@@ -111,8 +111,8 @@ class KernelValue(Checked, PolicyAlone):
         memory = self.fit.add(stats.memory, clean, log_w.astype(np.float32), prompt_id)
         if memory.seen <= self.after:
             return np.zeros(clean.shape, np.float32), Stats(weights, memory)
-        gradient, memory = self.fit.gradients(memory, clean, prompt_id, weights.log_z)
-        return gradient, Stats(weights, memory)
+        memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
+        return self.fit.gradients(memory, clean, prompt_id), Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update; x̂_# and log Π p_#/p_θ† after each step of the policy."""

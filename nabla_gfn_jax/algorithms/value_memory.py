@@ -14,12 +14,16 @@ only the ratio of W to its mean counts: states of low value, where the policy be
 high value. The ridge keeps V flat as long as there are few paths.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import flax.struct
 import numpy as np
 import scipy.optimize
 from jaxtyping import Float, Int
+
+Array: TypeAlias = np.ndarray[Any, Any]
 
 _LINEAR = 1 / 3  # a's own weight among the features
 _LOWEST = -6.0  # V − log Z below which e^{−(V−log Z)} goes on as a parabola, so that no trial step overflows
@@ -109,30 +113,49 @@ class Fit:
         """The principal components of clean samples."""
         return (np.asarray(clean, np.float32) - memory.centre) @ memory.basis
 
+    def fitted(
+        self, memory: ValueMemory, prompts: Int[np.ndarray, " some"], log_z: Float[np.ndarray, " prompts"]
+    ) -> ValueMemory:
+        """The memory with V fitted for these prompts, at every state. `log_z` is that of all prompts."""
+        solution = memory.solution.copy()
+        waves = self._waves(memory.basis.shape[1])
+        for prompt in prompts:
+            known = memory.prompt_id == prompt
+            w = np.minimum(np.exp(memory.log_w[known] - log_z[prompt]), self.weight_clip)
+            for state in range(w.shape[1]):
+                old = memory.components[known, state]
+                phi = features(_scaled(old, old)[0], *waves)
+                solution[prompt, state] = self._solve(phi, w[:, state], solution[prompt, state])
+        return memory.replace(solution=solution)  # type: ignore[attr-defined,no-any-return]
+
+    def values(
+        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
+    ) -> Float[np.ndarray, "paths S"]:
+        """V − log Z at every state of the paths."""
+        found, waves = np.zeros(clean.shape[:2], np.float32), self._waves(memory.basis.shape[1])
+        for asked, state, a, _, b in self._asked(memory, clean, prompt_id):
+            found[asked, state] = features(a, *waves) @ b
+        return found
+
     def gradients(
-        self,
-        memory: ValueMemory,
-        clean: Float[np.ndarray, "paths S elements"],
-        prompt_id: Int[np.ndarray, " paths"],
-        log_z: Float[np.ndarray, " prompts"],
-    ) -> tuple[Float[np.ndarray, "paths S elements"], ValueMemory]:
-        """∇V by x̂ at every state of the paths, and the memory with the solutions that were fitted for it."""
-        found, solution = np.zeros(clean.shape, np.float32), memory.solution.copy()
+        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
+    ) -> Float[np.ndarray, "paths S elements"]:
+        """∇V by x̂ at every state of the paths."""
+        found, waves = np.zeros(clean.shape, np.float32), self._waves(memory.basis.shape[1])
+        for asked, state, a, unit, b in self._asked(memory, clean, prompt_id):
+            found[asked, state] = slope(a, b, *waves) @ memory.basis.T / unit
+        return found
+
+    def _asked(
+        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
+    ) -> Iterator[tuple[Array, int, Array, float, Array]]:
+        """For each prompt and state: the paths that ask, the state, their a, its unit, and b."""
         new = self.project(memory, clean)
-        waves = self._waves(new.shape[2])
         for prompt in np.unique(prompt_id):
             known, asked = memory.prompt_id == prompt, prompt_id == prompt
             for state in range(new.shape[1]):
-                old = memory.components[known, state]
-                centre = old.mean(axis=0)
-                unit = max(float(old.std(axis=0).max()), 1e-6)
-                w = np.minimum(np.exp(memory.log_w[known, state] - log_z[prompt]), self.weight_clip)
-                solution[prompt, state] = b = self._solve(
-                    features((old - centre) / unit, *waves), w, solution[prompt, state]
-                )
-                by_a = slope((new[asked, state] - centre) / unit, b, *waves)
-                found[asked, state] = by_a @ memory.basis.T / unit
-        return found, memory.replace(solution=solution)  # type: ignore[attr-defined]
+                a, unit = _scaled(new[asked, state], memory.components[known, state])
+                yield asked, state, a, unit, memory.solution[prompt, state]
 
     def _waves(self, size: int) -> tuple[Float[np.ndarray, "d F"], Float[np.ndarray, " F"]]:
         random = np.random.default_rng(_SEED)
@@ -155,6 +178,14 @@ class Fit:
         options = {"maxiter": _ITERATIONS}
         result = scipy.optimize.minimize(loss, start.astype(np.float64), jac=True, method="L-BFGS-B", options=options)
         return np.asarray(result.x, np.float32)
+
+
+def _scaled(
+    new: Float[np.ndarray, "paths d"], known: Float[np.ndarray, "others d"]
+) -> tuple[Float[np.ndarray, "paths d"], float]:
+    """a, and the unit of its components: the standard deviation of the widest, over the known paths."""
+    unit = max(float(known.std(axis=0).max()), 1e-6)
+    return (new - known.mean(axis=0)) / unit, unit
 
 
 def features(

@@ -49,6 +49,7 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 LARGEST = 4  # continuations that `largest` counts
 _BASE_PATHS, _CONTINUATIONS = 0, 1  # streams of random numbers
+_OF_A_CREDIT = ("signal", "noise", "largest", "cosine", "size", "gain")  # columns of the table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +194,7 @@ def summary(products: list[Products]) -> dict[str, float]:
 
 def as_table(rows: list[dict[str, float | str]]) -> str:
     """The rows as a Markdown table."""
-    columns = ("step", "true_signal", "true_signal_error", "credit")
-    columns += ("signal", "noise", "largest", "cosine", "size", "gain")
+    columns = ("step", "true_signal", "true_signal_error", "credit", *_OF_A_CREDIT)
     lines = ["| " + " | ".join(name.replace("_", " ") for name in columns) + " |", "|---" * len(columns) + "|"]
     for row in rows:
         cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in map(row.get, columns))

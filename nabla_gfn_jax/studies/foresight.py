@@ -1,0 +1,191 @@
+"""Measures how early a path is decided: what its states say about R^β, and what is lost if a policy begins late.
+
+    python -m nabla_gfn_jax.studies.foresight --out=runs/foresight
+
+The log value V(x_k) = log E_#[R(x_T)^β | x_k] is fitted to base paths at every state (`algorithms/value_memory.py`),
+and judged on held-out base paths. In nats, state by state, where state 0 is the noise that a path starts from:
+
+- *known* E_*[V] − log E_#[e^V], at most the KL of the target's states from the base model's (Donsker & Varadhan 1975).
+  It is what an ideal policy must have spent by then, as far as this V can tell.
+- *spent* E_V[V] − log E_#[e^V], the KL of the states that V chooses: base paths weighted by e^V.
+- *exponent*, *needed* and *efficiency* (docs/nats.md) of those paths. They are the certificate of a policy that chooses
+  exactly as V does up to this state and is the base model afterwards.
+- *lost* log E_#[e^V] − E_#[V], the KL of the base model's states from those that V chooses. A policy that was the base
+  model until this state has lost it for good. At state 0 every policy loses it, because all start from the same noise.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from nabla_gfn_jax.algorithms.base import Rollout
+from nabla_gfn_jax.algorithms.paths import clean_samples
+from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.command_line import parse
+from nabla_gfn_jax.compilation import use_compilation_cache
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.metrics.tilt import Strata, normalise, tilt_to
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.rewards import REWARDS, load_reward
+from nabla_gfn_jax.studies.images import Images
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
+
+_FITTED, _HELD_OUT = 0, 1  # streams of random numbers
+REPLICATES = 100  # of the bootstrap over held-out paths
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Checked):
+    """The paths, how V is fitted to them, and the folder for the results."""
+
+    out: Path = option(meaning="folder for foresight.jsonl and foresight.md")
+    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
+    reward: str = option("valence", "a reward", choices=REWARDS)
+    prompts: str = option("a_face", "a prompt set")
+    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
+    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
+    num_steps: int = option(20, "sampling steps", minimum=1, maximum=999)
+    paths: int = option(4096, "base paths that V is fitted to", minimum=2)
+    held_out: int = option(1024, "base paths that judge it", minimum=2)
+    together: int = option(128, "paths sampled together", minimum=1)
+    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
+    features: int = option(600, "random features of the kernel", minimum=1)
+    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
+    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
+    weight_clip: float = option(20.0, "largest weight R^β/Z in the fit", above=0)
+    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
+
+
+class Ends(NamedTuple):
+    """Base paths as V sees them."""
+
+    clean: Float[np.ndarray, "paths states elements"]  # x̂_# at every state
+    log_reward: Float[np.ndarray, " paths"]
+    prompt_id: Int[np.ndarray, " paths"]
+
+
+class Foresight(NamedTuple):
+    """What V says at one state."""
+
+    state: int
+    known: float
+    known_error: float
+    spent: float
+    log_reward: float
+    exponent: float
+    needed: float
+    efficiency: float
+    lost: float
+
+
+def base_paths(images: Images, stream: int, count: int, together: int) -> Ends:
+    """Samples `count` base paths, some at a time."""
+
+    @jax.jit
+    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, PerSample]:
+        model = images.model(frozen)
+        path = sample(model.predict, None, model.chain, keys, images.base.latent_shape, ids)
+        reward = model.log_reward(path.samples, ids)
+        clean = clean_samples(model.chain, Rollout(path, reward, ids, keys), path.outputs)
+        return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), reward
+
+    parts = []
+    for start in range(0, count, together):
+        keys, ids = images.keys(stream, start, min(together, count - start))
+        parts.append(Ends(*map(np.asarray, (*part(images.frozen, keys, ids), ids))))
+    return Ends(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+
+
+def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemory:
+    """V, fitted to these paths."""
+    log_w = beta * np.asarray(paths.log_reward, np.float64)
+    order = np.argsort(paths.prompt_id, kind="stable")
+    strata = Strata(paths.prompt_id[order])
+    log_z = np.zeros(num_prompts)
+    log_z[strata.prompts] = normalise(log_w[order], strata).log_mean
+    each = np.repeat(log_w[:, None], paths.clean.shape[1], axis=1).astype(np.float32)
+    memory = fit.add(ValueMemory.empty(num_prompts), paths.clean, each, paths.prompt_id)
+    return fit.fitted(memory, strata.prompts, log_z)
+
+
+def known_nats(
+    value: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"], strata: Strata, counts: Float[np.ndarray, " n"]
+) -> float:
+    """E_*[V] − log E_#[e^V], the mean over prompts."""
+    target, chosen = normalise(log_w, strata, counts), normalise(value, strata, counts)
+    return float((strata.sums(target.shares * value) - chosen.log_mean).mean())
+
+
+def judge(value: Float[np.ndarray, "paths states"], held: Ends, beta: float, seed: int) -> list[Foresight]:
+    """What V, given at every state of held-out paths, says about their ends."""
+    order = np.argsort(held.prompt_id, kind="stable")
+    prompt, reward = held.prompt_id[order], np.asarray(held.log_reward, np.float64)[order]
+    strata, found = Strata(prompt), []
+    rng, even = np.random.default_rng(seed), np.ones(len(reward))
+    draws = [rng.poisson(1.0, len(reward)).astype(float) + 1e-9 for _ in range(REPLICATES)]
+    for state, v in enumerate(np.asarray(value, np.float64)[order].T):
+        chosen = normalise(v, strata)
+        spent = float((strata.sums(chosen.shares * v) - chosen.log_mean).mean())
+        mean = float(strata.sums(chosen.shares * reward).mean())
+        exponent, needed = tilt_to(mean, reward, prompt)
+        known = [known_nats(v, beta * reward, strata, counts) for counts in (even, *draws)]
+        found.append(
+            Foresight(
+                state=state,
+                known=known[0],
+                known_error=float(np.std(known[1:], ddof=1)),
+                spent=spent,
+                log_reward=mean,
+                exponent=exponent,
+                needed=needed,
+                efficiency=needed / spent if spent > 0 else float("nan"),
+                lost=float((chosen.log_mean - strata.means(v)).mean()),
+            )
+        )
+    return found
+
+
+def as_table(rows: list[Foresight]) -> str:
+    """The rows as a Markdown table."""
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in Foresight._fields) + " |"]
+    lines.append("|---" * len(Foresight._fields) + "|")
+    lines += ["| " + " | ".join(f"{value:.3g}" for value in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+@exit_on_user_error
+def main(argv: list[str]) -> None:
+    """Samples the paths, fits V and judges it; writes a line of JSON for each state, and the table."""
+    o = parse(argv, Options, __doc__)
+    prompts = prompt_set(o.prompts).train
+    use_compilation_cache()
+    images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
+    fitted, held = (base_paths(images, *of, o.together) for of in ((_FITTED, o.paths), (_HELD_OUT, o.held_out)))
+    fit = Fit(
+        places=o.paths,
+        components=o.components,
+        features=o.features,
+        length=o.length,
+        ridge=o.ridge,
+        weight_clip=o.weight_clip,
+    )
+    memory = fit_value(fit, fitted, o.beta, len(prompts))
+    rows = judge(fit.values(memory, held.clean, held.prompt_id), held, o.beta, o.seed)
+    o.out.mkdir(parents=True, exist_ok=True)
+    (o.out / "foresight.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
+    (o.out / "foresight.md").write_text(as_table(rows))
+    print(as_table(rows), end="")
+
+
+if __name__ == "__main__":
+    main(sys.argv)

@@ -1,0 +1,78 @@
+"""The foresight of a log value: in a Gaussian walk everything has a closed form."""
+
+import json
+
+import numpy as np
+import pytest
+from tiny_run import brightness
+
+from nabla_gfn_jax.algorithms.value_memory import Fit
+from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.studies import foresight
+from nabla_gfn_jax.studies.foresight import Ends, fit_value, judge
+
+BETA, STATES = 0.8, 3
+
+
+def walks(count, seed):
+    """A walk of two standard normal steps, and log R its end in the first of two dimensions; prompts do not matter."""
+    random = np.random.default_rng(seed)
+    steps = random.normal(size=(count, STATES, 2)) * np.asarray([[0], [1], [1]])
+    clean = steps.cumsum(axis=1).astype(np.float32)
+    return Ends(clean, clean[:, -1, 0], random.integers(0, 2, count))
+
+
+def exact(walk):
+    """V − log Z of a state k: β x − β² k/2, because the rest adds β² (2 − k)/2 and log Z is β²."""
+    return BETA * walk.clean[..., 0].astype(np.float64) - BETA**2 * np.arange(STATES) / 2
+
+
+def test_figures_of_the_exact_value():
+    """States k are N(0, k): the target's are moved by β k, KL β² k/2. Weighted by e^V the end moves as far."""
+    held = walks(100_000, 0)
+    for k, row in enumerate(judge(exact(held), held, BETA, 0)):
+        kl = BETA**2 * k / 2
+        assert abs(row.known - kl) < 4 * row.known_error + 1e-9
+        assert row.known_error < 0.02
+        np.testing.assert_allclose([row.spent, row.lost], kl, atol=0.02)
+        np.testing.assert_allclose(row.log_reward, BETA * k, atol=0.03)
+        np.testing.assert_allclose(row.exponent, BETA * k / 2, atol=0.02)  # the end's variance is 2
+        np.testing.assert_allclose(row.needed, (BETA * k) ** 2 / 4, atol=0.02)
+        if k:
+            np.testing.assert_allclose(row.efficiency, k / 2, atol=0.05)
+
+
+def test_a_wrong_value_knows_less():
+    """Noise in V costs nats and says nothing."""
+    held = walks(40_000, 1)
+    noise = np.random.default_rng(2).normal(size=(40_000, STATES))
+    right, wrong = (judge(v, held, BETA, 0) for v in (exact(held), exact(held) + noise))
+    for one, other in zip(right[1:], wrong[1:], strict=True):
+        assert other.known < one.known - 0.3
+        assert other.efficiency < 0.8 * one.efficiency
+    assert right[0].spent == 0
+    assert np.isnan(right[0].efficiency)
+
+
+def test_the_fitted_value_is_near_the_exact_one():
+    fit = Fit(places=4000, components=2, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    paths, held = walks(4000, 3), walks(20_000, 4)
+    memory = fit_value(fit, paths, BETA, 2)
+    found, right = (
+        judge(fit.values(memory, held.clean, held.prompt_id), held, BETA, 0),
+        judge(exact(held), held, BETA, 0),
+    )
+    for one, other in zip(found[1:], right[1:], strict=True):
+        assert one.known > other.known - 0.02
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_line_for_each_state(tiny_model, tmp_path, monkeypatch, capsys):
+    """The last state is the sample: nothing is known better than there."""
+    monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
+    flags = ["--num_steps=4", "--paths=48", "--held_out=32", "--together=32", "--beta=20", "--features=20"]
+    foresight.main(["foresight", f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", *flags])
+    rows = [json.loads(line) for line in (tmp_path / "foresight.jsonl").read_text().splitlines()]
+    assert [row["state"] for row in rows] == [0, 1, 2, 3, 4]
+    assert rows[-1]["known"] > rows[0]["known"]
+    assert capsys.readouterr().out == (tmp_path / "foresight.md").read_text()
