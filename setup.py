@@ -64,6 +64,7 @@ setup(
         "nabla_gfn_jax": ["assets/**/*", "py.typed"],
         "nabla_gfn_jax.rewards": ["data/*"],
         "nabla_gfn_jax.metrics": ["data/*"],
+        "nabla_gfn_jax.reports": ["template/*"],
     },
     python_requires=">=3.11",
     install_requires=REQUIREMENTS,

@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "finetune a model with a reward",
     "sample": "sample images",
     "evaluate": "measure reward, nats and diversity",
+    "report": "write one HTML file: curves, pictures over the updates, reward against nats",
     "plan": "estimate the memory and the time of a run on a device",
     "pretrain": "train the emoji model that ships with the package",
 }

@@ -17,14 +17,16 @@ from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.options import flatten, option
 from nabla_gfn_jax.parallel import place, use_cpu_cores
 from nabla_gfn_jax.processes import ProcessOptions, ending_together, is_first, join
+from nabla_gfn_jax.reports.page import NAME as REPORT
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.runs.metrics_log import MetricsLog
 from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
-from nabla_gfn_jax.training.build import about, build, check, free_fields, inputs, length
+from nabla_gfn_jax.training.build import about, build, check, free_fields, inputs, length, prompts_of
 from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Programs, Row, first_progress, restored, run
 from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
+from nabla_gfn_jax.training.showing import Showing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ def main(argv: list[str]) -> None:
                 finetune(settings, workdir, profile=options.profile)
         if is_first():
             print(
-                f"done. metrics: {path / 'metrics.jsonl'}   samples: {path / 'samples'}   "
+                f"done. report: {path / REPORT}   metrics: {path / 'metrics.jsonl'}   samples: {path / 'samples'}   "
                 f"LoRA: {workdir.latest_lora()}   checkpoints: {path / 'checkpoints'}"
             )
 
@@ -79,7 +81,10 @@ def finetune(
             write=is_first(),
         )
         judge = Judge(settings, trainer, workdir) if settings.logging.judged_images else None
-        with closing(WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, judge, on_epoch)) as outputs:
+        showing = Showing(workdir, prompts_of(settings))
+        with closing(
+            WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, showing, judge, on_epoch)
+        ) as outputs:
             outputs.resumes(progress)
             run(programs, plan, progress, first, outputs)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nabla_gfn_jax import __main__, command_line, config_files, options, plan, pretrain, sample, train
+from nabla_gfn_jax import __main__, command_line, config_files, options, plan, pretrain, report, sample, train
 from nabla_gfn_jax.command_line import default_workdir, load_config, load_settings, parse, parse_run
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, leaves, option
@@ -207,12 +207,13 @@ def printed_help(main, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [train, sample, plan, pretrain])
+@pytest.mark.parametrize("command", [train, sample, report, plan, pretrain])
 def test_help_lists_every_option(command, capsys):
     text = printed_help(command.main, capsys)
     assert max(map(len, text.splitlines())) <= 100
-    for name in leaves(command.Options, prefix="--"):
-        assert re.search(rf"^  {name}\b", text, re.M), name
+    for name, leaf in leaves(command.Options, prefix="--").items():
+        shown = name.removeprefix("--").upper() if leaf.option.positional else name
+        assert re.search(rf"^  {shown}\b", text, re.M), name
     assert not re.search(r"\bNone\b|MISSING|<", text)
 
 

@@ -17,6 +17,7 @@ from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import tilt
 from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.models.lora import init_lora
+from nabla_gfn_jax.reports import page, source
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.runs import evaluations
 from nabla_gfn_jax.runs.workdir import claim
@@ -89,6 +90,11 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     assert sum(large["spent_by_step"]) == pytest.approx(large["spent"]["value"], rel=1e-5)
     assert large["at_beta"]["beta"] == 30.0
     assert json.loads(out.read_text())["lora/00008"]["certificate"] == large
+    curve = page.contents(source.read([run]))["plane"]["frontier"]  # of the base samples that the workdir kept
+    assert curve["samples"] == 10
+    for model in (small, large):
+        needed = np.interp(model["log_reward"]["value"], curve["reward"], curve["needed"])
+        assert needed == pytest.approx(model["needed"]["value"], rel=0.02, abs=1e-6)
 
     evaluate.main(["evaluate", f"--workdir={run}", "--num=4", "--base_num=7", "--lora_scale=0"])
     assert sampled[3:] == [(False, 5, 7), (True, 0, 4), (True, 0, 4)]  # of the base model, only what was not kept

@@ -26,7 +26,9 @@ from nabla_gfn_jax.options import MISSING, Checked, build, leaves, option
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import check_heads
 
-COMMANDS = {name: f"nabla_gfn_jax.{name}:Options" for name in ("train", "sample", "evaluate", "plan", "pretrain")}
+COMMANDS = {
+    name: f"nabla_gfn_jax.{name}:Options" for name in ("train", "sample", "evaluate", "report", "plan", "pretrain")
+}
 COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",

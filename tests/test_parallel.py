@@ -29,7 +29,8 @@ def saved(monkeypatch):
 
 def without_images(monkeypatch):
     """Skips the images, which would be a third program to compile, with the operations of the rollout."""
-    monkeypatch.setattr(loop.Programs, "images", lambda self, params: np.zeros((16, 8, 8, 3), np.float32))
+    none = (np.zeros((16, 8, 8, 3), np.float32), {"log_reward": np.zeros(16, np.float32)})
+    monkeypatch.setattr(loop.Programs, "images", lambda self, policy: none)
 
 
 def use_devices(monkeypatch, number):

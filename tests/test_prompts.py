@@ -237,4 +237,3 @@ def test_training_chooses_by_key():
     np.testing.assert_array_equal(prompts.chosen(keys), first)
     np.testing.assert_array_equal(prompts.chosen(keys[50:60]), first[50:60])
     assert np.abs(np.bincount(first) / 4000 - 1 / 7).max() < 0.02
-    assert prompts.cycle(9).tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]

@@ -92,8 +92,10 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     """The lookahead also trains g_φ; its update takes a minute to compile."""
     run = whole(credit)
     assert "lora" in run.printed.lower()
-    for name in ("metrics.jsonl", "manifest.json", "samples/update_00000.png", "samples/update_00006.png"):
+    pictures = ("pictures/00000.png", "pictures/00006.png")
+    for name in ("metrics.jsonl", "manifest.json", "samples/update_00000.png", "samples/update_00006.png", *pictures):
         assert (run.workdir / name).is_file(), name
+    assert '"policies":[[[0,0],[6,1]]]' in (run.workdir / "report.html").read_text()  # both have pictures in it
     for name in ("diffusers.safetensors", "kohya.safetensors", "about.json"):
         assert (run.workdir / LORA.with_name(name)).is_file(), name
     assert sorted(p.name for p in (run.workdir / "lora").iterdir()) == ["00002", "00004", "00006"]
@@ -107,7 +109,8 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
     command(tmp_path, f"--config.algorithm.credit={credit}", "--config.training.num_epochs=1", reward=REWARD)
     command(tmp_path, f"--config.algorithm.credit={credit}", reward=REWARD)
     assert list(map(without_time, rows(tmp_path))) == list(map(without_time, rows(run.workdir)))
-    assert (run.workdir / LORA).read_bytes() == (tmp_path / LORA).read_bytes()
+    for name in (LORA, *pictures):
+        assert (run.workdir / name).read_bytes() == (tmp_path / name).read_bytes()
 
 
 @pytest.mark.slow

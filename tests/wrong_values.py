@@ -202,6 +202,7 @@ WRONG_FLAGS = {
         "beta": (1e30, *NUMBERS),
         "out": PATH,
     },
+    "report": {"workdir": ("file", (3,), ("",)), "out": PATH, "draw": SWITCH, "batch": NATURAL},
     "plan": {
         "config": TEXT,
         "topology": TEXT,

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nabla_gfn_jax.typing import Params
 
 BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
 EVERY_CONCEPT = "every_concept"  # the name of a prompt set: one caption for each concept of the emoji model
+DESCRIBED = ("base_model", "model_dtype", "sampling", "prompts", "reward", "inputs")
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
 
@@ -62,9 +63,7 @@ class Evaluator:
 
         States in the folder `cache` are used again. `key` has everything that the images and their rewards depend on.
         """
-        names = json.dumps([metric.name for metric in self.metrics])
-        digest = hashlib.sha256((json.dumps(key, sort_keys=True) + names).encode()).hexdigest()
-        file = None if cache is None else cache / f"base-{digest[:16]}.npz"
+        file = None if cache is None else cache / kept_name(key, [metric.name for metric in self.metrics])
         states = _read_states(file) if file is not None and file.is_file() else {}
         have = min((int(np.bincount(s.prompt).min()) for s in states.values()), default=0)
         if have < num and self.metrics:
@@ -95,6 +94,15 @@ class Evaluator:
         return Evaluation(figures, certificate, of_tilted | worth, as_few | worth)
 
 
+def kept_base_states(cache: Path, key: Mapping[str, Any]) -> States:
+    """The states that `Evaluator.base_states` kept in the folder for this key; {} if there are none."""
+    for file in sorted(cache.glob("base-*.npz")):
+        states = _read_states(file)
+        if states and file.name == kept_name(key, list(states)):
+            return states
+    return {}
+
+
 def choose_metrics(
     sampler: ImageSampler, reward: Reward | None, beta: float | None
 ) -> tuple[list[Metric], dict[str, str]]:
@@ -121,18 +129,18 @@ def choose_metrics(
 def describe(
     model: str, model_dtype: str, sampler: ImageSampler, reward: str, inputs: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Everything that figures depend on except the LoRA and the number of images.
+    """Everything that figures depend on except the LoRA and the number of images, under the names `DESCRIBED`.
 
     `inputs` has the SHA-256 of the files that were read.
     """
-    return {
-        "base_model": model,
-        "model_dtype": model_dtype,
-        "sampling": asdict(sampler.how),
-        "prompts": list(sampler.prompts),
-        "reward": reward,
-        "inputs": dict(inputs),
-    }
+    values = (model, model_dtype, asdict(sampler.how), list(sampler.prompts), reward, dict(inputs))
+    return dict(zip(DESCRIBED, values, strict=True))
+
+
+def kept_name(key: Mapping[str, Any], metrics: Sequence[str]) -> str:
+    """The name of the file with the base model's states of the metrics."""
+    digest = hashlib.sha256((json.dumps(key, sort_keys=True) + json.dumps(metrics)).encode()).hexdigest()
+    return f"base-{digest[:16]}.npz"
 
 
 def _write_states(file: Path, states: States) -> None:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
 from nabla_gfn_jax.base_models.base import BaseModel, Table, change_predictor, predictor
@@ -94,7 +94,7 @@ class ImageSampler:
         """
         each = np.arange(first, num)
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
-        noise = prompt * _PER_PROMPT + np.tile(each, len(self.prompts))
+        number = np.tile(each, len(self.prompts))
         text = (lora or {}).get(TEXT_ENCODER)
         tables = (self._table, self._encode(text) if text else self._table)
         lora = place(lora, self._mesh)
@@ -103,7 +103,7 @@ class ImageSampler:
             for start in range(0, len(prompt), size):
                 count = min(size, len(prompt) - start)
                 rows = start + np.minimum(np.arange(size), count - 1)  # pads the last batch
-                keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(self.how.seed), noise[rows])
+                keys = image_keys(self.how.seed, prompt[rows], number[rows])
                 program = self._programs[nats and lora is not None]
                 given = place((keys, prompt[rows].astype(np.int32)), self._mesh, SPLIT)
                 results = program(self._params, lora, tables, *given)
@@ -150,6 +150,12 @@ class ImageSampler:
         parts = latents.reshape(count // size, size, *latents.shape[1:])
         images = jax.lax.map(partial(self._model.decode, params), parts)
         return images.reshape(count, *images.shape[2:])
+
+
+def image_keys(seed: int, prompt: Int[np.ndarray, " n"], number: Int[np.ndarray, " n"]) -> PRNGKeys:
+    """The keys of the noise of image number `number` of each prompt. `prompt` is its place in the list of prompts."""
+    noise = prompt.astype(np.int64) * _PER_PROMPT + number
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), noise)
 
 
 def scaled(lora: Params, strength: float) -> Params:

@@ -5,6 +5,7 @@ the samples of the same epoch. Other algorithms train on the samples of the prev
 samples. One more epoch after the last only samples; its row has the reward of the final policy.
 """
 
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -15,10 +16,11 @@ import numpy as np
 from jaxtyping import PyTree
 
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.inference.sampling import image_keys
 from nabla_gfn_jax.parallel import SPLIT, gather, place, placed
 from nabla_gfn_jax.processes import meet
 from nabla_gfn_jax.rewards import TOTAL
-from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.runs import pictures
 from nabla_gfn_jax.training.profiling import Meter
 from nabla_gfn_jax.training.prompts import PromptIds
 from nabla_gfn_jax.training.state import TrainState
@@ -48,8 +50,8 @@ class Outputs(Protocol):
     def row(self, row: Row) -> None:
         """Writes the log row of an epoch."""
 
-    def images(self, updates: int, images: np.ndarray) -> None:
-        """Writes samples of the policy after `updates` updates, (B, height, width, 3) in [0, 1]."""
+    def images(self, updates: int, images: np.ndarray, scores: Mapping[str, np.ndarray]) -> None:
+        """Writes samples of the policy after `updates` updates, (B, height, width, 3) in [0, 1], and their scores."""
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """Saves the policy, and the state from which a resume continues after this epoch."""
@@ -114,11 +116,17 @@ class Programs:
         self.meter.call("update")
         return self.compiled["update"](self.trainer.frozen, state, data, weight)
 
-    def images(self, params: Params) -> np.ndarray:
-        """Samples for the grid. Prompts and noise are the same each time; training never uses this noise."""
-        keys = sample_keys(stream(self._key, "grid"), 0, self._count)
-        placed = place((keys, self._prompts.cycle(self._count)), self.trainer.mesh, SPLIT)
-        return gather(self.trainer.images(self.trainer.frozen, params, *placed), self.trainer.mesh)
+    def images(self, policy: Params) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Samples of the LoRA `policy` for the grid and the report, and their scores.
+
+        Prompts and noise are the same each time and in all runs; training never uses this noise.
+        """
+        prompt, number = pictures.arranged(self._prompts.number, self._count)
+        keys = image_keys(pictures.SEED, prompt, number)
+        placed = place((keys, prompt), self.trainer.mesh, SPLIT)
+        images, scores = self.trainer.images(self.trainer.frozen, {"lora": policy}, *placed)
+        mesh = self.trainer.mesh
+        return gather(images, mesh), {name: gather(score, mesh) for name, score in scores.items()}
 
 
 def first_progress(trainer: Trainer, state: TrainState) -> Progress:
@@ -149,11 +157,13 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
         last, before = epoch == plan.epochs + 1, per_epoch * max(epoch - 1, 0)
         programs.meter.start()
         params = jax.tree.map(jnp.copy, progress.state.params)  # a copy, because the update overwrites them
+        shown = last or (epoch > 0 and (epoch - 1) % plan.images_every == 0)
+        policy = jax.tree.map(jnp.copy, progress.state.policy) if shown else None  # the LoRA that would be saved
         if last:
             params |= {"lora": progress.state.policy}
         progress, numbers = one(programs, epoch, params, progress, update=not last)
-        if last or (epoch > 0 and (epoch - 1) % plan.images_every == 0):
-            outputs.images(before, programs.images(params))
+        if policy is not None:
+            outputs.images(before, *programs.images(policy))
         row: Row = {"epoch": epoch, "step": before, "updates": per_epoch * min(epoch, plan.epochs)}
         row |= numbers | programs.meter.numbers(plan.samples)
         outputs.row(row)

@@ -1,6 +1,6 @@
 """Writes a run's results to its workdir and shows a progress bar."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from tqdm import tqdm
@@ -13,6 +13,7 @@ from nabla_gfn_jax.runs.workdir import Workdir
 from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Plan, Progress, Row
 from nabla_gfn_jax.training.profiling import Trace
+from nabla_gfn_jax.training.showing import Showing
 
 _SHOWN_PIXELS = 128  # smaller images are enlarged in the grid
 
@@ -34,11 +35,12 @@ class WorkdirOutputs:
         log: MetricsLog,
         checkpoints: Checkpoints,
         profile: bool,
+        showing: Showing,
         judge: Judge | None = None,
         on_epoch: Callable[[Row], None] | None = None,
     ):
         self._workdir, self._log, self._checkpoints, self._keep = workdir, log, checkpoints, plan.keep_loras
-        self._judge, self._on_epoch = judge, on_epoch
+        self._showing, self._judge, self._on_epoch = showing, judge, on_epoch
         self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         total = plan.epochs + 2
         self._bar = tqdm(initial=first, total=total, unit="epoch", dynamic_ncols=True, disable=not is_first())
@@ -48,6 +50,7 @@ class WorkdirOutputs:
 
     def ends(self, epoch: int) -> None:
         self._trace.after(epoch)
+        self._showing.end_epoch()
         self._bar.update()
 
     def row(self, row: Row) -> None:
@@ -57,10 +60,11 @@ class WorkdirOutputs:
         if self._on_epoch is not None:
             self._on_epoch(row)
 
-    def images(self, updates: int, images: np.ndarray) -> None:
+    def images(self, updates: int, images: np.ndarray, scores: Mapping[str, np.ndarray]) -> None:
         if is_first():
             zoom = max(1, _SHOWN_PIXELS // images.shape[1])
             save_grid(self._workdir.path / f"samples/update_{updates:05d}.png", images, columns=8, zoom=zoom)
+            self._showing.keep(updates, images, scores)
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """Saves the LoRA, then the checkpoint, so that each checkpoint has its LoRA. All processes must call it."""

@@ -43,7 +43,3 @@ class PromptIds:
         ends = np.cumsum(np.asarray(self.weights, np.float64))
         found = np.searchsorted(ends, place * ends[-1], side="right")
         return np.minimum(found, np.flatnonzero(self.weights)[-1]).astype(np.int32)
-
-    def cycle(self, count: int) -> Int[np.ndarray, " batch"]:
-        """The prompt ids in order, repeated up to `count`."""
-        return (np.arange(count) % self.number).astype(np.int32)

@@ -120,8 +120,12 @@ class Trainer:
         return self._scores(frozen, z, prompt_id)[TOTAL]
 
     def _scores(self, frozen: Params, z: Latents, prompt_id: PromptIds) -> dict[str, PerSample]:
-        features = jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
-        return self.reward.scores(frozen["reward"], self.base.decode(frozen["base"], z), features)
+        images = self.base.decode(frozen["base"], z)
+        return self.reward.scores(frozen["reward"], images, self._features(frozen, prompt_id))
+
+    def _features(self, frozen: Params, prompt_id: PromptIds) -> PyTree[Any]:
+        """The reward's features of each prompt."""
+        return jax.tree.map(lambda a: a[prompt_id], frozen["table"]["reward"])
 
     @cached_property
     def rollout(self) -> Any:
@@ -137,7 +141,7 @@ class Trainer:
 
     @cached_property
     def images(self) -> Any:
-        """(frozen, params, keys, prompt_id) → Images, sampled as in a rollout."""
+        """(frozen, params, keys, prompt_id) → (Images, scores by name), sampled as in a rollout."""
         return split(self._images, self.mesh, (EVERYWHERE, EVERYWHERE, SPLIT, SPLIT), SPLIT)
 
     def _rollout(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Sampled:
@@ -150,12 +154,19 @@ class Trainer:
         batch = self.algorithm.batch(params, model, rollout, self.updates_per_epoch)
         return Sampled(data=batch.data, scalars=scores | batch.scalars)
 
-    def _images(self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds) -> Images:
+    def _images(
+        self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds
+    ) -> tuple[Images, dict[str, PerSample]]:
         predict = self.model(frozen).predict
         trajectory = sample(
             predict, params["lora"], self.chain, keys, self.base.latent_shape, prompt_id, self.lora_steps
         )
-        return in_parts(partial(self.base.decode, frozen["base"]), self.images_at_once, trajectory.samples)
+
+        def show(z: Latents, prompt_id: PromptIds) -> tuple[Images, dict[str, PerSample]]:
+            images = self.base.decode(frozen["base"], z)
+            return images, self.reward.scores(frozen["reward"], images, self._features(frozen, prompt_id))
+
+        return in_parts(show, self.images_at_once, trajectory.samples, prompt_id)
 
     def _update(
         self, frozen: Params, state: TrainState, data: PyTree[Any], weight: Float[Array, " batch *rest"]

@@ -1,0 +1,79 @@
+"""Draws the pictures of a run's saved LoRAs that have none yet. The workdir keeps them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from nabla_gfn_jax.base_models.names import DTYPES, load_model
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.images import levels
+from nabla_gfn_jax.inference.sampling import ImageSampler
+from nabla_gfn_jax.inference.subject import Subject, SubjectOptions, find_subject, hashes_of, warn_of_another_base
+from nabla_gfn_jax.metrics.base import Batch, Samples
+from nabla_gfn_jax.metrics.reward import LogReward
+from nabla_gfn_jax.reports.source import starts_from_lora
+from nabla_gfn_jax.rewards import load_reward
+from nabla_gfn_jax.runs import loras, manifest, pictures
+from nabla_gfn_jax.runs.pictures import Picture, Pictures
+from nabla_gfn_jax.typing import Params
+
+
+def missing(workdir: Path) -> list[int | str]:
+    """The policies without pictures: numbers of updates of saved LoRAs, and 0 or `pictures.BASE` for the base model."""
+    base: int | str = pictures.BASE if starts_from_lora(manifest.read(workdir)) else 0
+    wanted = [base, *loras.saved(workdir)]
+    return [updates for updates in wanted if pictures.read(pictures.place(workdir, updates)) is None]
+
+
+def draw(workdir: Path, batch: int = 0) -> int:
+    """Draws and scores the missing pictures as training would, and returns how many policies were drawn.
+
+    `batch`: images sampled together; 0: as many as are likely to fit. Raises `UserError` if the run's model, prompts or
+    reward is not found, or the prompts are no longer those of the run.
+    """
+    wanted = missing(workdir)
+    if not wanted:
+        return 0
+    subject = find_subject(SubjectOptions(workdir=workdir, seed=pictures.SEED))
+    of = _pictures(workdir, subject)
+    model = load_model(subject.model, DTYPES[subject.model_dtype])
+    warn_of_another_base(subject, hashes_of(subject.model))
+    prompts = list(dict.fromkeys(picture.prompt for picture in of))
+    sampler = ImageSampler(model, prompts, subject.how, batch)
+    reward = LogReward(load_reward(str(subject.reward)))
+    reward.prepare(prompts)
+    for updates in wanted:
+        file = loras.folder(workdir, updates) / loras.DIFFUSERS if isinstance(updates, int) and updates else None
+        lora = load_lora(file, model.params["unet"], model.params["text_encoder"]) if file else None
+        pictures.save(pictures.place(workdir, updates), _drawn(sampler, reward, lora, of, f"{workdir.name}/{updates}"))
+    return len(wanted)
+
+
+def _pictures(workdir: Path, subject: Subject) -> tuple[Picture, ...]:
+    """The pictures that training keeps, with the run's prompts."""
+    run = manifest.read(workdir)
+    prompts = prompt_set(str(subject.prompts)).train
+    before = {name: run.inputs[name] for name in ("prompts",) if name in run.inputs}
+    if before and manifest.compare_inputs(before, manifest.describe_inputs({"prompts": prompts})):
+        raise UserError(f"the prompts of {workdir}, {subject.prompts}, have changed since the run; restore them")
+    return pictures.kept(prompts, int(run.config["training"]["trajectories"]))
+
+
+def _drawn(
+    sampler: ImageSampler, reward: LogReward, lora: Params | None, of: tuple[Picture, ...], name: str
+) -> Pictures:
+    each = 1 + max(picture.number for picture in of)
+    parts = list(_scored(sampler.images(lora, each, progress=name), reward))
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part)
+    drawn = tuple(Picture(place, prompt, n) for place, prompt in enumerate(sampler.prompts) for n in range(each))
+    scores = {score: tuple(values.tolist()) for score, values in whole.values.items() if score != "images"}
+    return Pictures(drawn, whole.values["images"], scores).only(of)
+
+
+def _scored(batches: Iterator[Batch], reward: LogReward) -> Iterator[Samples]:
+    for batch in batches:
+        state = reward.update(batch)
+        yield Samples(state.prompt, state.values | {"images": levels(batch.images)})
