@@ -70,7 +70,7 @@ class KernelValue(Checked, PolicyAlone):
     components: int = option(32, "principal components of x̂ that V sees", minimum=1)
     features: int = option(600, "random features of the kernel", minimum=1)
     length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
-    ridge: float = option(3.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
+    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
     weight_clip: float = option(20.0, "largest weight W/Z", above=0)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
