@@ -25,8 +25,8 @@ def run() -> Iterator[tuple[str, str, str, str]]:
     def update() -> dict[str, Any]:
         nonlocal state
         state = jax.tree.map(np.asarray, state)
-        state, metrics = jax.block_until_ready(ours.trainer.update(ours.trainer.frozen, state, data, weight))
-        return metrics
+        state, steps = jax.block_until_ready(ours.trainer.update(ours.trainer.frozen, state, data, weight))
+        return {name: values.mean() for name, values in steps.metrics.items()}
 
     want, got = program.step(apply=False), update()
     for name in ("loss", "grad_norm_lora", "grad_norm_correction"):

@@ -113,8 +113,8 @@ def finetune(
         config: name of a shipped config, or a Python file; append :VARIANT to choose a variant.
         workdir: the run's folder; runs/CONFIG-VARIANT/seedN if None.
         fields: values of the config's fields by full name, such as "training.num_epochs".
-        on_epoch: is called with each epoch's row of `metrics.jsonl`. An exception that it raises ends the run as Ctrl-C
-            would.
+        on_epoch: is called with each epoch's row of `metrics.jsonl`. A KeyboardInterrupt that it raises ends the run as
+            Ctrl-C would: after a save.
 
     Raises:
         UserError: a value is not allowed, an input is missing, or the workdir holds another run.
@@ -124,5 +124,5 @@ def finetune(
     check(settings)
     with claim(path, flatten(settings), free_fields(settings), about(settings)) as claimed:
         if not is_finished(claimed, length(settings)):
-            train.finetune(settings, claimed, profile=False, on_epoch=on_epoch)
+            train.finetune(settings, claimed, on_epoch=on_epoch)
     return path

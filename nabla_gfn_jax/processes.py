@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, option
@@ -65,9 +67,22 @@ def meet(where: str) -> None:
         ocp.multihost.get_barrier_sync_fn()(key=where, timeout_ms=1000 * _COMPILING)
 
 
+def greatest(number: int) -> int:
+    """The greatest of the numbers that the processes give. All processes must call it."""
+    if jax.process_count() == 1:
+        return number
+    return int(np.max(multihost_utils.process_allgather(np.int32(number))))
+
+
 def is_first() -> bool:
     """Whether this is process 0, which alone writes files."""
     return jax.process_index() == 0
+
+
+def tell(line: str) -> None:
+    """Prints a line to stderr, in one process of the run."""
+    if is_first():
+        print(line, file=sys.stderr, flush=True)
 
 
 @contextmanager

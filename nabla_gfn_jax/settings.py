@@ -85,6 +85,13 @@ class Training(Checked):
     )
     clip: float = option(1.0, "largest norm of the gradient, for the LoRA and g_φ separately", above=0, infinite=True)
 
+    skipped_updates: int = option(
+        3,
+        "most updates in a row that are left out because a number is not finite, before the run stops",
+        minimum=0,
+        free=True,
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.trajectories % self.micro_batches:

@@ -5,8 +5,10 @@ workdir that all of them share. Add `--distributed` on TPU pods, Slurm, Open MPI
 `--coordinator=HOST:PORT --num_processes=N --process_id=I`.
 """
 
+import shlex
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,12 @@ from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.runs.metrics_log import MetricsLog
 from nabla_gfn_jax.runs.workdir import Workdir, claim
 from nabla_gfn_jax.settings import Settings
+from nabla_gfn_jax.stopping import Stopping, stoppable
 from nabla_gfn_jax.training.build import about, build, check, free_fields, inputs, length, prompts_of
 from nabla_gfn_jax.training.judge import Judge
 from nabla_gfn_jax.training.loop import Programs, Row, first_progress, restored, run
 from nabla_gfn_jax.training.outputs import WorkdirOutputs, is_finished
+from nabla_gfn_jax.training.profiling import Clock
 from nabla_gfn_jax.training.showing import Showing
 
 
@@ -45,11 +49,11 @@ def main(argv: list[str]) -> None:
     path = options.workdir or default_workdir(options.config, settings.seed)
     use_cpu_cores(settings.training.trajectories // settings.training.micro_batches)
     join(options)
-    with ending_together():
+    with ending_together(), stoppable(f"this command resumes the run: {typed(argv)}") as stopping:
         check(settings)
         with claim(path, flatten(settings), free_fields(settings), about(settings), write=is_first()) as workdir:
             if not is_finished(workdir, length(settings)):
-                finetune(settings, workdir, profile=options.profile)
+                finetune(settings, workdir, profile=options.profile, stopping=stopping)
         if is_first():
             print(
                 f"done. report: {path / REPORT}   metrics: {path / 'metrics.jsonl'}   samples: {path / 'samples'}   "
@@ -57,36 +61,65 @@ def main(argv: list[str]) -> None:
             )
 
 
+def typed(argv: Sequence[str]) -> str:
+    """The command as it can be typed again."""
+    program = "python -m nabla_gfn_jax.train" if argv[0].endswith(".py") else argv[0]
+    return f"{program} {shlex.join(argv[1:])}".rstrip()
+
+
 def finetune(
-    settings: Settings, workdir: Workdir, *, profile: bool, on_epoch: Callable[[Row], None] | None = None
+    settings: Settings,
+    workdir: Workdir,
+    *,
+    profile: bool = False,
+    on_epoch: Callable[[Row], None] | None = None,
+    stopping: Stopping | None = None,
 ) -> None:
     """Runs the settings, from the start or from the last checkpoint. Calls `on_epoch` with the log's row of each epoch.
+
+    A KeyboardInterrupt saves first. `stopping` says how the command ends after a signal.
 
     Raises `UserError` if an input has changed since the run began.
     """
     use_compilation_cache()
+    begun = time.monotonic()
     trainer, plan = build(settings), length(settings)
     workdir.record_inputs(inputs(settings, trainer.reward))
     state = place(trainer.first_state(settings.seed, settings.lora.rank, settings.lora.layers), trainer.mesh)
     programs = Programs(trainer, plan, state)
     with Checkpoints(workdir.path / "checkpoints") as checkpoints:
-        progress, first = restored(programs, first_progress(trainer, state), checkpoints)
+        progress, first, about_run = restored(programs, first_progress(trainer, state), checkpoints)
         log = MetricsLog(
             workdir.path,
             first,
             run_id=workdir.manifest.id,
             config=workdir.manifest.config,
+            rows=about_run.get("rows", ()),
             tensorboard=settings.logging.tensorboard,
             wandb=settings.logging.wandb,
             write=is_first(),
         )
-        judge = Judge(settings, trainer, workdir) if settings.logging.judged_images else None
-        showing = Showing(workdir, prompts_of(settings))
-        with closing(
-            WorkdirOutputs(workdir, plan, first, log, checkpoints, profile, showing, judge, on_epoch)
-        ) as outputs:
+        outputs = WorkdirOutputs(
+            workdir,
+            plan,
+            first,
+            log,
+            checkpoints,
+            Clock(about_run, trainer.mesh.size, begun),
+            stopping or Stopping(),
+            Showing(workdir, prompts_of(settings)),
+            profile=profile,
+            judge=Judge(settings, trainer, workdir) if settings.logging.judged_images else None,
+            on_epoch=on_epoch,
+        )
+        with closing(outputs):
             outputs.resumes(progress)
-            run(programs, plan, progress, first, outputs)
+            try:
+                run(programs, plan, progress, first, outputs)
+            except KeyboardInterrupt:
+                outputs.save_whole()
+                raise
+            outputs.finished()
 
 
 if __name__ == "__main__":

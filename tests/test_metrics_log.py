@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import sys
 from pathlib import Path
@@ -134,9 +135,7 @@ def test_weights_and_biases_goes_on_with_its_own_run(wandb, tmp_path):
 def test_what_a_run_writes_survives_the_next_moment(tmp_path, monkeypatch):
     """Each row is on the disk when `write` returns, before the checkpoint of its epoch."""
     synced = []
-    monkeypatch.setattr(
-        metrics_log.os, "fsync", lambda descriptor: synced.append(metrics_log.os.fstat(descriptor).st_size)
-    )
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size))
     write(tmp_path, range(3))
     assert synced == [len('{"epoch": 0, "loss": 0.0}\n') * n for n in (1, 2, 3)]
 

@@ -208,6 +208,7 @@ def test_what_changes_no_number():
     free = options.free_names(load_settings(Settings, "emoji"))
     assert free == {
         *("training.num_epochs", "training.micro_batches", "training.remat", "training.images_at_once"),
+        "training.skipped_updates",
         *(f"logging.{name}" for name in EMOJI["logging"]),
     }
 

@@ -23,7 +23,7 @@ from nabla_gfn_jax.training.build import build, length
 def saved(monkeypatch):
     """The saves of a run by epoch, on the host."""
     trees = {}
-    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree: trees.update({step: jax.device_get(tree)}))
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, tree, about: trees.update({step: jax.device_get(tree)}))
     return trees
 
 

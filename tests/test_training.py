@@ -33,7 +33,7 @@ CREDIT = "adjoint"
 LORA = Path("lora/00006/diffusers.safetensors")
 
 REWARD = "30.0"  # times brightness: a loss that rounding to bfloat16 leaves within a tenth
-COSTS = ("seconds", "images_per_second", "flops_per_second", "device_memory_gib")
+COSTS = ("seconds", "images_per_second", "flops_per_second", "device_memory_gib", "device_hours")
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -357,21 +357,21 @@ def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys
     assert str(weights) in capsys.readouterr().err
 
 
-def test_a_number_that_is_none_stops_a_run_and_keeps_its_last_checkpoint(command, tmp_path, capsys, monkeypatch):
+def test_numbers_that_are_none_stop_a_run_and_keep_its_last_checkpoint(command, tmp_path, capsys, monkeypatch):
     """Tests a run with a checkpoint whose reward then fails, and a run without a checkpoint."""
     command(tmp_path, "--config.training.num_epochs=1")
-    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
-    lora = sorted(p.name for p in (tmp_path / "lora").iterdir())
     capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(tiny_run, "brightness", lambda scale: brightness(float("nan")))
         with pytest.raises(SystemExit) as stop:
-            command(tmp_path, "--config.training.num_epochs=3")
+            command(tmp_path, "--config.training.num_epochs=3", "--config.training.skipped_updates=0")
     assert stop.value.code == 2
-    assert "reward_mean" in capsys.readouterr().err
-    assert rows(tmp_path)[-1]["reward_mean"] is None
-    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
-    assert sorted(p.name for p in (tmp_path / "lora").iterdir()) == lora
+    told = capsys.readouterr().err.splitlines()
+    assert "epoch 2 loses 16 of 16 samples; not finite: " in "".join(told)
+    assert "error: 2 updates in a row, up to epoch 3, are not finite (weights of samples 0, 1, " in told[-1]
+    assert [row["reward_mean"] is None for row in rows(tmp_path)] == [False, False, True, True]
+    assert [row.get("skipped_updates") for row in rows(tmp_path)] == [None, 0, 0, 2]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]
     with pytest.raises(SystemExit):
-        command(tmp_path / "new", reward="nan")
+        command(tmp_path / "new", "--config.training.skipped_updates=1", reward="nan")
     assert not any((tmp_path / "new/checkpoints").glob("[0-9]*"))

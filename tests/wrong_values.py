@@ -46,6 +46,7 @@ WRONG = {
     "training.remat": SWITCH,
     "training.images_at_once": NATURAL,
     "training.clip": POSITIVE_OR_INF,
+    "training.skipped_updates": NATURAL,
     "logging.samples_every": COUNT,
     "logging.checkpoint_every": COUNT,
     "logging.keep_loras": NATURAL,

@@ -4,10 +4,11 @@ import errno
 import json
 import math
 import os
+import re
 import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,28 @@ from safetensors.numpy import save_file
 from nabla_gfn_jax.errors import UserError
 
 _UNFINISHED = ".unfinished"  # the ending of files that are being written
+_SYSTEM_ERROR = re.compile(r"os error (\d+)|os_error_code='(\d+)'")  # in messages of safetensors and TensorStore
+
+
+class WriteError(UserError, OSError):
+    """A file that cannot be written, mostly because the disk is full or read-only."""
+
+
+def cannot_write(file: Path, error: BaseException) -> WriteError:
+    """The error that says so. Its text is one line that names the file, the reason and the remedy."""
+    return WriteError(
+        f"{file} cannot be written ({reason_of(error)}); make space or allow writing, then run the same command again"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """An error as a phrase; a system error that a library wraps by its usual name."""
+    wrapped = _SYSTEM_ERROR.search(str(error))
+    if wrapped:
+        return os.strerror(int(wrapped.group(1) or wrapped.group(2)))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -40,18 +63,20 @@ def replacing(file: Path) -> Iterator[Path]:
 
     Creates the parent folders. A reader always finds either the complete old or the complete new contents, even after a
     crash or a power cut. If several processes write simultaneously, the last to finish wins. An error leaves `file`
-    unchanged.
+    unchanged. Raises `WriteError` if the disk is full or the folder cannot be written.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}{_UNFINISHED}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
-        _flush(unfinished)
+        flush(unfinished)
         os.replace(unfinished, file)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-    _flush(file.parent)
+        flush(file.parent)
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(file, error) from error
+    finally:
+        with suppress(OSError):  # on a disk that has become read-only
+            unfinished.unlink(missing_ok=True)
 
 
 def remove_unfinished(folder: Path, name: str = "*") -> None:
@@ -81,6 +106,29 @@ def write_whole(file: Path, contents: bytes) -> None:
         unfinished.write_bytes(contents)
 
 
+def replace_contents(file: Path, contents: bytes) -> None:
+    """Writes `contents` as `replacing` does, unless the file holds them already: then a full disk does not matter."""
+    if not file.is_file() or file.read_bytes() != contents:
+        write_whole(file, contents)
+
+
+def append(file: Path, contents: bytes) -> None:
+    """Appends `contents` and waits until they are on the disk. Raises `OSError` if they cannot be written.
+
+    The file is then as before, without a part of `contents`.
+    """
+    with file.open("ab", buffering=0) as stream:
+        size, rest = stream.seek(0, os.SEEK_END), memoryview(contents)
+        try:
+            while rest:
+                rest = rest[stream.write(rest) :]
+            os.fsync(stream.fileno())
+        except OSError:
+            with suppress(OSError):
+                stream.truncate(size)
+            raise
+
+
 def write_json(file: Path, contents: Mapping[str, Any]) -> None:
     """Writes `plain(contents)` as `replacing` does."""
     write_whole(file, (json.dumps(plain(contents), indent=2, allow_nan=False) + "\n").encode())
@@ -102,7 +150,7 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Waits until the contents of a file, or the names in a folder, are on the disk.
 
     Some systems cannot open folders.

@@ -4,13 +4,14 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nabla_gfn_jax.checkpoints.files import write_whole
+from nabla_gfn_jax.checkpoints.files import WriteError, write_whole
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler
@@ -70,7 +71,8 @@ class Evaluator:
             more = self.states(None, num, first=have, progress=progress)
             states = {name: states[name].merge(more[name]) for name in states} or more
             if file is not None:
-                _write_states(file, states)
+                with suppress(WriteError):  # on a full disk they are sampled again
+                    _write_states(file, states)
         return states
 
     def evaluate(self, states: States, base: States | None = None) -> Evaluation:

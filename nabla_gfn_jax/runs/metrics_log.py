@@ -6,16 +6,17 @@ what each number describes. One more row after the last epoch has the final poli
 
 import json
 import math
-import os
 import sys
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nabla_gfn_jax.algorithms import ALGORITHMS
-from nabla_gfn_jax.checkpoints.files import write_whole
+from nabla_gfn_jax.checkpoints.files import append, reason_of, replace_contents
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.runs.sinks import Close, Sink, Write
 
 POLICY, UPDATE, EPOCH = "the policy that sampled", "the update", "the epoch"
 
@@ -45,7 +46,9 @@ COLUMNS = (
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
     Column("reward_mean_PART", "log R", POLICY, "mean of each part of a reward that is a sum, without its weight"),
-    Column("loss", "", UPDATE, "the minimised loss, a mean over the epoch's optimizer steps"),
+    Column("lost_samples", "samples", EPOCH, "samples left out because a number of theirs is not finite"),
+    Column("skipped_updates", "updates", EPOCH, "updates left out because a number is not finite"),
+    Column("loss", "", UPDATE, "the minimised loss, a mean over the epoch's optimizer steps that were applied"),
     *_columns_of_algorithms(),
     Column("grad_norm_lora", "", UPDATE, "norm of the LoRA's gradient before clipping"),
     Column("grad_norm_correction", "", UPDATE, "norm of g_φ's gradient before clipping, if there is a g_φ"),
@@ -58,6 +61,12 @@ COLUMNS = (
     Column("seconds", "s", EPOCH, "duration"),
     Column("images_per_second", "1/s", EPOCH, "images sampled in the epoch, divided by its duration"),
     Column("flops_per_second", "FLOP/s", EPOCH, "operations of one device, divided by the epoch's duration"),
+    Column(
+        "device_hours",
+        "h",
+        EPOCH,
+        "time of the run so far, in all its starts and with compiling, multiplied by the number of devices",
+    ),
     Column("device_memory_gib", "GiB", EPOCH, "largest memory that a device, or a CPU's process, has used so far"),
 )
 
@@ -68,18 +77,13 @@ def table() -> str:
     return "".join(f"| {' | '.join(row)} |\n".replace("|  |", "| |") for row in rows)
 
 
-class Sink(NamedTuple):
-    """A second destination of the rows, with the epoch as the step."""
-
-    write: Callable[[Mapping[str, float]], None]
-    close: Callable[[], None]
-
-
 class MetricsLog:
     """Appends one row per epoch to `metrics.jsonl`. A resumed run replaces the rows of epochs that it repeats.
 
-    `run_id` names the run on Weights & Biases, so that a resumed run continues the same one. If `write` is false, as in
-    all processes but the first, nothing is written.
+    A row that cannot be written, because the disk is full, stops nothing: it is kept in `unwritten` and written with
+    the next row. A resumed run gets these `rows` back from its checkpoint. `run_id` names the run on Weights & Biases,
+    so that a resumed run continues the same one. If `write` is false, as in all processes but the first, nothing is
+    written.
     """
 
     def __init__(
@@ -89,39 +93,52 @@ class MetricsLog:
         *,
         run_id: str,
         config: Mapping[str, Any],
+        rows: Sequence[Mapping[str, Any]] = (),
         tensorboard: bool = False,
         wandb: bool = False,
         write: bool = True,
     ):
         self._file = workdir / "metrics.jsonl"
+        self.unwritten: list[dict[str, Any]] = []
         self._sinks: list[Sink] = []
         self._writes = write
         if not write:
             return
-        rows = read(workdir, tell=True)
-        kept = [row for row in rows if row["epoch"] < first_epoch]
-        if self._file.exists():
-            write_whole(self._file, "".join(map(_line, kept)).encode())
+        kept = {row["epoch"]: row for row in (*read(workdir, tell=True), *rows) if row["epoch"] < first_epoch}
+        in_order = [kept[epoch] for epoch in sorted(kept)]
+        text = "".join(map(_line, in_order)).encode()
+        if self._file.exists() or text:
+            replace_contents(self._file, text)
         if tensorboard:
-            self._sinks.append(_tensorboard(workdir / "tensorboard", kept))
+            self._add("TensorBoard", lambda: _tensorboard(workdir / "tensorboard", in_order))
         if wandb:
-            self._sinks.append(_wandb(workdir, run_id, config))
+            self._add("Weights & Biases", lambda: _wandb(workdir, run_id, config))
+
+    def _add(self, name: str, open_it: Callable[[], tuple[Write, Close]]) -> None:
+        try:
+            self._sinks.append(Sink(name, *open_it()))
+        except Exception as error:  # libraries raise many kinds
+            print(f"{name} gets no rows ({reason_of(error)}); the run goes on", file=sys.stderr)
 
     def write(self, row: Mapping[str, float]) -> None:
         """Appends a row, which must have an "epoch". Numbers that are not finite are written as null."""
         if not self._writes:
             return
-        with self._file.open("a", encoding="utf-8") as file:
-            file.write(_line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        told = bool(self.unwritten)
+        self.unwritten.append(json.loads(_line(row)))
+        try:
+            append(self._file, "".join(map(_line, self.unwritten)).encode())
+            self.unwritten.clear()
+        except OSError as error:
+            if not told:
+                print(f"{self._file} cannot be written ({reason_of(error)}); the run goes on", file=sys.stderr)
         for sink in self._sinks:
             sink.write(row)
 
-    def close(self) -> None:
-        """Closes TensorBoard and Weights & Biases after everything is written."""
-        for sink in self._sinks:
-            sink.close()
+    def close(self, patience: float = 30.0) -> None:
+        """Closes TensorBoard and Weights & Biases after everything is written, or after `patience` seconds each."""
+        while self._sinks:
+            self._sinks.pop().close(patience)
 
 
 def read(workdir: Path, *, tell: bool = False) -> list[dict[str, Any]]:
@@ -161,24 +178,32 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
-def _tensorboard(folder: Path, rows: list[dict[str, Any]]) -> Sink:
-    """Replaces the folder's event files and writes `rows` to the new one, so that each row is there once."""
-    from tensorboardX import SummaryWriter
+def _tensorboard(folder: Path, rows: list[Mapping[str, Any]]) -> tuple[Write, Close]:
+    """Replaces the folder's event files and writes `rows` to the new one, so that each row is there once.
 
+    tensorboardX's `SummaryWriter` has a thread that ends when the disk is full, after which it waits forever.
+    """
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.summary import scalar
+
+    folder.mkdir(parents=True, exist_ok=True)
     for file in folder.glob("events.out.tfevents.*"):
         file.unlink()
-    writer = SummaryWriter(str(folder), flush_secs=5)
+    writer = EventsWriter(str(folder / "events"))
 
     def write(row: Mapping[str, Any]) -> None:
         for name, value in row.items():
-            writer.add_scalar(name, float("nan") if value is None else value, int(row["epoch"]))
+            summary = scalar(name, math.nan if value is None else value)
+            writer.write_event(Event(wall_time=time.time(), step=int(row["epoch"]), summary=summary))
+        writer.flush()
 
     for row in rows:
         write(row)
-    return Sink(write, writer.close)
+    return write, writer.close
 
 
-def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
+def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> tuple[Write, Close]:
     """A run on Weights & Biases. Its server ignores repeated epochs, and a resumed run repeats the same numbers."""
     import wandb
 
@@ -190,4 +215,4 @@ def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> Sink:
         name=workdir.absolute().name,
         resume="allow",
     )
-    return Sink(lambda row: run.log(dict(row), step=int(row["epoch"])), run.finish)
+    return lambda row: run.log(dict(row), step=int(row["epoch"])), run.finish

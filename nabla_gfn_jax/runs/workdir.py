@@ -110,6 +110,8 @@ def claim(
         manifest = _manifest(path, settings, free, about or {}, write=write)
     except Timeout:
         raise UserError(f"workdir {path} is in use{_by_whom(path)}; wait for it to end, or choose another") from None
+    except UserError:
+        raise
     except (OSError, NotImplementedError) as error:
         raise UserError(f"workdir {path} cannot be used ({error}); choose another --workdir") from error
     try:

@@ -63,6 +63,7 @@ def length(settings: Settings) -> Plan:
         save_every=settings.logging.checkpoint_every,
         updates=settings.training.num_epochs * settings.training.updates_per_epoch,
         keep_loras=settings.logging.keep_loras,
+        skipped_updates=settings.training.skipped_updates,
     )
 
 

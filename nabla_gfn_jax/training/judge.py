@@ -1,12 +1,15 @@
 """Evaluates a run's policy during training, as `evaluate --workdir` does afterwards."""
 
+import sys
 from collections.abc import Mapping
 
 import jax
 
+from nabla_gfn_jax.checkpoints.files import plain
 from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, Evaluator, describe, prompts_to_judge
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling
 from nabla_gfn_jax.inference.table import to_json
+from nabla_gfn_jax.processes import greatest
 from nabla_gfn_jax.runs import evaluations
 from nabla_gfn_jax.runs.workdir import Workdir
 from nabla_gfn_jax.settings import Settings
@@ -32,10 +35,26 @@ class Judge:
         self._what = describe(settings.model, settings.model_dtype, sampler, settings.reward, hashes)
 
     def __call__(self, updates: int, lora: Params) -> None:
-        """Appends the row of the LoRA after `updates` updates to evaluations.jsonl. All processes must call it."""
+        """Appends the row of the LoRA after `updates` updates to evaluations.jsonl. All processes must call it.
+
+        A row that is there already, because a resumed run repeats it, and a full disk change nothing.
+        """
         kept = self._workdir.path / BASE_SAMPLES if jax.process_count() == 1 else None
         base = self._evaluator.base_states(self._num, kept, self._what)
         evaluation = self._evaluator.evaluate(self._evaluator.states(lora, self._num), base)
-        if self._workdir.writes:
-            row = {"model": f"lora/{updates:05d}", "beta": self._beta} | self._what | to_json(evaluation)
-            evaluations.append(self._workdir.path, row)
+        row = plain({"model": _name(updates), "beta": self._beta} | self._what | to_json(evaluation))
+        if self._workdir.writes and row not in evaluations.read(self._workdir.path):
+            try:
+                evaluations.append(self._workdir.path, row)
+            except OSError as error:
+                print(f"{self._workdir.path / evaluations.NAME} lacks {_name(updates)} ({error})", file=sys.stderr)
+
+    def lacks(self, updates: int) -> bool:
+        """Whether there is no row of the LoRA after `updates` updates; the same in every process."""
+        about = plain({"model": _name(updates), "beta": self._beta} | self._what)
+        rows = evaluations.read(self._workdir.path) if self._workdir.writes else []
+        return not greatest(int(any(row | about == row for row in rows)))
+
+
+def _name(updates: int) -> str:
+    return f"lora/{updates:05d}"

@@ -13,14 +13,24 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import image_keys
 from nabla_gfn_jax.parallel import SPLIT, gather, place, placed
-from nabla_gfn_jax.processes import meet
+from nabla_gfn_jax.processes import meet, tell
 from nabla_gfn_jax.rewards import TOTAL
 from nabla_gfn_jax.runs import pictures
+from nabla_gfn_jax.runs.checkpoints import Checkpoints
+from nabla_gfn_jax.training.faults import (
+    describe_lost,
+    describe_skipped,
+    in_a_row,
+    lost_by,
+    mean,
+    mean_applied,
+    stand_ins,
+)
 from nabla_gfn_jax.training.profiling import Meter
 from nabla_gfn_jax.training.prompts import PromptIds
 from nabla_gfn_jax.training.state import TrainState
@@ -38,6 +48,8 @@ class Progress:
     stats: PyTree[np.ndarray]  # the algorithm's memory
     data: PyTree[Any] = None  # training data for the next epoch; None for an on-policy algorithm and at the start
     weight: Any = None  # the weights of the samples in `data`
+    skipped: int = 0  # updates since the last one that was applied
+    fault: str = ""  # what was not finite in the last update that was not applied
 
     def tree(self) -> dict[str, Any]:
         """The tree that a checkpoint saves."""
@@ -59,8 +71,11 @@ class Outputs(Protocol):
     def begins(self, epoch: int) -> None:
         """Is called before an epoch."""
 
-    def ends(self, epoch: int) -> None:
-        """Is called after an epoch."""
+    def ends(self, epoch: int, updates: int, progress: Progress | None) -> None:
+        """Is called after an epoch, when all its results are written. A resume may continue after it.
+
+        `progress` is None after the epoch that only samples the final policy.
+        """
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +89,7 @@ class Plan:
     save_every: int
     updates: int  # in the whole run
     keep_loras: int = 0  # number of newest LoRAs to keep; 0: all
+    skipped_updates: int = 3  # most updates in a row that are not applied
 
 
 def sample_keys(key: PRNGKey, epoch: int, count: int) -> PRNGKeys:
@@ -112,7 +128,7 @@ class Programs:
         return self.compiled["rollout"](self.trainer.frozen, params, keys, ids)
 
     def update(self, state: TrainState, data: Any, weight: Any) -> Any:
-        """Makes the updates of an epoch: the new state and the metrics. The old state is donated."""
+        """Makes the updates of an epoch: the new state and a `Steps`."""
         self.meter.call("update")
         return self.compiled["update"](self.trainer.frozen, state, data, weight)
 
@@ -134,31 +150,37 @@ def first_progress(trainer: Trainer, state: TrainState) -> Progress:
     return Progress(state, trainer.algorithm.first_stats(trainer.num_prompts))
 
 
-def restored(programs: Programs, progress: Progress, checkpoints: Any) -> tuple[Progress, int]:
-    """The progress in the newest checkpoint and the next epoch; without a checkpoint, `progress` and epoch 0 or 1."""
+def restored(programs: Programs, progress: Progress, checkpoints: Checkpoints) -> tuple[Progress, int, dict[str, Any]]:
+    """The progress in the newest whole checkpoint, the next epoch, and what the checkpoint says about the run.
+
+    Without a checkpoint: `progress`, epoch 0 or 1, and {}.
+    """
     trainer = programs.trainer
     if checkpoints.latest is None:
-        return progress, 1 if trainer.algorithm.on_policy else 0
+        return progress, 1 if trainer.algorithm.on_policy else 0, {}
     progress = replace(progress, stats=programs.stats)
     if not trainer.algorithm.on_policy:
         zeros = lambda shapes, spec: place(  # noqa: E731
             jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes), trainer.mesh, spec
         )
         progress = replace(progress, data=zeros(programs.data, BY_UPDATE), weight=zeros(programs.weight, SPLIT))
-    saved = Progress(**checkpoints.restore(progress.tree()))
-    return replace(saved, stats=jax.tree.map(np.asarray, saved.stats)), checkpoints.latest + 1
+    found = checkpoints.restore(progress.tree())
+    saved = Progress(**found.tree)
+    skipped, fault = int(found.about.get("skipped", 0)), str(found.about.get("fault", ""))
+    saved = replace(saved, stats=jax.tree.map(np.asarray, saved.stats), skipped=skipped, fault=fault)
+    return saved, found.step + 1, found.about
 
 
 def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs: Outputs) -> None:
-    """Runs the epochs from `first` to the end. Raises `UserError` if a number of the log is not finite."""
+    """Runs the epochs from `first` to the end. Raises `UserError` if too many updates in a row are not finite."""
     per_epoch = programs.trainer.updates_per_epoch
     for epoch in range(first, plan.epochs + 2):
         outputs.begins(epoch)
         last, before = epoch == plan.epochs + 1, per_epoch * max(epoch - 1, 0)
         programs.meter.start()
-        params = jax.tree.map(jnp.copy, progress.state.params)  # a copy, because the update overwrites them
+        params = progress.state.params
         shown = last or (epoch > 0 and (epoch - 1) % plan.images_every == 0)
-        policy = jax.tree.map(jnp.copy, progress.state.policy) if shown else None  # the LoRA that would be saved
+        policy = progress.state.policy if shown else None  # the LoRA that would be saved
         if last:
             params |= {"lora": progress.state.policy}
         progress, numbers = one(programs, epoch, params, progress, update=not last)
@@ -167,40 +189,76 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
         row: Row = {"epoch": epoch, "step": before, "updates": per_epoch * min(epoch, plan.epochs)}
         row |= numbers | programs.meter.numbers(plan.samples)
         outputs.row(row)
-        stop_if_not_finite(row)
+        stop_if_not_finite(epoch, progress, plan, row["lost_samples"])
         if not last and epoch > 0 and (epoch == plan.epochs or epoch % plan.save_every == 0):
             outputs.save(epoch, per_epoch * epoch, progress)
-        outputs.ends(epoch)
+        outputs.ends(epoch, per_epoch * min(epoch, plan.epochs), None if last else progress)
 
 
 def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, update: bool) -> tuple[Progress, Row]:
     """Runs one epoch: samples with `params` and, if `update`, trains. Returns the new progress and the log row."""
-    trainer, state = programs.trainer, progress.state
-    metrics: dict[str, Any] = {}
+    trainer, state, steps = programs.trainer, progress.state, None
     keys, ids, prompt_id = programs.given(epoch)
     sampled: Sampled = programs.rollout(params, keys, ids)
     if not trainer.algorithm.on_policy and update and progress.data is not None:
-        state, metrics = programs.update(state, progress.data, progress.weight)  # starts while sampling runs
+        state, steps = programs.update(state, progress.data, progress.weight)  # starts while sampling runs
     meet(f"epoch {epoch}")
-    scalars = {name: gather(value, trainer.mesh) for name, value in sampled.scalars.items()}
-    numbers = {"reward_mean": scalars[TOTAL].mean(), "reward_std": scalars[TOTAL].std()}
-    parts = {name: value for name, value in scalars.items() if name.startswith(f"{TOTAL}_")}
-    numbers |= {f"reward_mean{name.removeprefix(TOTAL)}": value.mean() for name, value in parts.items()}
-    host_weight, stats = trainer.algorithm.weigh(progress.stats, scalars, prompt_id)
+    data, host_weight, stats, numbers = weighed(programs, epoch, sampled, prompt_id, progress.stats)
     weight = place(host_weight, trainer.mesh, SPLIT)
-    if not trainer.algorithm.on_policy:
-        progress = Progress(state, stats, sampled.data, weight)
-    elif update:
-        state, metrics = programs.update(state, sampled.data, weight)
-        progress = Progress(state, stats)
-    return progress, {name: float(value) for name, value in (metrics | numbers).items()}  # waits for the devices
+    if trainer.algorithm.on_policy and update:
+        state, steps = programs.update(state, data, weight)
+    skipped, fault = progress.skipped, progress.fault
+    if steps is not None:  # waits for the devices
+        applied = np.asarray(steps.applied)
+        skipped = in_a_row(skipped, applied)
+        numbers = mean_applied(steps.metrics, applied) | numbers | {"skipped_updates": float((~applied).sum())}
+        if not applied.all():
+            fault = describe_skipped(steps.metrics, applied, gather(steps.finite, trainer.mesh), len(prompt_id))
+            of = epoch if trainer.algorithm.on_policy else epoch - 1
+            tell(f"epoch {epoch} skips {(~applied).sum()} of {len(applied)} updates: {fault} of epoch {of}")
+    kept = {} if trainer.algorithm.on_policy else {"data": data, "weight": weight}
+    return Progress(state, stats, skipped=skipped, fault=fault, **kept), numbers
 
 
-def stop_if_not_finite(row: Row) -> None:
-    """Raises `UserError` if a reward, loss or gradient is not finite, before the epoch is saved as a checkpoint."""
-    bad = [name for name, value in row.items() if not np.isfinite(value)]
-    if bad:
+def weighed(
+    programs: Programs, epoch: int, sampled: Sampled, prompt_id: Int[np.ndarray, " all"], stats: PyTree[np.ndarray]
+) -> tuple[Any, np.ndarray, PyTree[np.ndarray], Row]:
+    """Training data, weights, the algorithm's new memory, and the row's numbers of an epoch's samples.
+
+    A sample that is not finite is left out of the numbers, and another takes its place in the rest. If none is finite,
+    the memory stays, and the weights are NaN, so that no update is applied.
+    """
+    trainer, mesh = programs.trainer, programs.trainer.mesh
+    scalars = {name: gather(value, mesh) for name, value in sampled.scalars.items()}
+    lost = lost_by(scalars, {name: gather(value, mesh) for name, value in sampled.finite.items()})
+    whole = ~np.any([np.zeros(len(prompt_id), bool), *lost.values()], axis=0)
+    numbers: Row = {"lost_samples": float((~whole).sum())}
+    for name in (name for name in scalars if name == TOTAL or name.startswith(f"{TOTAL}_")):
+        numbers[f"reward_mean{name.removeprefix(TOTAL)}"] = mean(scalars[name][whole])
+    numbers["reward_std"] = float(scalars[TOTAL][whole].std()) if whole.any() else np.nan
+    if lost:
+        tell(f"epoch {epoch} loses {(~whole).sum()} of {len(whole)} samples; not finite: {describe_lost(lost)}")
+    if not whole.any():
+        return sampled.data, np.full(programs.weight.shape, np.nan, programs.weight.dtype), stats, numbers
+    data = sampled.data
+    if lost:
+        chosen = stand_ins(whole, prompt_id)
+        data, prompt_id = trainer.take(data, chosen), prompt_id[chosen]
+        scalars = {name: value[chosen] for name, value in scalars.items()}
+    weight, stats = trainer.algorithm.weigh(stats, scalars, prompt_id)
+    return data, weight, stats, numbers
+
+
+def stop_if_not_finite(epoch: int, progress: Progress, plan: Plan, lost_samples: float) -> None:
+    """Raises `UserError` if too many updates in a row were not applied, or if the final policy has no finite sample."""
+    advice = (
+        "the last checkpoint and LoRA are from before it, or equal to those from before it: lower "
+        "training.learning_rate or algorithm.beta in a new workdir, or mend the reward"
+    )
+    if progress.skipped > plan.skipped_updates:
         raise UserError(
-            f"{', '.join(bad)} in epoch {row['epoch']} is not finite; the last checkpoint and LoRA are from before it: "
-            "lower training.learning_rate or algorithm.beta in a new workdir"
+            f"{progress.skipped} updates in a row, up to epoch {epoch}, are not finite ({progress.fault}) and not "
+            f"applied; {advice}"
         )
+    if epoch == plan.epochs + 1 and lost_samples == plan.samples:
+        raise UserError(f"no sample of the final policy has finite latents and a finite reward_mean; {advice}")

@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +47,41 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+class Clock:
+    """The time that a run takes in all of its starts together. Work that a crash lost is not counted."""
+
+    def __init__(self, about: Mapping[str, Any], devices: int, begun: float):
+        """`about`: what a checkpoint says about the run, {} for a new run. `begun`: when this start did, monotonic."""
+        self._seconds, self._device_seconds = (float(about.get(name, 0.0)) for name in ("seconds", "device_seconds"))
+        self._devices, self._start = devices, begun
+
+    @property
+    def about(self) -> dict[str, float]:
+        """What a checkpoint says."""
+        here = time.monotonic() - self._start
+        return {"seconds": self._seconds + here, "device_seconds": self._device_seconds + self._devices * here}
+
+    @property
+    def seconds(self) -> float:
+        """Seconds so far."""
+        return self.about["seconds"]
+
+    @property
+    def device_hours(self) -> float:
+        """Hours so far, multiplied by the number of devices."""
+        return self.about["device_seconds"] / 3600
+
+
 class Meter:
     """Measures the time of an epoch and counts the FLOPs of its compiled functions."""
 
     def __init__(self) -> None:
         self._flops: dict[str, float] = {}  # of one call, by name
-        self._start, self._done = time.time(), 0.0
+        self._start, self._done = time.monotonic(), 0.0
 
     def start(self) -> None:
         """Starts the measurement of an epoch."""
-        self._start, self._done = time.time(), 0.0
+        self._start, self._done = time.monotonic(), 0.0
 
     def know(self, name: str, traced: Any) -> None:
         """Stores the FLOPs of one call of a traced function under `name`."""
@@ -70,7 +96,7 @@ class Meter:
 
         These are the seconds, images per second, FLOPs per second of one device, and peak memory of a device in GiB.
         """
-        seconds = time.time() - self._start
+        seconds = time.monotonic() - self._start
         return {
             "seconds": seconds,
             "images_per_second": images / seconds,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Float, PyTree
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float, PyTree
 
 from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout, Scalars
 from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, change_predictor, predictor
@@ -25,6 +25,7 @@ from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.parallel import AXIS, EVERYWHERE, SPLIT, place, split
 from nabla_gfn_jax.rewards import TOTAL, Reward
 from nabla_gfn_jax.streams import stream
+from nabla_gfn_jax.training.faults import all_finite, finite_rows
 from nabla_gfn_jax.training.latent_reward import in_parts, latent_reward
 from nabla_gfn_jax.training.state import TrainState
 from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKeys, PromptIds
@@ -32,15 +33,33 @@ from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKeys, P
 
 @flax.struct.dataclass
 class Sampled:
-    """The result of an epoch's sampling: training data, and "log_reward" and other scalars of each sample."""
+    """The result of an epoch's sampling: training data, and "log_reward" and other scalars of each sample.
+
+    `finite` says of each sample whether its latents and its training data are finite.
+    """
 
     data: PyTree[Any]
     scalars: Scalars
+    finite: dict[str, Bool[Array, " batch"]]
+
+
+@flax.struct.dataclass
+class Steps:
+    """What an epoch's updates found, leading axis (updates,).
+
+    An update is not applied if its loss, its gradient or a weight is not finite. `finite` says it of each micro-batch,
+    in the order of the samples.
+    """
+
+    metrics: Metrics
+    applied: Bool[Array, " updates"]
+    finite: Bool[Array, "updates parts"]
 
 
 BY_UPDATE = PartitionSpec(None, AXIS)  # leaves (updates, B, …), split by samples
-# The sharding of a `Sampled`.
-SAMPLED_SPLIT = Sampled(data=BY_UPDATE, scalars=SPLIT)  # type: ignore[arg-type]
+# The shardings of a `Sampled` and of a `Steps`.
+SAMPLED_SPLIT = Sampled(data=BY_UPDATE, scalars=SPLIT, finite=SPLIT)  # type: ignore[arg-type]
+STEPS_SPLIT = Steps(metrics=EVERYWHERE, applied=EVERYWHERE, finite=BY_UPDATE)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +154,20 @@ class Trainer:
 
     @cached_property
     def update(self) -> Any:
-        """(frozen, state, data, weight) → (TrainState, Metrics), compiled when called; the state is donated."""
+        """(frozen, state, data, weight) → (TrainState, Steps), compiled when called.
+
+        The state that is given stays, so that a signal can save it during the update.
+        """
         inputs = (EVERYWHERE, EVERYWHERE, BY_UPDATE, SPLIT)
-        return split(self._update, self.mesh, inputs, EVERYWHERE, donate_argnums=1)
+        return split(self._update, self.mesh, inputs, (EVERYWHERE, STEPS_SPLIT))
+
+    @cached_property
+    def take(self) -> Any:
+        """(data, index) → data of a rollout with sample index[i] in place i, compiled when called."""
+        split_by_samples = NamedSharding(self.mesh, BY_UPDATE)
+        return jax.jit(
+            lambda data, index: jax.tree.map(lambda leaf: leaf[:, index], data), out_shardings=split_by_samples
+        )
 
     @cached_property
     def images(self) -> Any:
@@ -152,7 +182,11 @@ class Trainer:
         scores = in_parts(partial(self._scores, frozen), self.images_at_once, trajectory.samples, prompt_id)
         rollout = Rollout(trajectory=trajectory, log_reward=scores[TOTAL], prompt_id=prompt_id, keys=keys)
         batch = self.algorithm.batch(params, model, rollout, self.updates_per_epoch)
-        return Sampled(data=batch.data, scalars=scores | batch.scalars)
+        finite = {
+            "latents": finite_rows((trajectory.latents, trajectory.outputs), 1),
+            "training data": finite_rows(batch.data, 1),
+        }
+        return Sampled(data=batch.data, scalars=scores | batch.scalars, finite=finite)
 
     def _images(
         self, frozen: Params, params: Params, keys: PRNGKeys, prompt_id: PromptIds
@@ -170,36 +204,40 @@ class Trainer:
 
     def _update(
         self, frozen: Params, state: TrainState, data: PyTree[Any], weight: Float[Array, " batch *rest"]
-    ) -> tuple[TrainState, Metrics]:
-        """One optimizer step on each of the epoch's batches. The metrics are means over these steps."""
-        state, metrics = jax.lax.scan(partial(self._step, self.model(frozen), weight), state, data)
-        return state, jax.tree.map(lambda a: a.mean(), metrics)
+    ) -> tuple[TrainState, Steps]:
+        """One optimizer step on each of the epoch's batches."""
+        return jax.lax.scan(partial(self._step, self.model(frozen), weight), state, data)
 
     def _step(
         self, model: Model, weight: Float[Array, " batch *rest"], state: TrainState, data: PyTree[Any]
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, Steps]:
         """One optimizer step on the mean gradient over all samples.
 
         The gradient is summed over the micro-batches of a device, and then once over the devices.
         """
         parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), (data, weight))
 
-        def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, Metrics]:
+        def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, tuple[Metrics, Bool[Array, ""]]]:
             (loss, terms), gradient = self.algorithm.value_and_grad(state.params, model, *part)
-            return jax.tree.map(jnp.add, total, gradient), {"loss": loss, **terms}
+            finite = all_finite((loss, terms, gradient, part[1]))
+            return jax.tree.map(jnp.add, total, gradient), ({"loss": loss, **terms}, finite)
 
-        total, terms = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
-        total = (jax.tree.map(lambda a: a.sum(), terms), total)
+        total, (terms, finite) = jax.lax.scan(accumulate, jax.tree.map(jnp.zeros_like, state.params), parts)
+        total = (jax.tree.map(lambda a: a.sum(), terms), (~finite).sum().astype(jnp.float32), total)
         flat, unravel = ravel_pytree(total)
-        metrics, gradient = unravel(jax.lax.psum(flat, AXIS) / (self.micro_batches * self.mesh.size))
+        metrics, bad, gradient = unravel(jax.lax.psum(flat, AXIS) / (self.micro_batches * self.mesh.size))
         with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
             updates, moments = self.optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics |= {f"grad_norm_{name}": optax.tree.norm(part) for name, part in gradient.items()}
+        norms = {f"grad_norm_{name}": optax.tree.norm(part) for name, part in gradient.items()}
         average = state.average
         if average is not None:
             average = optax.incremental_update(params["lora"], average, 1.0 - self.average)
-        return TrainState(params, moments, state.step + 1, average), metrics
+        applied = (bad == 0) & all_finite(norms)
+        after = TrainState(params, moments, state.step, average)
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, state)
+        state = TrainState(kept.params, kept.optimizer, state.step + 1, kept.average)
+        return state, Steps(metrics=metrics | norms, applied=applied, finite=finite)
 
 
 def _head(
