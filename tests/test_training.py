@@ -368,7 +368,7 @@ def test_numbers_that_are_none_stop_a_run_and_keep_its_last_checkpoint(command, 
     assert stop.value.code == 2
     told = capsys.readouterr().err.splitlines()
     assert "epoch 2 loses 16 of 16 samples; not finite: " in "".join(told)
-    assert "error: 2 updates in a row, up to epoch 3, are not finite (weights of samples 0, 1, " in told[-1]
+    assert re.search("error: 2 updates in a row, up to epoch 3, are not finite .*loss.* of samples 0, 1, ", told[-1])
     assert [row["reward_mean"] is None for row in rows(tmp_path)] == [False, False, True, True]
     assert [row.get("skipped_updates") for row in rows(tmp_path)] == [None, 0, 0, 2]
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["1", "2"]

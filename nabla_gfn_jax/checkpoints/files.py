@@ -50,7 +50,7 @@ def read_json(file: Path) -> dict[str, Any]:
         contents = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file} is missing; download the model again") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
     if not isinstance(contents, dict):
         raise UserError(f"{file} holds no JSON object; download the model again")

@@ -73,7 +73,7 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     try:
         # Not `splitlines`, because JSON texts may contain other characters that it takes for line ends.
         return [json.loads(line) for line in read_text(file).split("\n") if line.strip()]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON lines ({error}); download it again") from error
 
 
@@ -113,7 +113,7 @@ def read_json(file: Path) -> Any:
     """The contents of a JSON file. Raises `UserError` if the file is not valid JSON."""
     try:
         return json.loads(read_text(file))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not valid JSON ({error}); download it again") from error
 
 

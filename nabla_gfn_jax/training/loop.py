@@ -182,7 +182,7 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
         shown = last or (epoch > 0 and (epoch - 1) % plan.images_every == 0)
         policy = progress.state.policy if shown else None  # the LoRA that would be saved
         if last:
-            params |= {"lora": progress.state.policy}
+            params = params | {"lora": progress.state.policy}
         progress, numbers = one(programs, epoch, params, progress, update=not last)
         if policy is not None:
             outputs.images(before, *programs.images(policy))

@@ -58,7 +58,7 @@ class WorkdirOutputs:
         self._whole: tuple[int, int, Progress] | None = None  # the last whole epoch, its updates and progress
         self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         self._bar = tqdm(total=plan.epochs + 2, unit="epoch", dynamic_ncols=True, disable=not is_first())
-        if is_first():  # the time of earlier starts counts in the bar's estimate
+        if not self._bar.disable:  # the time of earlier starts counts in the bar's estimate
             self._bar.n, self._bar.start_t = first, self._bar.start_t - clock.seconds
             self._bar.refresh()
         stopping.together = jax.process_count() > 1
