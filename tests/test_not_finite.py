@@ -1,12 +1,12 @@
 """Numbers that are not finite: a sample is lost and not the run, and an update that they spoil is not applied."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_parallel import without_images
+from test_training import rows as read
+from test_training import without_time
 from tiny_run import flags, last_of_each
 
 from nabla_gfn_jax import parallel, train
@@ -160,14 +160,14 @@ def test_updates_in_a_row(before, applied, after):
 
 
 def test_a_reward_that_is_nan_for_some_images_loses_these_and_not_the_run(command, tmp_path, monkeypatch, capsys):
-    """The log's reward is the mean of the others, and says how many were lost."""
+    """The log's reward is the mean of the others, and says how many were lost. A resumed run has the same numbers."""
     without_images(monkeypatch)
     monkeypatch.setattr("tiny_run.brightness", lambda scale: gaps(0.1))
     seen = []
     weigh = faults.lost_by
     monkeypatch.setattr("nabla_gfn_jax.training.loop.lost_by", lambda s, f: seen.append(s["log_reward"]) or weigh(s, f))
-    command(tmp_path, CREDIT)
-    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    command(tmp_path / "whole", CREDIT)
+    rows = read(tmp_path / "whole")
     lost = [int(np.isnan(rewards).sum()) for rewards in seen]
     assert 0 < sum(lost) < 40
     assert [row["lost_samples"] for row in rows] == lost
@@ -181,3 +181,9 @@ def test_a_reward_that_is_nan_for_some_images_loses_these_and_not_the_run(comman
     of = faults.samples(np.flatnonzero(np.isnan(seen[epoch])))
     assert f"epoch {epoch} loses {lost[epoch]} of 16 samples; not finite: " in told[0]
     assert f"reward of {of}" in told[0]
+
+    command(tmp_path / "parts", CREDIT, "--config.training.num_epochs=1")
+    command(tmp_path / "parts", CREDIT)
+    assert list(map(without_time, read(tmp_path / "parts"))) == list(map(without_time, rows))
+    last = "lora/00006/diffusers.safetensors"
+    assert (tmp_path / "parts" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
