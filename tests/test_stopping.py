@@ -33,7 +33,13 @@ with stoppable("run this again") as stopping:
 """
 
 
-def start(*, saving=0.0, writing=0.0, armed=True, then="pass", before=None):
+def listening():
+    """Programs in the background of a script are told to ignore some signals, and tests may run so."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def start(*, saving=0.0, writing=0.0, armed=True, then="pass", before=listening):
     text = COMMAND.format(saving=saving, writing=writing, armed=armed, then=then)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": before}
     process = subprocess.Popen([sys.executable, "-c", text], **pipes)
