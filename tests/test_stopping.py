@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: a command saves first and says how to go on; a second Ctrl-C ends it at once."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -43,7 +44,10 @@ def start(*, saving=0.0, writing=0.0, armed=True, then="pass", before=listening)
     text = COMMAND.format(saving=saving, writing=writing, armed=armed, then=then)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": before}
     process = subprocess.Popen([sys.executable, "-c", text], **pipes)
-    assert process.stdout.readline() == "ready\n"
+    first = b""
+    while not first.endswith(b"\n"):  # byte by byte: what else is there already is for `end`
+        first += os.read(process.stdout.fileno(), 1) or b"ended\n"
+    assert first == b"ready\n"
     return process
 
 
