@@ -72,6 +72,8 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(state))
             if is_first():
                 write_json(place / ABOUT, {"files": _hashes(place), **(about or {})})
+        except jax.errors.JaxRuntimeError:
+            raise  # not the disk: another process is gone
         except Exception as error:  # Orbax raises many kinds
             raise cannot_write(place, error) from error
 
@@ -89,6 +91,8 @@ class Checkpoints:
                 try:
                     with _without_orbax_log():
                         read = self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+                except jax.errors.JaxRuntimeError:
+                    raise  # the save is not to blame
                 except Exception as error:  # Orbax raises many kinds
                     damage = reason_of(error)
                     if "files" in about:  # the files are as they were written
