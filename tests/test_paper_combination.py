@@ -106,7 +106,7 @@ def trained(tmp_path_factory):
     argv = [*flags(folder, folder / "run", "colour"), *(f"--config.{n}={v}" for n, v in fields.items())]
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), compiled_quickly():
         patch.setitem(REWARDS, "colour", colour_reward)
-        patch.setattr(loop.Programs, "images", lambda *_: None)  # a third program, which other tests see to
+        patch.setattr(loop.Programs, "images", lambda *_: (None, {}))  # a third program, which other tests see to
         _, settings = parse_run(["train", *last_of_each(argv)], train.Options, Settings, "")
         trainer = build(settings)
         state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
@@ -117,8 +117,8 @@ def trained(tmp_path_factory):
         updates: list[Update] = []
         for _ in range(2):
             params = jax.tree.map(np.array, state.params)
-            state, metrics = programs.update(state, sampled.data, weight)
-            updates.append(Update(params, {name: float(value) for name, value in metrics.items()}))
+            state, steps = programs.update(state, sampled.data, weight)
+            updates.append(Update(params, {name: float(value[0]) for name, value in steps.metrics.items()}))
         state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
         loop.run(programs, length(settings), loop.first_progress(trainer, state), 0, rows := Rows())
     times = np.asarray(trainer.chain.at.time), np.asarray(trainer.chain.to.time)
