@@ -37,9 +37,9 @@ from nabla_gfn_jax.algorithms.paths import (
     regress_steps,
 )
 from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatten, share_out, take
-from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
-from nabla_gfn_jax.options import Checked, option
+from nabla_gfn_jax.options import option
 from nabla_gfn_jax.typing import Latents, Params
 
 
@@ -60,18 +60,13 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelValue(Checked, PolicyAlone):
+class KernelValue(FitOptions, PolicyAlone):
     """The policy follows the gradient of a log value that a kernel regression learns."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     steps: int = option(1, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
     memory: int = option(16384, "paths that V is fitted to: the newest so many", minimum=2)
     after: int = option(0, "paths to be sampled before the policy begins to learn", minimum=0)
-    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
-    features: int = option(600, "random features of the kernel", minimum=1)
-    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
-    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
-    weight_clip: float = option(20.0, "largest weight W/Z", above=0)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
 
     on_policy: ClassVar[bool] = True
@@ -88,14 +83,7 @@ class KernelValue(Checked, PolicyAlone):
     @property
     def fit(self) -> Fit:
         """How V is fitted."""
-        return Fit(
-            places=self.memory,
-            components=self.components,
-            features=self.features,
-            length=self.length,
-            ridge=self.ridge,
-            weight_clip=self.weight_clip,
-        )
+        return Fit.of(self, self.memory)
 
     def first_stats(self, num_prompts: int) -> Stats:
         return Stats(PathWeights.none(num_prompts), ValueMemory.empty(num_prompts))

@@ -15,13 +15,15 @@ high value. The ridge keeps V flat as long as there are few paths.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import flax.struct
 import numpy as np
 import scipy.optimize
 from jaxtyping import Float, Int
+
+from nabla_gfn_jax.options import Checked, option
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
@@ -59,6 +61,17 @@ class ValueMemory:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FitOptions(Checked):
+    """How V is fitted to the paths that a memory keeps."""
+
+    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
+    features: int = option(600, "random features of the kernel", minimum=1)
+    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
+    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
+    weight_clip: float = option(20.0, "largest weight W/Z", above=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fit:
     """How a memory is kept and fitted."""
 
@@ -68,6 +81,11 @@ class Fit:
     length: float  # ℓ
     ridge: float
     weight_clip: float  # largest W/Z
+
+    @classmethod
+    def of(cls, options: FitOptions, places: int) -> "Fit":
+        """The fit that the options ask for."""
+        return cls(places=places, **{field.name: getattr(options, field.name) for field in fields(FitOptions)})
 
     def add(
         self,

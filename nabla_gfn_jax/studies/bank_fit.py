@@ -43,9 +43,9 @@ from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import TARGETS
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import REWARDS, load_reward
-from nabla_gfn_jax.studies.images import Images
+from nabla_gfn_jax.options import option
+from nabla_gfn_jax.rewards import load_reward
+from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 TENTHS = 10
@@ -54,15 +54,10 @@ REPORT = 50  # updates between two reported losses
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Checked):
+class Options(ImageOptions):
     """The teacher, the fits, and the folder for their results."""
 
     out: Path = option(meaning="folder for results.jsonl")
-    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
-    reward: str = option("valence", "a reward", choices=REWARDS)
-    prompts: str = option("a_face", "a prompt set")
-    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
-    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
     num_steps: int = option(50, "sampling steps; results are reported by tenths of them", minimum=10, maximum=999)
     paths: int = option(8192, "base paths in the bank", minimum=2)
     held_out: int = option(2048, "held-out base paths, and samples of each policy", minimum=2)
@@ -77,7 +72,6 @@ class Options(Checked):
     rates: tuple[float, ...] = option((3e-4, 1e-3), "learning rates, with cosine decay to 0; one fit for each", above=0)
     updates: int = option(400, "updates per fit", minimum=1)
     batch: int = option(768, "transitions per update", minimum=1)
-    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
 class Bank(NamedTuple):

@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.paths import clean_samples
-from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, ValueMemory
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
@@ -35,9 +35,9 @@ from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise, tilt_to
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import REWARDS, load_reward
-from nabla_gfn_jax.studies.images import Images
+from nabla_gfn_jax.options import option
+from nabla_gfn_jax.rewards import load_reward
+from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _FITTED, _HELD_OUT = 0, 1  # streams of random numbers
@@ -45,25 +45,14 @@ REPLICATES = 100  # of the bootstrap over held-out paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Checked):
+class Options(ImageOptions, FitOptions):
     """The paths, how V is fitted to them, and the folder for the results."""
 
     out: Path = option(meaning="folder for foresight.jsonl and foresight.md")
-    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
-    reward: str = option("valence", "a reward", choices=REWARDS)
-    prompts: str = option("a_face", "a prompt set")
-    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
-    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
     num_steps: int = option(20, "sampling steps", minimum=1, maximum=999)
     paths: int = option(4096, "base paths that V is fitted to", minimum=2)
     held_out: int = option(1024, "base paths that judge it", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
-    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
-    features: int = option(600, "random features of the kernel", minimum=1)
-    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
-    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
-    weight_clip: float = option(20.0, "largest weight R^β/Z in the fit", above=0)
-    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
 class Ends(NamedTuple):
@@ -171,14 +160,7 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
     fitted, held = (base_paths(images, *of, o.together) for of in ((_FITTED, o.paths), (_HELD_OUT, o.held_out)))
-    fit = Fit(
-        places=o.paths,
-        components=o.components,
-        features=o.features,
-        length=o.length,
-        ridge=o.ridge,
-        weight_clip=o.weight_clip,
-    )
+    fit = Fit.of(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(prompts))
     rows = judge(fit.values(memory, held.clean, held.prompt_id), held, o.beta, o.seed)
     o.out.mkdir(parents=True, exist_ok=True)

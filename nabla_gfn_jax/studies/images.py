@@ -2,7 +2,6 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -10,24 +9,22 @@ from jaxtyping import Array
 
 from nabla_gfn_jax.algorithms.base import Model
 from nabla_gfn_jax.base_models.base import BaseModel, predictor
-from nabla_gfn_jax.rewards import Reward
+from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.rewards import REWARDS, Reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 
-class Sampling(Protocol):
-    """The options of a study that say how it samples."""
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions(Checked):
+    """What a study samples. A study may give `num_steps` another default or range."""
 
-    @property
-    def guidance(self) -> float:
-        """The classifier-free guidance scale."""
-
-    @property
-    def num_steps(self) -> int:
-        """The number of steps of a path."""
-
-    @property
-    def seed(self) -> int:
-        """The seed of every random number."""
+    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
+    reward: str = option("valence", "a reward", choices=REWARDS)
+    prompts: str = option("a_face", "a prompt set")
+    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
+    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
+    num_steps: int = option(50, "sampling steps", minimum=1, maximum=999)
+    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Images:
     base: BaseModel
     reward: Reward
     prompts: tuple[str, ...]
-    options: Sampling
+    options: ImageOptions
 
     @functools.cached_property
     def frozen(self) -> Params:

@@ -42,9 +42,9 @@ from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import Trajectory, draw_noise, sample
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
-from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import REWARDS, load_reward
-from nabla_gfn_jax.studies.images import Images
+from nabla_gfn_jax.options import option
+from nabla_gfn_jax.rewards import load_reward
+from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 LARGEST = 4  # continuations that `largest` counts
@@ -53,20 +53,13 @@ _OF_A_CREDIT = ("signal", "noise", "largest", "cosine", "size", "gain")  # colum
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(Checked):
+class Options(ImageOptions):
     """What to look at, and the folder for the results."""
 
     out: Path = option(meaning="folder for microscope.jsonl and microscope.md")
-    model: str = option("emoji", "a shipped model, a folder, or OWNER/NAME on the hub")
-    reward: str = option("valence", "a reward", choices=REWARDS)
-    prompts: str = option("a_face", "a prompt set")
-    beta: float = option(8.0, "β, the target's exponent", minimum=-1e9, maximum=1e9)
-    guidance: float = option(2.0, "classifier-free guidance scale", minimum=0, maximum=100)
-    num_steps: int = option(50, "sampling steps", minimum=1, maximum=999)
     steps: tuple[int, ...] = option((10, 25, 40, 47), "the steps to look at, from 0", minimum=0)
     states: int = option(3, "states for each step, on different base paths", minimum=1)
     continuations: int = option(64, "continuations of each state", minimum=8)
-    seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
 class Credits(NamedTuple):
