@@ -13,9 +13,13 @@ from nabla_gfn_jax.stopping import stoppable
 from nabla_gfn_jax.train import typed
 
 # A command whose main thread is in one long operation, in which Python runs no signal handler.
+# Programs in the background of a script are told to ignore some signals, and tests may run so: it listens first.
 COMMAND = """
-import hashlib, sys, time
+import hashlib, signal, sys, time
 from nabla_gfn_jax.stopping import stoppable
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN if number in {ignored} else signal.SIG_DFL)
 
 def save():
     print("saving", file=sys.stderr, flush=True)
@@ -34,15 +38,9 @@ with stoppable("run this again") as stopping:
 """
 
 
-def listening():
-    """Programs in the background of a script are told to ignore some signals, and tests may run so."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
-
-
-def start(*, saving=0.0, writing=0.0, armed=True, then="pass", before=listening):
-    text = COMMAND.format(saving=saving, writing=writing, armed=armed, then=then)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "preexec_fn": before}
+def start(*, saving=0.0, writing=0.0, armed=True, then="pass", ignored=()):
+    text = COMMAND.format(saving=saving, writing=writing, armed=armed, then=then, ignored=tuple(map(int, ignored)))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([sys.executable, "-c", text], **pipes)
     first = b""
     while not first.endswith(b"\n"):  # byte by byte: what else is there already is for `end`
@@ -107,7 +105,7 @@ def test_a_save_that_fails_ends_the_command_and_says_why():
 
 def test_an_ignored_signal_stays_ignored():
     """`nohup` ignores SIGHUP, and a shell ignores SIGINT in its background jobs."""
-    process = start(before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+    process = start(ignored=[signal.SIGHUP])
     process.send_signal(signal.SIGHUP)
     time.sleep(0.5)
     assert process.poll() is None
