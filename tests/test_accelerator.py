@@ -22,6 +22,7 @@ def measure(folder, *flags):
     return json.loads(out.read_text())["rows"], out.with_suffix(".md").read_text()
 
 
+@pytest.mark.thorough
 def test_lines_say_what_they_measured(tmp_path):
     rows, table = measure(tmp_path, "--only=environment")
     assert not [row for row in rows if "failed" in row["note"] or "exit code" in row["note"]]

@@ -94,6 +94,7 @@ def compare(theirs: Aesthetic, reward, images, compiled=jax.jit) -> tuple[float,
 
 
 @pytest.mark.parametrize("size", [(60, 60), (75, 50), (31, 84)])
+@pytest.mark.thorough
 def test_score_and_gradient(case, size):
     theirs, files = case
     images = np.random.default_rng(0).uniform(size=(4, *size, 3)).astype(np.float32)

@@ -11,6 +11,8 @@ from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling
 
+pytestmark = pytest.mark.thorough
+
 PROMPTS = ["a face", "an animal"]
 REWARD = """
 def bright(images):

@@ -14,6 +14,8 @@ from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.studies import bank_fit
 from nabla_gfn_jax.studies.bank_fit import Bench, Options, adapt, clip_of, gains, init_pairs
 
+pytestmark = pytest.mark.thorough
+
 SMALL = {"num_steps": 10, "paths": 32, "held_out": 16, "together": 16, "updates": 100, "batch": 16, "rank": 2}
 
 

@@ -126,6 +126,7 @@ def test_draft_k(last_steps):
 
 
 @pytest.mark.parametrize("held", [0.0, 3.0])
+@pytest.mark.thorough
 def test_draft_lv(held):
     """Checks the loss at the noised samples, and that these have the distribution q(x | x_T)."""
     data, loss, _, gradient = of_update(Draft(lv_samples=2, output_regularisation=held))

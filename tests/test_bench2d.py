@@ -68,6 +68,7 @@ def test_nats_that_a_reward_needs():
     assert needed_for(-1e12, setting)[0] > 0  # far beyond the samples there is an exponent too
 
 
+@pytest.mark.thorough
 def test_the_judge_of_the_base_and_of_the_tilted_mixtures_network(monkeypatch):
     monkeypatch.setattr(plane, "JUDGED", 4000)
     judge, of = Judge(), SETTINGS["mild"]
@@ -84,6 +85,7 @@ def test_the_judge_of_the_base_and_of_the_tilted_mixtures_network(monkeypatch):
     assert judge(nowhere, of) == {}
 
 
+@pytest.mark.thorough
 def test_the_command_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plane, "JUDGED", 500)
     out = tmp_path / "rows.jsonl"

@@ -95,6 +95,7 @@ def agree(config, folder, size, scaled, tolerance):
 
 
 @pytest.mark.parametrize(("size", "scaled"), [((60, 60), True), ((50, 76), False)])
+@pytest.mark.thorough
 def test_score_and_gradient(size, scaled, tmp_path):
     assert np.ptp(agree(SMALL, tmp_path, size, scaled, 1e-5)) > 0.05
 

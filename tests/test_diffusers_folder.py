@@ -105,6 +105,7 @@ def test_text_encoder_keys_with_and_without_the_older_prefix(saved, copy):
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.thorough
 def test_shards(variant, saved, tmp_path):
     pipe, folder = saved
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

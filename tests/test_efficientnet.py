@@ -28,6 +28,7 @@ def drawing(size: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("variant", "blocks", "size"), [("lite0", LITE0, 96), ("lite0", LITE0, 64), ("lite2", LITE2, 96)]
 )
+@pytest.mark.thorough
 def test_features_and_logits(variant, blocks, size):
     images = drawing(size, seed=size)
     features, logits = jax.jit(EfficientNetLite(variant).apply)({"params": load(variant)}, images)
@@ -59,6 +60,7 @@ def test_image_gradient(variant, blocks):
 @pytest.mark.parametrize("kernel_size", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("size", [(7, 6), (2, 4)])
+@pytest.mark.thorough
 def test_depthwise_and_its_gradients(kernel_size, stride, size):
     torch.manual_seed(0)
     oracle = SameConv(4, 4, kernel_size, stride, groups=4, bias=False)

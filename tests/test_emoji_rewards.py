@@ -47,6 +47,7 @@ def torch_score(name: str, images: torch.Tensor, animals: list[int]) -> torch.Te
 
 
 @pytest.mark.parametrize("name", ["valence", "recognisability"])
+@pytest.mark.thorough
 def test_score(name):
     images, animals = drawing(64, seed=7), [3, 40]
     reward = load_reward(name)
@@ -59,6 +60,7 @@ def test_score(name):
 
 
 @pytest.mark.parametrize("name", ["valence", "recognisability"])
+@pytest.mark.thorough
 def test_image_gradient(name):
     """Uses double precision as in test_efficientnet, because rounding may flip a ReLU6 gate in single precision."""
     images, animals = drawing(64, seed=8).astype(np.float64), [0, 21]

@@ -68,6 +68,7 @@ def picture(file):
         return np.asarray(opened)
 
 
+@pytest.mark.thorough
 def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     out = tmp_path / "out.json"
     evaluate.main(["evaluate", f"--workdir={run}", "--num=5", f"--out={out}"])
@@ -104,6 +105,7 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     assert (again["certificate"]["samples"], again["certificate"]["base_samples"]) == (8, 14)
 
 
+@pytest.mark.thorough
 def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeypatch, sampled):
     fields = {"logging.judged_images": 3, "training.num_epochs": 1, "algorithm.beta": 7.0}
     command(tmp_path, *(f"--config.{name}={value}" for name, value in fields.items()))
@@ -121,6 +123,7 @@ def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeyp
     assert again["certificate"]["spent"]["value"] == pytest.approx(row["certificate"]["spent"]["value"], rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_what_the_user_says_goes_and_is_said(run, tmp_path, capsys):
     evaluate.main(["evaluate", f"--workdir={run}", "--num=2", "--guidance=4", "--beta=0", "--reward=none"])
     printed = capsys.readouterr()
@@ -129,6 +132,7 @@ def test_what_the_user_says_goes_and_is_said(run, tmp_path, capsys):
     assert evaluations.read(run)[-1]["sampling"]["guidance"] == 4.0
 
 
+@pytest.mark.thorough
 def test_a_lora_file_says_how_it_was_trained(run, tmp_path, capsys, sampled):
     file = run / "lora/00008/kohya.safetensors"
     out = tmp_path / "pictures.png"
@@ -140,6 +144,7 @@ def test_a_lora_file_says_how_it_was_trained(run, tmp_path, capsys, sampled):
     np.testing.assert_array_equal(picture(out), picture(tmp_path / "same.png"))
 
 
+@pytest.mark.thorough
 def test_files_that_contradict_each_other_need_a_word(run, tiny_model, tmp_path, capsys):
     other = tmp_path / "other.safetensors"
     lora = init_lora(jax.random.key(0), load_folder(tiny_model).params["unet"], rank=2)

@@ -40,6 +40,7 @@ def example(config):
     return names
 
 
+@pytest.mark.thorough
 def test_the_run_of_the_page_trains(config, tiny_model):
     """The update evaluates the network once, so it compiles in seconds."""
     kept = ("model", "correction", "sampling", "training.trajectories", "training.micro_batches", "training.num_epochs")

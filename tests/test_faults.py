@@ -21,6 +21,8 @@ from tiny_run import flags
 from nabla_gfn_jax.checkpoints import files
 from nabla_gfn_jax.runs import loras, metrics_log
 
+pytestmark = pytest.mark.thorough
+
 HERE = Path(__file__).parent
 LAST = "lora/00006/diffusers.safetensors"
 CREDIT = "--config.algorithm.credit=adjoint"

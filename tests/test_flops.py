@@ -94,6 +94,7 @@ def sd15_forward_flops(pixels: int = 64, tokens: int = 77) -> float:
     return count + 2 * pixels**2 * 9 * 320 * 4
 
 
+@pytest.mark.thorough
 def test_stable_diffusions_unet_at_full_size():
     model = UNet2DConditionModel(UNetConfig(), jnp.bfloat16)
     inputs = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1, jnp.int32), jnp.zeros((1, 77, 768))

@@ -122,6 +122,7 @@ def test_nft(mixing):
 
 
 @pytest.mark.parametrize("held", [0.0, 2.0])
+@pytest.mark.thorough
 def test_eam(held):
     """Uses the target's score at the sample; the base model's score comes from its noise at the last step's level."""
     z = _float64(sampled_trajectory().samples).requires_grad_()
@@ -146,6 +147,7 @@ def mean_coefficient(k):
     return (1 - b - sigma**2) ** 0.5 - (b * (1 - a) / a) ** 0.5
 
 
+@pytest.mark.thorough
 def test_noise_is_normal_and_fresh_and_times_are_spread():
     many = jax.tree.map(np.asarray, noise_samples(None, MODEL, rollout(), 2, 400, power=1.0))
     assert many.output is None

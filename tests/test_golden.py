@@ -24,6 +24,8 @@ from nabla_gfn_jax.algorithms.transitions import Transitions, take
 from nabla_gfn_jax.base_models.base import predictor
 from nabla_gfn_jax.diffusion.sampler import Trajectory, sample
 
+pytestmark = pytest.mark.thorough
+
 GOLDEN = np.load(Path(__file__).parent / "golden/before_chain.npz")
 PREDICTIONS = ("epsilon", "v_prediction")
 IDS = jnp.arange(BATCH)

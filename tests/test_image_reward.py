@@ -48,6 +48,7 @@ def tokens(folder, prompts):
 
 
 @pytest.mark.parametrize("size", [(60, 60), (75, 50), (31, 84)])
+@pytest.mark.thorough
 def test_score_and_gradient(case, size):
     rng = np.random.default_rng(0)
     images = rng.uniform(size=(len(PROMPTS), *size, 3)).astype(np.float32)

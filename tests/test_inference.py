@@ -43,6 +43,7 @@ def sampled(sampler, lora):
     return joined(sampler.images(lora, 3, nats=True))
 
 
+@pytest.mark.thorough
 def test_an_image_depends_on_no_other(model, lora, sampler, sampled):
     images, prompt, spent, log_ratio = sampled
     assert prompt.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -55,6 +56,7 @@ def test_an_image_depends_on_no_other(model, lora, sampler, sampled):
             np.testing.assert_allclose(mine, theirs[rows], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_nats_change_no_image_and_the_base_model_has_none(sampler, lora, sampled):
     np.testing.assert_allclose(joined(sampler.images(lora, 3))[0], sampled[0], atol=1e-5)
     base = next(sampler.images(None, 3, nats=True))
@@ -82,6 +84,7 @@ def test_each_prompt_is_encoded_once(model):
     assert sorted(asked) == sorted(set(PROMPTS))
 
 
+@pytest.mark.thorough
 def test_decoding_in_parts_changes_no_image(model, lora, sampled, monkeypatch):
     monkeypatch.setattr("nabla_gfn_jax.inference.sampling._DECODED", 64)  # pixels: one image of 8 x 8
     images = joined(ImageSampler(model, PROMPTS, HOW, batch=16).images(lora, 3))[0]

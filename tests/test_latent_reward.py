@@ -3,8 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from nabla_gfn_jax.training.latent_reward import in_parts, latent_reward
+
+pytestmark = pytest.mark.thorough
 
 
 def test_a_reward_in_parts_and_its_gradient():

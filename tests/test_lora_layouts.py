@@ -111,6 +111,7 @@ def text_name(name):
     return name if name.startswith("text_model.") else f"text_model.{name}"
 
 
+@pytest.mark.thorough
 def test_kohya_with_the_text_encoder(case, tmp_path):
     """Most files on model sites adapt attention and feed-forward layers, 1x1 convolutions, and the text encoder."""
     unet = layers(case.shapes, [*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out"])
@@ -233,6 +234,7 @@ def peft_folder(case, folder, **options):
 
 
 @pytest.mark.parametrize("variant", PEFT)
+@pytest.mark.thorough
 def test_peft_folders(variant, case, tmp_path):
     expected, adapted = peft_folder(case, tmp_path / "lora", **PEFT[variant])
     assert relative(case.ours(load_lora(tmp_path / "lora", *case.params)), expected) < 1e-5

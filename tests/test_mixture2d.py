@@ -114,6 +114,7 @@ def _adjoint() -> Run:
 
 
 @pytest.mark.parametrize("base", BASES)
+@pytest.mark.thorough
 def test_a_few_updates_bring_the_policy_close(base):
     points = np.asarray(draw(None, make_model(REWARDS["doubled"], base), 5000, jax.random.key(0)))
     before = distance(points, BASES[base].tilted(REWARDS["doubled"]))
@@ -131,6 +132,7 @@ def test_the_adjoint_reaches_the_target(reward):
     assert result.kl_target_policy <= 0.02
 
 
+@pytest.mark.thorough
 def test_the_command_writes_its_table(tmp_path, capsys):
     mixture2d.main(["mixture2d", f"--out={tmp_path}", "--updates=2", "--only=DRaFT-10"])
     assert "DRaFT-10" in capsys.readouterr().out

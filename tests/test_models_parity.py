@@ -63,6 +63,7 @@ def torch_gradients(unet, inputs, cotangent):
     return nhwc(y), lora, nhwc(x.grad)
 
 
+@pytest.mark.thorough
 def test_unet_with_lora(case):
     assert relative(case.ours[0], case.theirs[0]) < 1e-5
     assert relative(case.theirs[0], case.base) > 0.05  # the adapters matter
@@ -109,6 +110,7 @@ def test_text_encoder(activation, tmp_path):
     assert relative(other, theirs) > 0.1
 
 
+@pytest.mark.thorough
 def test_bfloat16_is_close_and_its_last_layer_in_float32(tmp_path):
     pipe = oracle.pipeline(tmp_path, **oracle.ONE_LEVEL)
     pipe.save_pretrained(tmp_path)
@@ -124,6 +126,7 @@ def test_bfloat16_is_close_and_its_last_layer_in_float32(tmp_path):
     assert relative(y, expected) < 0.03
 
 
+@pytest.mark.thorough
 def test_remat_is_the_same_gradient_and_keeps_less(tmp_path):
     """Compares gradients and kept activations, not the compiled program's memory: XLA on CPU merges recomputation."""
     oracle.pipeline(tmp_path, **oracle.ONE_LEVEL).save_pretrained(tmp_path)

@@ -267,6 +267,7 @@ def test_every_term_and_gradient(variant):
     _assert_equal(*last(PARAMS, transition), *_oracle_terms(settings, 49), rtol)
 
 
+@pytest.mark.thorough
 def test_both_ways_give_the_same_update():
     """Uses samples of a weaker LoRA, with λ's term from the recorded outputs or from the changes."""
     algorithm = ResidualNablaDB(**DEFAULTS)
@@ -293,6 +294,7 @@ def dpm_solver(monkeypatch):
     sampled_trajectory.cache_clear()
 
 
+@pytest.mark.thorough
 def test_every_term_and_gradient_under_sde_dpm_solver(dpm_solver):
     """The same loss with this sampler's Gaussian transitions, whose coefficients are diffusers' (test_chain)."""
     algorithm = ResidualNablaDB(**DEFAULTS, transition_fraction=0.4, uneven_bins=True)
@@ -317,6 +319,7 @@ SLIPS = {  # what goes wrong, in which function, by how much
 
 
 @pytest.mark.parametrize("slip", SLIPS)
+@pytest.mark.thorough
 def test_the_comparison_catches_slips(slip, monkeypatch):
     name, factor = SLIPS[slip]
     right = getattr(nabla_db, name)
@@ -332,6 +335,7 @@ def first_update(batch):
     return jax.tree.map(lambda a: a[0], batch.data)
 
 
+@pytest.mark.thorough
 def test_the_loss_is_the_mean_over_all_transitions():
     algorithm = ResidualNablaDB(**DEFAULTS)
     chosen = first_update(jax.jit(lambda r: algorithm.batch(PARAMS, MODEL, r, 1))(rollout()))

@@ -57,6 +57,7 @@ def spoil(data, sample, update):
     return jax.tree.unflatten(form, leaves)
 
 
+@pytest.mark.thorough
 def test_an_update_that_is_not_finite_is_not_applied_and_names_term_and_samples(programs):
     """On 8 devices the second of two updates is spoilt by sample 5: the state is as after the first, bit by bit."""
     made, state, sampled = programs
@@ -159,6 +160,7 @@ def test_updates_in_a_row(before, applied, after):
     assert faults.in_a_row(before, np.array(applied, bool)) == after
 
 
+@pytest.mark.thorough
 def test_a_reward_that_is_nan_for_some_images_loses_these_and_not_the_run(command, tmp_path, monkeypatch, capsys):
     """The log's reward is the mean of the others, and says how many were lost. A resumed run has the same numbers."""
     without_images(monkeypatch)

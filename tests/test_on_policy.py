@@ -6,6 +6,8 @@ from test_training import rows, without_time
 
 from nabla_gfn_jax.runs.metrics_log import COLUMNS
 
+pytestmark = pytest.mark.thorough
+
 BASELINES = {
     "ddpo": ("algorithm.min_count=2", "ratios_clipped"),
     "refl": ("algorithm.late_steps=3", "loss_reward"),

@@ -1,6 +1,7 @@
 """The learning rate over a run, and the running mean of the LoRA."""
 
 import numpy as np
+import pytest
 from safetensors.numpy import load_file
 from test_parallel import without_images
 
@@ -10,6 +11,7 @@ from nabla_gfn_jax.training.build import free_fields
 from nabla_gfn_jax.training.state import learning_rate
 
 
+@pytest.mark.thorough
 def test_the_running_mean_is_what_is_saved(command, monkeypatch, tmp_path):
     """After one update, the mean of the initial LoRA (`up` is zero) and the present one is half of the latter."""
     without_images(monkeypatch)

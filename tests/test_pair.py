@@ -15,6 +15,8 @@ from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.models.pair import Pair, changed, linear, nonlinear, policy
 from nabla_gfn_jax.models.unet import UNet2DConditionModel
 
+pytestmark = pytest.mark.thorough
+
 BATCH = 2
 
 

@@ -29,6 +29,8 @@ from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training import loop
 from nabla_gfn_jax.training.build import build, length
 
+pytestmark = pytest.mark.thorough
+
 # log R = mean of each colour times these. Their lengths differ, so that a sum over samples knows who has which.
 COLOURS = {"a face": (9.0, 0.0, 0.0), "an animal": (0.0, -18.0, 6.0), "a red bug": (-20.0, 20.0, 20.0)}
 LAMBDA, BETA, GUIDANCE = 30.0, 600.0, 5.0

@@ -18,6 +18,8 @@ from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training import loop
 from nabla_gfn_jax.training.build import build, length
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture
 def saved(monkeypatch):

@@ -56,6 +56,7 @@ def adjoints(oracle):
 @pytest.mark.parametrize("credit", ["innovation", "adjoint"])
 @pytest.mark.parametrize("credit_clip", [float("inf"), 0.3])
 @pytest.mark.parametrize("model", [MODEL, CARRIED], ids=["subtracted", "carried"])
+@pytest.mark.thorough
 def test_loss_and_gradient(credit, credit_clip, model):
     algorithm = PathRegression(beta=BETA, credit=credit, steps=10, credit_clip=credit_clip, output_regularisation=3.0)
     data, loss, terms, gradient = of_update(algorithm, jnp.asarray(WEIGHT), model=model)
@@ -138,6 +139,7 @@ def test_the_mean_weight_of_any_policys_paths_is_z(reward):
 
 
 @pytest.mark.parametrize("credit", ["adjoint", "innovation"])
+@pytest.mark.thorough
 def test_a_few_updates_bring_the_policy_close(credit, monkeypatch):
     """The innovation is tested with a reward without a gradient."""
     if credit == "innovation":

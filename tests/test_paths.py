@@ -125,6 +125,7 @@ def test_a_policy_that_goes_too_far_has_the_known_nats():
 
 
 @pytest.mark.parametrize("name", REWARDS)
+@pytest.mark.thorough
 def test_the_tilted_mixtures_own_noise_prediction_nearly_reaches_the_target(name):
     """Its drift is exact for infinitely many steps and nearly exact for 200. The gap comes from the discrete steps."""
     chain, target = stable_diffusion_chain(STABLE_DIFFUSION, 200), DATA.tilted(REWARDS[name])

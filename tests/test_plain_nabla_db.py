@@ -22,6 +22,8 @@ from test_nabla_db import (
 from nabla_gfn_jax.algorithms.plain_nabla_db import PlainNablaDB
 from nabla_gfn_jax.algorithms.transitions import flatten, take
 
+pytestmark = pytest.mark.thorough
+
 torch.set_num_threads(1)
 
 

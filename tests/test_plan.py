@@ -41,6 +41,7 @@ def here(config, *, full_effort: bool = False) -> Plan:
 
 
 @pytest.mark.parametrize("name", ["hps", "aesthetic", "image_reward"])
+@pytest.mark.thorough
 def test_the_papers_configs_need_no_weights(name):
     """The numbers of parameters are those of the papers. The parameters are shapes with the dtypes of a run."""
     config = settings(name)
@@ -55,6 +56,7 @@ def test_the_papers_configs_need_no_weights(name):
 
 
 @pytest.mark.parametrize(("name", "tower"), [("pick_score", VIT_H), ("clip_h", VIT_H), ("clip", VIT_L)])
+@pytest.mark.thorough
 def test_a_score_by_clip_needs_no_weights(name, tower):
     """The parameters are the image tower and the scale of the cosine; prompt features are computed before a run."""
     assert sum(a.size for a in jax.tree.leaves(ABSTRACT[name]().params)) == tower + 1
@@ -83,6 +85,7 @@ def sd15_decoder_flops() -> float:
     return count + 2 * size**2 * 9 * 128 * 3
 
 
+@pytest.mark.thorough
 def test_the_flops_of_a_rollout_at_full_size():
     """Counts 50 guided steps, one decoded image, and ViT-H/14 (256 patches and a token) in float32, within 1 %."""
     planned = here(settings("hps"))
@@ -101,6 +104,7 @@ def program_of(planned: Plan, name: str):
     return function, *arguments
 
 
+@pytest.mark.thorough
 def test_shapes_of_a_folder_are_those_of_its_weights():
     config = settings("emoji")
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), abstract_model(config.model).params)

@@ -194,6 +194,7 @@ def few_drawings() -> Drawings:
     return Drawings(images, concept, vendor, np.arange(6) == 4, concepts)
 
 
+@pytest.mark.thorough
 def test_the_command_makes_a_model_that_opens_and_does_nothing_when_asked_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pretrain, "load_drawings", few_drawings)
     fields = {

@@ -84,6 +84,7 @@ def rows(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.thorough
 def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_path):
     """The run is started with flags and resumed with Slurm. Numbers, LoRA and images equal those of one process."""
     single, pair = tmp_path / "single", tmp_path / "pair"

@@ -45,6 +45,7 @@ def by_title(data, title):
     return next(chart for chart in data["charts"] if chart["title"] == title)
 
 
+@pytest.mark.thorough
 def test_runs_are_grouped_by_what_determines_their_numbers(data):
     assert [run["name"] for run in data["runs"]] == ["emoji/seed0", "emoji/seed1", "faster/seed0"]
     assert [run["group"] for run in data["runs"]] == [0, 0, 1]
@@ -276,6 +277,7 @@ def test_rows_in_which_runs_differ_are_marked(data):
     assert differs == {"seed", "learning_rate"}
 
 
+@pytest.mark.thorough
 def test_the_command_writes_one_file_and_says_what_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     first, second = (write_run(tmp_path / f"runs/seed{seed}", seed) for seed in (0, 1))
@@ -299,6 +301,7 @@ def test_the_command_writes_one_file_and_says_what_is_missing(tmp_path, capsys, 
         (("{run}", "--draws"), "did you mean --draw?"),
     ],
 )
+@pytest.mark.thorough
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, capsys, arguments, said):
     run = write_run(tmp_path / "run")
     with pytest.raises(SystemExit) as stop:

@@ -12,6 +12,8 @@ from nabla_gfn_jax.reports import drawing
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.runs import pictures
 
+pytestmark = pytest.mark.thorough
+
 PROMPTS = ["a face", "an animal", "a cat"]
 
 

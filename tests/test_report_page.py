@@ -60,6 +60,7 @@ def pixel(browser, tile):
     return browser.run(f"[...{canvas}.getContext('2d').getImageData(12, 12, 1, 1).data].slice(0, 3)")
 
 
+@pytest.mark.thorough
 def test_it_opens_at_the_last_update_and_no_prompt_runs(browser, files):
     browser.open(files / "one.html")
     assert texts(browser, ".bar output") == ["8 updates"]

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from diffusers import DDIMScheduler
 
@@ -49,6 +50,7 @@ def test_fifty_ddpm_steps_match_diffusers():
     assert trajectory.latents.shape == (51, 3, *SHAPE)
 
 
+@pytest.mark.thorough
 def test_a_sample_depends_on_its_own_key_only():
     chain = stable_diffusion_chain(CONFIG, 5)
     condition = jax.random.normal(jax.random.key(3), (4, 5))

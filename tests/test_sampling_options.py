@@ -25,6 +25,8 @@ from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling, all_images, combined, scaled
 from nabla_gfn_jax.models.lora import init_lora
 
+pytestmark = pytest.mark.thorough
+
 PROMPTS = ["a face", "an animal"]
 HOW = Sampling(steps=4, guidance=2.0, seed=3)
 

@@ -31,6 +31,8 @@ from nabla_gfn_jax.algorithms.dag_db import DagDB
 from nabla_gfn_jax.algorithms.residual_db import ResidualDB
 from nabla_gfn_jax.runs.metrics_log import COLUMNS
 
+pytestmark = pytest.mark.thorough
+
 torch.set_num_threads(1)
 BETA, ELEMENTS = 0.8, int(np.prod(SHAPE))
 

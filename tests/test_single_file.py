@@ -199,6 +199,7 @@ def write(case, file, extra=None):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt"])
+@pytest.mark.thorough
 def test_the_model_is_the_folders(name, case, tmp_path):
     model, folder = load_model(write(case, tmp_path / name)), load_model(str(case.folder))
     assert (model.unet.config.heads, model.text_encoder) == (folder.unet.config.heads, folder.text_encoder)
@@ -238,6 +239,7 @@ def test_diffusers_reads_the_same_file_to_the_same_model(case, tmp_path):
             assert torch.equal(theirs[key], tensor), key
 
 
+@pytest.mark.thorough
 def test_the_running_mean_is_read_where_there_are_two(case, tmp_path):
     ema = {}
     for key, array in case.state.items():
@@ -249,6 +251,7 @@ def test_the_running_mean_is_read_where_there_are_two(case, tmp_path):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, 2 * b), mean, plain)
 
 
+@pytest.mark.thorough
 def test_what_it_predicts_is_found_or_asked_for(case, tmp_path):
     file = tmp_path / "model.safetensors"
     write(case, file)
@@ -268,6 +271,7 @@ def test_what_it_predicts_is_found_or_asked_for(case, tmp_path):
     assert load_model(str(file)).scheduler["prediction_type"] == "v_prediction"
 
 
+@pytest.mark.thorough
 def test_the_noise_schedule_is_the_files(case, tmp_path):
     schedules = {
         "linear": STABLE_DIFFUSION | {"beta_schedule": "linear"},
@@ -280,6 +284,7 @@ def test_the_noise_schedule_is_the_files(case, tmp_path):
         np.testing.assert_allclose(alphas_cumprod(found), signal, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.thorough
 def test_what_else_is_wrong_is_named(case, tmp_path):
     file = tmp_path / "model.safetensors"
     for cut, said in {

@@ -63,6 +63,7 @@ def random_lora(folder, layers="attention"):
 
 
 @pytest.mark.parametrize("layers", ["attention", "all"])
+@pytest.mark.thorough
 def test_noise_prediction_with_a_lora_in_diffusers_layout(layers, tmp_path, monkeypatch):
     pipe = oracle.pipeline(tmp_path, "epsilon", **oracle.TWO_LEVELS)
     pipe.save_pretrained(tmp_path)
@@ -81,6 +82,7 @@ def test_noise_prediction_with_a_lora_in_diffusers_layout(layers, tmp_path, monk
     assert relative(images[0], images[1]) > 0.1
 
 
+@pytest.mark.thorough
 def test_the_shipped_velocity_prediction_with_a_lora_in_kohyas_layout(tmp_path, monkeypatch):
     folder = SHIPPED_MODELS["emoji"]
     pipe = StableDiffusionPipeline.from_pretrained(folder)

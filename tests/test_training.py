@@ -138,6 +138,7 @@ def test_a_run_that_remembers_paths_resumes_bit_for_bit(command, tmp_path):
     assert (tmp_path / "parts" / last).read_bytes() == (tmp_path / "whole" / last).read_bytes()
 
 
+@pytest.mark.thorough
 def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_path, monkeypatch):
     """A run that starts from the LoRA after 4 updates with the noise of epoch 3 has the reward of epoch 3 first."""
     of_epoch = {row["epoch"]: row for row in rows(whole().workdir)}
@@ -170,6 +171,7 @@ def test_a_finished_run_is_not_built_again(whole, command, tmp_path, monkeypatch
     assert rows(tmp_path / "run") == rows(whole().workdir)
 
 
+@pytest.mark.thorough
 def test_a_finished_run_whose_lora_and_last_row_are_missing_writes_them(whole, command, tmp_path):
     """This happens if the run is killed after its last checkpoint."""
     shutil.copytree(whole().workdir, tmp_path / "run")
@@ -181,6 +183,7 @@ def test_a_finished_run_whose_lora_and_last_row_are_missing_writes_them(whole, c
     assert list(map(without_time, rows(tmp_path / "run"))) == list(map(without_time, rows(whole().workdir)))
 
 
+@pytest.mark.thorough
 def test_a_lora_is_there_before_the_checkpoint_that_says_so(whole, command, tmp_path, monkeypatch):
     def fail(*_):
         raise UserError("killed")
@@ -198,6 +201,7 @@ def test_each_program_is_compiled_once(whole):
     assert counts == {"jit(_rollout)": 1, "jit(_update)": 1, "jit(_images)": 1}
 
 
+@pytest.mark.thorough
 def test_a_run_starts_from_a_lora(whole, command, tmp_path):
     """Its first grid equals the last grid of the run that made the LoRA, and its ranks are kept."""
     first, second = whole().workdir, tmp_path / "second"
@@ -209,6 +213,7 @@ def test_a_run_starts_from_a_lora(whole, command, tmp_path):
     assert before.keys() == after.keys()
 
 
+@pytest.mark.thorough
 def test_bfloat16(whole, command, tmp_path, monkeypatch):
     """Numbers near float32's, LoRA and optimizer still in float32.
 
@@ -357,6 +362,7 @@ def test_a_truncated_weights_file_is_named(command, tiny_model, tmp_path, capsys
     assert str(weights) in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_numbers_that_are_none_stop_a_run_and_keep_its_last_checkpoint(command, tmp_path, capsys, monkeypatch):
     """Tests a run with a checkpoint whose reward then fails, and a run without a checkpoint."""
     command(tmp_path, "--config.training.num_epochs=1")

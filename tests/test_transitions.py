@@ -34,6 +34,7 @@ def test_bins_that_divide_a_step():
     np.testing.assert_allclose(counts[17:19], [0.5 / 2.5 + 0.5 / 1.5, 1 / 1.5], atol=0.03)
 
 
+@pytest.mark.thorough
 def test_several_updates_share_one_adjoint_and_differ_in_their_steps():
     algorithm = ResidualNablaDB(**DEFAULTS | {"credit": "adjoint"})
     choose = jax.jit(lambda r, n: algorithm.batch(PARAMS, MODEL, r, n).data, static_argnums=1)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from naive_program import naive_value_and_grad
 from test_nabla_db import CHAIN, first_update, sample_keys
 
@@ -10,6 +11,8 @@ from nabla_gfn_jax.algorithms.base import Model, Rollout
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.transitions import flatten
 from nabla_gfn_jax.diffusion.sampler import sample
+
+pytestmark = pytest.mark.thorough
 
 
 def _conv_model(width=48):

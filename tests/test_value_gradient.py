@@ -57,6 +57,7 @@ def clean_in_torch(oracle, x, k):
 
 @pytest.mark.parametrize("guess", [True, False])
 @pytest.mark.parametrize("model", [MODEL, CARRIED], ids=["subtracted", "carried"])
+@pytest.mark.thorough
 def test_losses_and_gradients(guess, model):
     algorithm = ValueGradient(
         beta=BETA, guess=guess, steps=20, states=12, weight_clip=CLIP, output_regularisation=LAMBDA
@@ -132,6 +133,7 @@ def flat(z):
 
 
 @pytest.mark.parametrize("guess", [True, False])
+@pytest.mark.thorough
 def test_a_few_updates_bring_the_policy_close(guess, monkeypatch):
     """Without the guess the reward has no gradient at all."""
     of = mixture2d.make_model

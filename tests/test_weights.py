@@ -167,6 +167,7 @@ print(peak() - before)
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak of memory where Linux states it")
 @pytest.mark.parametrize("stored", [np.float32, np.float16])
+@pytest.mark.thorough
 def test_memory_is_that_of_the_weights(tmp_path, stored):
     """With 400 MiB of float32 weights, the process grows by less than 1.3 times that."""
     rng = np.random.default_rng(0)
