@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny_run import brightness
 
-from nabla_gfn_jax.algorithms.value_memory import Fit
+from nabla_gfn_jax.algorithms.value_memory import Fit, Seen
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.studies import foresight
 from nabla_gfn_jax.studies.foresight import Ends, fit_value, judge
@@ -19,12 +19,12 @@ def walks(count, seed):
     random = np.random.default_rng(seed)
     steps = random.normal(size=(count, STATES, 2)) * np.asarray([[0], [1], [1]])
     clean = steps.cumsum(axis=1).astype(np.float32)
-    return Ends(clean, clean[:, -1, 0], random.integers(0, 2, count))
+    return Ends(Seen(clean, np.zeros((count, STATES), np.float32)), clean[:, -1, 0], random.integers(0, 2, count))
 
 
 def exact(walk):
     """V − log Z of a state k: β x − β² k/2, because the rest adds β² (2 − k)/2 and log Z is β²."""
-    return BETA * walk.clean[..., 0].astype(np.float64) - BETA**2 * np.arange(STATES) / 2
+    return BETA * walk.states.clean[..., 0].astype(np.float64) - BETA**2 * np.arange(STATES) / 2
 
 
 def test_figures_of_the_exact_value():
@@ -59,7 +59,7 @@ def test_the_fitted_value_is_near_the_exact_one():
     paths, held = walks(4000, 3), walks(20_000, 4)
     memory = fit_value(fit, paths, BETA, 2)
     found, right = (
-        judge(fit.values(memory, held.clean, held.prompt_id), held, BETA, 0),
+        judge(fit.values(memory, held.states, held.prompt_id), held, BETA, 0),
         judge(exact(held), held, BETA, 0),
     )
     for one, other in zip(found[1:], right[1:], strict=True):
@@ -67,10 +67,19 @@ def test_the_fitted_value_is_near_the_exact_one():
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_line_for_each_state(tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("guess", ["false", "true"])
+def test_the_command_writes_a_line_for_each_state(guess, tiny_model, tmp_path, monkeypatch, capsys):
     """The last state is the sample: nothing is known better than there."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
-    flags = ["--num_steps=4", "--paths=48", "--held_out=32", "--together=32", "--beta=20", "--features=20"]
+    flags = [
+        "--num_steps=4",
+        "--paths=48",
+        "--held_out=32",
+        "--together=32",
+        "--beta=20",
+        "--features=20",
+        f"--guess={guess}",
+    ]
     foresight.main(["foresight", f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", *flags])
     rows = [json.loads(line) for line in (tmp_path / "foresight.jsonl").read_text().splitlines()]
     assert [row["state"] for row in rows] == [0, 1, 2, 3, 4]

@@ -12,6 +12,7 @@ from test_nabla_db import (
     MODEL,
     _float64,
     _oracle,
+    _reward,
     first_update,
     rollout,
     sampled_trajectory,
@@ -19,7 +20,7 @@ from test_nabla_db import (
 )
 
 from nabla_gfn_jax.algorithms.kernel_value import KernelValue
-from nabla_gfn_jax.algorithms.value_memory import Fit, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.errors import UserError
@@ -32,15 +33,19 @@ FIT = Fit(places=64, components=3, features=40, length=1.5, ridge=0.7, weight_cl
 
 
 def paths(count, states=2, elements=5, seed=0):
-    """States, log weights and prompts of paths, the last state's components known."""
+    """What V sees of states, log weights and prompts of paths."""
     random = np.random.default_rng(seed)
     clean = (random.normal(size=(count, states, elements)) * [3, 2, 1, 0.3, 0.1] + 1).astype(np.float32)
-    return clean, random.normal(size=(count, states)).astype(np.float32), random.integers(0, 2, count)
+    log_w = random.normal(size=(count, states)).astype(np.float32)
+    guess = (0.4 * random.normal(size=(count, states)) + 0.3 * log_w - 2).astype(np.float32)
+    return Seen(clean, guess), log_w, random.integers(0, 2, count)
 
 
-def value_in_torch(x, memory, prompt, state, b):
+def value_in_torch(x, guess, memory, prompt, state, b):
     """V − log Z of states in float64, and the features, stated anew."""
     known = memory.prompt_id == prompt
+    seen = memory.guess[known, state].astype(np.float64)
+    g = (guess - float(seen.mean())) / float(seen.std())
     old = memory.components[known, state].astype(np.float64)
     random = np.random.default_rng(0)
     omega = random.normal(size=(old.shape[1], FIT.features)) / FIT.length
@@ -48,21 +53,22 @@ def value_in_torch(x, memory, prompt, state, b):
     a = (x - _float64(memory.centre)) @ _float64(memory.basis)
     a = (a - torch.as_tensor(old.mean(0))) / float(old.std(0).max())
     waves = torch.cos(a @ torch.as_tensor(omega) + torch.as_tensor(phase)) * (2 / FIT.features) ** 0.5
-    return b[0] + waves @ b[1 : 1 + FIT.features] + a @ b[1 + FIT.features :] / 3
+    return b[0] + waves @ b[1 : 1 + FIT.features] + a @ b[1 + FIT.features : -1] / 3 + g * b[-1]
 
 
 @pytest.mark.parametrize("prompt", [0, 1])
 @pytest.mark.parametrize("state", [0, 1])
 def test_the_fit_and_its_gradient(prompt, state):
     """No change of b lowers the loss, and what is told a state is V's gradient there."""
-    clean, log_w, prompt_id = paths(40)
+    states, log_w, prompt_id = paths(40)
     log_z = np.asarray([0.4, -0.2])
-    memory = FIT.add(ValueMemory.empty(2), clean, log_w, prompt_id)
+    memory = FIT.add(ValueMemory.empty(2), states, log_w, prompt_id)
     memory = FIT.fitted(memory, np.unique(prompt_id), log_z)
-    gradient, value = FIT.gradients(memory, clean, prompt_id), FIT.values(memory, clean, prompt_id)
+    gradients, value = FIT.gradients(memory, states, prompt_id), FIT.values(memory, states, prompt_id)
     own = prompt_id == prompt
-    x, b = _float64(clean[own, state]).requires_grad_(), _float64(memory.solution[prompt, state]).requires_grad_()
-    v = value_in_torch(x, memory, prompt, state, b)
+    x, guess = (_float64(seen[own, state]).requires_grad_() for seen in states)
+    b = _float64(memory.solution[prompt, state]).requires_grad_()
+    v = value_in_torch(x, guess, memory, prompt, state, b)
     w = torch.clamp(torch.exp(_float64(log_w[own, state]) - log_z[prompt]), max=FIT.weight_clip)
     assert v.min() > -6  # below, the loss has another form
     loss = (v + w * torch.exp(-v)).sum() + FIT.ridge * (b[1:] ** 2).sum() / 2
@@ -70,8 +76,10 @@ def test_the_fit_and_its_gradient(prompt, state):
     at_zero = (1 - w).abs().sum()
     assert slope.norm() < 1e-3 * at_zero
     np.testing.assert_allclose(value[own, state], v.detach(), rtol=1e-4, atol=1e-4)
-    (by_x,) = torch.autograd.grad(v.sum(), x)
-    np.testing.assert_allclose(gradient[own, state], by_x, rtol=1e-4, atol=1e-4 * float(by_x.abs().max()))
+    for found, expected in zip(gradients, torch.autograd.grad(v.sum(), (x, guess)), strict=True):
+        scale = float(expected.abs().max())
+        assert scale > 1e-3
+        np.testing.assert_allclose(found[own, state], expected, rtol=1e-4, atol=1e-4 * scale)
 
 
 def test_a_linear_log_value_is_found():
@@ -80,31 +88,47 @@ def test_a_linear_log_value_is_found():
     clean = random.normal(size=(4000, 1, 4)).astype(np.float32) * np.asarray([1, 0.8, 0.5, 0.1], np.float32)
     log_w = (0.6 * clean[..., 0] + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
     fit = Fit(places=4000, components=3, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
-    ids = np.zeros(4000, int)
-    memory = fit.add(ValueMemory.empty(1), clean, log_w, ids)
+    states, ids = Seen(clean, np.zeros((4000, 1), np.float32)), np.zeros(4000, int)
+    memory = fit.add(ValueMemory.empty(1), states, log_w, ids)
     memory = fit.fitted(memory, np.zeros(1, int), np.log(np.exp(log_w).mean(0)))
-    gradient = fit.gradients(memory, clean, ids)
+    gradient, by_guess = fit.gradients(memory, states, ids)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0.6, 0, 0, 0], atol=0.05)
+    assert not by_guess.any()
+
+
+def test_what_the_components_do_not_show_is_found_by_the_guess():
+    """log W = 1.2 times the guess, of which the components know nothing."""
+    random = np.random.default_rng(2)
+    clean, guess = random.normal(size=(4000, 1, 2)), 0.5 * random.normal(size=(4000, 1)) - 3
+    log_w = (1.2 * guess + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
+    fit = Fit(places=4000, components=2, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    states, ids = Seen(clean.astype(np.float32), guess.astype(np.float32)), np.zeros(4000, int)
+    memory = fit.add(ValueMemory.empty(1), states, log_w, ids)
+    memory = fit.fitted(memory, np.zeros(1, int), np.log(np.exp(log_w).mean(0)))
+    gradient, by_guess = fit.gradients(memory, states, ids)
+    np.testing.assert_allclose(by_guess, 1.2, atol=0.05)
+    np.testing.assert_allclose(gradient[:, 0].mean(0), [0, 0], atol=0.05)
 
 
 def test_the_oldest_paths_make_room():
     """A ring of 64: of 100 paths in three epochs the last 64 are kept, each with what belongs to it."""
-    clean, log_w, prompt_id = paths(100)
+    states, log_w, prompt_id = paths(100)
     memory = ValueMemory.empty(2)
     for some in (slice(0, 40), slice(40, 70), slice(70, 100)):
-        memory = FIT.add(memory, clean[some], log_w[some], prompt_id[some])
+        memory = FIT.add(memory, Seen(*(seen[some] for seen in states)), log_w[some], prompt_id[some])
     assert memory.seen == 100
     order = np.argsort(memory.log_w[:, 0])
     kept = 36 + np.argsort(log_w[36:, 0])
     np.testing.assert_array_equal(memory.log_w[order], log_w[kept])
     np.testing.assert_array_equal(memory.prompt_id[order], prompt_id[kept])
-    np.testing.assert_allclose(memory.components[order], FIT.project(memory, clean[kept]), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(memory.guess[order], states.guess[kept])
+    np.testing.assert_allclose(memory.components[order], FIT.project(memory, states.clean[kept]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_basis_is_that_of_the_first_paths_samples():
-    clean, log_w, prompt_id = paths(50)
-    memory = FIT.add(ValueMemory.empty(2), clean, log_w, prompt_id)
-    last = clean[:, -1].astype(np.float64)
+    states, log_w, prompt_id = paths(50)
+    memory = FIT.add(ValueMemory.empty(2), states, log_w, prompt_id)
+    last = states.clean[:, -1].astype(np.float64)
     variance, vectors = np.linalg.eigh(np.cov(last.T))
     found = np.abs(memory.basis.T @ vectors[:, np.argsort(-variance)[:3]])
     np.testing.assert_allclose(found, np.eye(3), atol=1e-4)
@@ -115,12 +139,13 @@ def test_the_policy_waits_for_paths():
     algorithm = KernelValue(beta=1.0, after=40, memory=64, components=3, features=10)
     stats, told = algorithm.first_stats(2), []
     for epoch in range(3):
-        clean, _, prompt_id = paths(20, seed=epoch)
+        states, _, prompt_id = paths(20, seed=epoch)
         scalars = {
-            "log_reward": clean[:, -1, 0],
+            "log_reward": states.clean[:, -1, 0],
             "log_ratio": np.zeros(20),
             "log_ratio_after": np.zeros((20, 2)),
-            "clean": clean,
+            "clean": states.clean,
+            "guess": states.guess,
         }
         weight, stats = algorithm.weigh(stats, scalars, prompt_id)
         told.append(np.abs(weight).max())
@@ -168,6 +193,26 @@ def test_loss_and_gradient(model):
     for name, weights in oracle.lora.items():
         expected = weights.grad.numpy()
         assert np.linalg.norm(gradient["lora"][name] - expected) < 1e-4 * np.linalg.norm(expected), name
+
+
+def test_the_guess_is_log_r_of_the_clean_sample():
+    """What comes from the device is log R(x̂_#) and its gradient; it reaches the policy times ∂V/∂g."""
+    algorithm = KernelValue(beta=0.8, guess=True, components=2, features=8)
+    scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
+    clean = _float64(scalars["clean"]).requires_grad_()
+    oracle, shape = _oracle(DEFAULTS), sampled_trajectory().samples.shape
+    for k in (0, 20, 49):
+        guess = _reward(torch, clean[:, k].reshape(shape), oracle.condition)
+        np.testing.assert_allclose(scalars["guess"][:, k], guess.detach(), rtol=1e-4)
+        (gradient,) = torch.autograd.grad(guess.sum(), clean)
+        found = scalars["guess_gradient"][:, k]
+        assert np.linalg.norm(found - gradient[:, k].numpy()) < 1e-4 * np.linalg.norm(found)
+    ids = np.zeros(BATCH, int)
+    told, stats = algorithm.weigh(algorithm.first_stats(1), {"log_reward": scalars["guess"][:, -1]} | scalars, ids)
+    seen = Seen(*(np.asarray(scalars[name]) for name in ("clean", "guess")))
+    by_clean, by_guess = algorithm.fit.gradients(stats.memory, seen, ids)
+    assert np.abs(by_guess).min() > 0
+    np.testing.assert_allclose(told, by_clean + by_guess[..., None] * scalars["guess_gradient"], rtol=1e-5, atol=1e-6)
 
 
 def test_the_weights_are_those_of_the_steps_after():

@@ -11,8 +11,10 @@ V is fitted after every epoch's sampling to the ends of all paths that are remem
     reg       λ ‖ε_θ − ε_θ†‖²
 
 in nats of a path, and the target is its fixed point. V's gradient by x̂ comes from the host. The device pulls it back
-to y through the base model. The chance in y makes c rough, and the policy learns its mean given x. No gradient of the
-reward is taken: any reward will do.
+to y through the base model. The chance in y makes c rough, and the policy learns its mean given x.
+
+With `guess` V sees log R(x̂) too, which says more than the components in the later half of a path. Its gradient is the
+reward's. Without the guess no gradient of the reward is taken: any reward will do.
 
 `value_gradient` has a network for V, which all prompts share. Here every prompt needs paths of its own.
 """
@@ -37,10 +39,10 @@ from nabla_gfn_jax.algorithms.paths import (
     regress_steps,
 )
 from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatten, share_out, take
-from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.typing import Latents, Params
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 
 @flax.struct.dataclass
@@ -64,6 +66,7 @@ class KernelValue(FitOptions, PolicyAlone):
     """The policy follows the gradient of a log value that a kernel regression learns."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
+    guess: bool = option(False, "let V see log R(x̂) too, which takes the reward's gradient")
     steps: int = option(1, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
     memory: int = option(16384, "paths that V is fitted to: the newest so many", minimum=2)
     after: int = option(0, "paths to be sampled before the policy begins to learn", minimum=0)
@@ -93,50 +96,71 @@ class KernelValue(FitOptions, PolicyAlone):
     ) -> tuple[Float[np.ndarray, "all S elements"], Stats]:
         """∇V by x̂ at the states after each of the policy's steps, V being fitted to these paths too."""
         log_reward = np.asarray(scalars["log_reward"], np.float64)[:, None]
-        clean = np.asarray(scalars["clean"])
+        states = Seen(np.asarray(scalars["clean"]), np.asarray(scalars["guess"]))
         _, weights = stats.weights.add(self.beta, scalars, prompt_id)
         log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_after"], np.float64)
-        memory = self.fit.add(stats.memory, clean, log_w.astype(np.float32), prompt_id)
+        memory = self.fit.add(stats.memory, states, log_w.astype(np.float32), prompt_id)
         if memory.seen <= self.after:
-            return np.zeros(clean.shape, np.float32), Stats(weights, memory)
+            return np.zeros(states.clean.shape, np.float32), Stats(weights, memory)
         memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
-        return self.fit.gradients(memory, clean, prompt_id), Stats(weights, memory)
+        gradient, by_guess = self.fit.gradients(memory, states, prompt_id)
+        if self.guess:
+            gradient = gradient + by_guess[..., None] * np.asarray(scalars["guess_gradient"])
+        return gradient, Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`steps` steps of each trajectory for every update; x̂_# and log Π p_#/p_θ† after each step of the policy."""
+        """`steps` steps of each trajectory for every update, and what V is fitted to after each step of the policy."""
         after = slice(1, model.policy_steps + 1)
         base = base_outputs(model, params["lora"], rollout)
         ratio = log_ratio(model.chain, rollout, base)
         clean = clean_samples(model.chain, rollout, base)[after]
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         rows = jnp.arange(len(rollout.keys))[:, None]
-
-        return Batch(
-            data=jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps),
-            scalars={
-                "log_ratio": ratio[0],
-                "log_ratio_after": ratio[after].T,
-                "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps, -1),
-            },
-        )
+        scalars = {"log_ratio": ratio[0], "log_ratio_after": ratio[after].T, "clean": _by_path(clean)}
+        scalars["guess"] = jnp.zeros_like(scalars["log_ratio_after"])
+        if self.guess:
+            guess, gradient = guesses(model, clean, rollout.prompt_id)
+            scalars |= {"guess": guess.T, "guess_gradient": _by_path(gradient)}
+        return Batch(jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps), scalars)
 
     def value_and_grad(
         self, params: Params, model: Model, data: Data, weight: Float[Array, "batch S elements"]
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """The loss and the LoRA's gradient. `weight` is ∇V by x̂ after each step."""
-        rows = jnp.arange(len(weight))[:, None]
-        now, base_output = flatten(data.now), flatten(data.base_output)
-        by_clean = weight[rows, data.now.index].reshape(now.y.shape)
-        _, to_y = clean_after(model, now)
-        c = expand(model.chain[now.index].sigma, now.x) * to_y(by_clean)
-        found, gradient = regress_steps(
-            model,
-            params["lora"],
-            now,
-            base_output,
-            c,
-            loss="loss_steps",
-            regularisation=self.output_regularisation,
-        )
-        # A policy that waits stays where it is: Adam would make steps of its rounding errors.
-        return found, jax.tree.map(lambda a: jnp.where(jnp.any(weight != 0), a, 0.0), gradient)
+        """The loss and the LoRA's gradient, 0 while the policy waits. `weight` is ∇V by x̂ after each step."""
+
+        def learn() -> tuple[tuple[Float[Array, ""], Metrics], Params]:
+            rows = jnp.arange(len(weight))[:, None]
+            now, base_output = flatten(data.now), flatten(data.base_output)
+            by_clean = weight[rows, data.now.index].reshape(now.y.shape)
+            _, to_y = clean_after(model, now)
+            c = expand(model.chain[now.index].sigma, now.x) * to_y(by_clean)
+            return regress_steps(
+                model,
+                params["lora"],
+                now,
+                base_output,
+                c,
+                loss="loss_steps",
+                regularisation=self.output_regularisation,
+            )
+
+        # Exact zeros: Adam would make steps of rounding errors.
+        nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(learn))
+        return jax.lax.cond(jnp.any(weight != 0), learn, lambda: nothing)
+
+
+def guesses(
+    model: Model, clean: Latents, prompt_id: PromptIds
+) -> tuple[Float[Array, "states batch"], Float[Array, "states batch ..."]]:
+    """log R of clean samples (states, B, …), and its gradient by them, a state at a time."""
+
+    def of_state(z: Latents) -> tuple[PerSample, Latents]:
+        value, back = jax.vjp(lambda z: model.log_reward(z, prompt_id), z)
+        return value, back(jnp.ones_like(value))[0]
+
+    found: tuple[PerSample, Latents] = jax.lax.map(of_state, clean)
+    return found
+
+
+def _by_path(states: Latents) -> Float[Array, "batch states elements"]:
+    return jnp.moveaxis(states, 0, 1).reshape(states.shape[1], len(states), -1)

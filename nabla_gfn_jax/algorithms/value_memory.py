@@ -1,9 +1,10 @@
 """The log values of states, from where all paths so far have ended: a kernel regression, on the host, in NumPy.
 
 V(x) = log E_#[R(x_T)^β | x] = log E_θ†[W | x], W = R(x_T)^β Π p_#/p_θ† over the steps after x. A state is seen as the
-base model's clean sample x̂ in a few principal components, a, in units of the widest. For every prompt and step
+base model's clean sample x̂ in a few principal components, a, in units of the widest, and, if asked for, as the guess
+g = log R(x̂), in units of its standard deviation. For every prompt and step
 
-    V(a) = log Z + b_0 + bᵀφ(a),     φ = ( √(2/F) cos(Ωa + ρ), a/3 ),     Ω ~ N(0, 1/ℓ²)
+    V = log Z + b_0 + bᵀφ(a, g),     φ = ( √(2/F) cos(Ωa + ρ), a/3, g ),     Ω ~ N(0, 1/ℓ²)
 
 with F random features of the Gaussian kernel of length ℓ (Rahimi & Recht 2007). b has the least
 
@@ -16,7 +17,7 @@ high value. The ridge keeps V flat as long as there are few paths.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
 import numpy as np
@@ -34,6 +35,13 @@ _SEED = 0  # of the random features
 _NEVER = -1  # the prompt of an empty place
 
 
+class Seen(NamedTuple):
+    """What V sees of the states of paths."""
+
+    clean: Float[np.ndarray, "paths S elements"]  # x̂
+    guess: Float[np.ndarray, "paths S"]  # log R(x̂), or 0 where V is not to see it
+
+
 @flax.struct.dataclass
 class ValueMemory:
     """Paths by place in a ring, and what was fitted to them; S states of a path, d components, F features."""
@@ -41,6 +49,7 @@ class ValueMemory:
     seen: Int[np.ndarray, ""]  # paths so far
     prompt_id: Int[np.ndarray, " places"]
     components: Float[np.ndarray, "places S d"]
+    guess: Float[np.ndarray, "places S"]
     log_w: Float[np.ndarray, "places S"]
     centre: Float[np.ndarray, " elements"]
     basis: Float[np.ndarray, "elements d"]
@@ -53,6 +62,7 @@ class ValueMemory:
             seen=np.zeros((), np.int64),
             prompt_id=np.zeros(0, np.int32),
             components=np.zeros((0, 0, 0), np.float32),
+            guess=np.zeros((0, 0), np.float32),
             log_w=np.zeros((0, 0), np.float32),
             centre=np.zeros(0, np.float32),
             basis=np.zeros((0, 0), np.float32),
@@ -90,21 +100,22 @@ class Fit:
     def add(
         self,
         memory: ValueMemory,
-        clean: Float[np.ndarray, "paths S elements"],
+        states: Seen,
         log_w: Float[np.ndarray, "paths S"],
         prompt_id: Int[np.ndarray, " paths"],
     ) -> ValueMemory:
         """The memory with an epoch's paths; the oldest make room."""
         if not memory.basis.size:
-            memory = self._begun(memory, clean)
-        places = (memory.seen + np.arange(len(clean))) % self.places
-        places, new = places[-self.places :], slice(max(len(clean) - self.places, 0), None)
-        arrays = {"prompt_id": prompt_id, "components": self.project(memory, clean), "log_w": log_w}
+            memory = self._begun(memory, states.clean)
+        places = (memory.seen + np.arange(len(prompt_id))) % self.places
+        places, new = places[-self.places :], slice(max(len(prompt_id) - self.places, 0), None)
+        components = self.project(memory, states.clean)
+        arrays = {"prompt_id": prompt_id, "components": components, "guess": states.guess, "log_w": log_w}
         changed = {}
         for name, rows in arrays.items():
             changed[name] = getattr(memory, name).copy()
             changed[name][places] = rows[new]
-        return memory.replace(seen=np.asarray(memory.seen + len(clean)), **changed)  # type: ignore[attr-defined,no-any-return]
+        return memory.replace(seen=np.asarray(memory.seen + len(prompt_id)), **changed)  # type: ignore[attr-defined,no-any-return]
 
     def _begun(self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]) -> ValueMemory:
         """The first paths say what the principal components are: those of their last states."""
@@ -119,10 +130,11 @@ class Fit:
             seen=memory.seen,
             prompt_id=np.full(self.places, _NEVER, np.int32),
             components=np.zeros((self.places, states, size), np.float32),
+            guess=np.zeros((self.places, states), np.float32),
             log_w=np.zeros((self.places, states), np.float32),
             centre=centre.astype(np.float32),
             basis=basis,
-            solution=np.zeros((len(memory.solution), states, 1 + self.features + size), np.float32),
+            solution=np.zeros((len(memory.solution), states, 1 + self.features + size + 1), np.float32),
         )
 
     def project(
@@ -141,39 +153,42 @@ class Fit:
             known = memory.prompt_id == prompt
             w = np.minimum(np.exp(memory.log_w[known] - log_z[prompt]), self.weight_clip)
             for state in range(w.shape[1]):
-                old = memory.components[known, state]
-                phi = features(_scaled(old, old)[0], *waves)
+                a, g = memory.components[known, state], memory.guess[known, state, None]
+                phi = features(_scaled(a, a)[0], _scaled(g, g)[0], *waves)
                 solution[prompt, state] = self._solve(phi, w[:, state], solution[prompt, state])
         return memory.replace(solution=solution)  # type: ignore[attr-defined,no-any-return]
 
     def values(
-        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
+        self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
     ) -> Float[np.ndarray, "paths S"]:
         """V − log Z at every state of the paths."""
-        found, waves = np.zeros(clean.shape[:2], np.float32), self._waves(memory.basis.shape[1])
-        for asked, state, a, _, b in self._asked(memory, clean, prompt_id):
-            found[asked, state] = features(a, *waves) @ b
+        found, waves = np.zeros(states.guess.shape, np.float32), self._waves(memory.basis.shape[1])
+        for asked, state, (a, _), (g, _), b in self._asked(memory, states, prompt_id):
+            found[asked, state] = features(a, g, *waves) @ b
         return found
 
     def gradients(
-        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
-    ) -> Float[np.ndarray, "paths S elements"]:
-        """∇V by x̂ at every state of the paths."""
-        found, waves = np.zeros(clean.shape, np.float32), self._waves(memory.basis.shape[1])
-        for asked, state, a, unit, b in self._asked(memory, clean, prompt_id):
-            found[asked, state] = slope(a, b, *waves) @ memory.basis.T / unit
-        return found
+        self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
+    ) -> tuple[Float[np.ndarray, "paths S elements"], Float[np.ndarray, "paths S"]]:
+        """∂V/∂x̂, the guess being held, and ∂V/∂ log R(x̂), at every state of the paths."""
+        by_clean, by_guess = np.zeros(states.clean.shape, np.float32), np.zeros(states.guess.shape, np.float32)
+        waves = self._waves(memory.basis.shape[1])
+        for asked, state, (a, unit), (_, of_guess), b in self._asked(memory, states, prompt_id):
+            by_clean[asked, state] = slope(a, b, *waves) @ memory.basis.T / unit
+            by_guess[asked, state] = b[-1] / of_guess
+        return by_clean, by_guess
 
     def _asked(
-        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"], prompt_id: Int[np.ndarray, " paths"]
-    ) -> Iterator[tuple[Array, int, Array, float, Array]]:
-        """For each prompt and state: the paths that ask, the state, their a, its unit, and b."""
-        new = self.project(memory, clean)
+        self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
+    ) -> Iterator[tuple[Array, int, tuple[Array, float], tuple[Array, float], Array]]:
+        """For each prompt and state: the paths that ask, the state, their a and g, each with its unit, and b."""
+        new = self.project(memory, states.clean)
         for prompt in np.unique(prompt_id):
             known, asked = memory.prompt_id == prompt, prompt_id == prompt
             for state in range(new.shape[1]):
-                a, unit = _scaled(new[asked, state], memory.components[known, state])
-                yield asked, state, a, unit, memory.solution[prompt, state]
+                a = _scaled(new[asked, state], memory.components[known, state])
+                g = _scaled(states.guess[asked, state, None], memory.guess[known, state, None])
+                yield asked, state, a, g, memory.solution[prompt, state]
 
     def _waves(self, size: int) -> tuple[Float[np.ndarray, "d F"], Float[np.ndarray, " F"]]:
         random = np.random.default_rng(_SEED)
@@ -207,11 +222,14 @@ def _scaled(
 
 
 def features(
-    a: Float[np.ndarray, "paths d"], omega: Float[np.ndarray, "d waves"], phase: Float[np.ndarray, " waves"]
+    a: Float[np.ndarray, "paths d"],
+    g: Float[np.ndarray, "paths 1"],
+    omega: Float[np.ndarray, "d waves"],
+    phase: Float[np.ndarray, " waves"],
 ) -> Float[np.ndarray, "paths F"]:
-    """1, the cosines, and a itself."""
+    """1, the cosines, a itself, and g."""
     waves = np.sqrt(np.float32(2 / max(len(phase), 1))) * np.cos(a @ omega + phase)
-    return np.concatenate([np.ones((len(a), 1), np.float32), waves, np.float32(_LINEAR) * a], axis=1)
+    return np.concatenate([np.ones((len(a), 1), np.float32), waves, np.float32(_LINEAR) * a, g], axis=1)
 
 
 def slope(
@@ -220,7 +238,7 @@ def slope(
     omega: Float[np.ndarray, "d waves"],
     phase: Float[np.ndarray, " waves"],
 ) -> Float[np.ndarray, "paths d"]:
-    """∇_a of bᵀφ(a)."""
-    cosines, own = b[1 : 1 + len(phase)], b[1 + len(phase) :]
+    """∂/∂a of bᵀφ(a, g)."""
+    cosines, own = b[1 : 1 + len(phase)], b[1 + len(phase) : -1]
     waves = -np.sqrt(np.float32(2 / max(len(phase), 1))) * np.sin(a @ omega + phase) * cosines
     return waves @ omega.T + np.float32(_LINEAR) * own

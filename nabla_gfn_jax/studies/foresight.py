@@ -27,7 +27,7 @@ from jaxtyping import Float, Int
 
 from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.paths import clean_samples
-from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
@@ -53,12 +53,13 @@ class Options(ImageOptions, FitOptions):
     paths: int = option(4096, "base paths that V is fitted to", minimum=2)
     held_out: int = option(1024, "base paths that judge it", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
+    guess: bool = option(False, "let V see log R(x̂) too")
 
 
 class Ends(NamedTuple):
     """Base paths as V sees them."""
 
-    clean: Float[np.ndarray, "paths states elements"]  # x̂_# at every state
+    states: Seen
     log_reward: Float[np.ndarray, " paths"]
     prompt_id: Int[np.ndarray, " paths"]
 
@@ -77,22 +78,24 @@ class Foresight(NamedTuple):
     lost: float
 
 
-def base_paths(images: Images, stream: int, count: int, together: int) -> Ends:
+def base_paths(images: Images, stream: int, count: int, together: int, *, guess: bool) -> Ends:
     """Samples `count` base paths, some at a time."""
 
     @jax.jit
-    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, PerSample]:
+    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, Latents, PerSample]:
         model = images.model(frozen)
         path = sample(model.predict, None, model.chain, keys, images.base.latent_shape, ids)
         reward = model.log_reward(path.samples, ids)
         clean = clean_samples(model.chain, Rollout(path, reward, ids, keys), path.outputs)
-        return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), reward
+        seen = jax.lax.map(lambda z: model.log_reward(z, ids), clean) if guess else jnp.zeros(clean.shape[:2])
+        return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), seen.T, reward
 
     parts = []
     for start in range(0, count, together):
         keys, ids = images.keys(stream, start, min(together, count - start))
-        parts.append(Ends(*map(np.asarray, (*part(images.frozen, keys, ids), ids))))
-    return Ends(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+        clean, seen, reward = map(np.asarray, part(images.frozen, keys, ids))
+        parts.append(Ends(Seen(clean, seen), reward, np.asarray(ids)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)  # type: ignore[no-any-return]
 
 
 def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemory:
@@ -102,8 +105,8 @@ def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemo
     strata = Strata(paths.prompt_id[order])
     log_z = np.zeros(num_prompts)
     log_z[strata.prompts] = normalise(log_w[order], strata).log_mean
-    each = np.repeat(log_w[:, None], paths.clean.shape[1], axis=1).astype(np.float32)
-    memory = fit.add(ValueMemory.empty(num_prompts), paths.clean, each, paths.prompt_id)
+    each = np.repeat(log_w[:, None], paths.states.guess.shape[1], axis=1).astype(np.float32)
+    memory = fit.add(ValueMemory.empty(num_prompts), paths.states, each, paths.prompt_id)
     return fit.fitted(memory, strata.prompts, log_z)
 
 
@@ -159,10 +162,11 @@ def main(argv: list[str]) -> None:
     prompts = prompt_set(o.prompts).train
     use_compilation_cache()
     images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
-    fitted, held = (base_paths(images, *of, o.together) for of in ((_FITTED, o.paths), (_HELD_OUT, o.held_out)))
+    streams = ((_FITTED, o.paths), (_HELD_OUT, o.held_out))
+    fitted, held = (base_paths(images, *of, o.together, guess=o.guess) for of in streams)
     fit = Fit.of(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(prompts))
-    rows = judge(fit.values(memory, held.clean, held.prompt_id), held, o.beta, o.seed)
+    rows = judge(fit.values(memory, held.states, held.prompt_id), held, o.beta, o.seed)
     o.out.mkdir(parents=True, exist_ok=True)
     (o.out / "foresight.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
     (o.out / "foresight.md").write_text(as_table(rows))
