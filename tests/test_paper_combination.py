@@ -48,6 +48,25 @@ FIELDS = {
     "training.num_epochs": 1,
     "training.learning_rate": 0.05,
 }
+# Relative to the oracle in float64, by whether the change is carried.
+TOLERANCES = {
+    False: {
+        "grad_norm_correction": 0.03,
+        "grad_norm_lora": 0.03,
+        "loss_terminal": 0.01,
+        "loss_forward": 0.1,
+        "loss_reverse": 0.15,
+        "loss": 0.1,
+    },
+    True: {
+        "grad_norm_correction": 0.004,
+        "grad_norm_lora": 0.03,
+        "loss_terminal": 0.001,
+        "loss_forward": 0.01,
+        "loss_reverse": 0.016,
+        "loss": 0.012,
+    },
+}
 
 
 def colour_reward() -> Reward:
@@ -72,6 +91,7 @@ class Trained:
     """Two updates on the transitions of the first epoch, and the log rows of a run with the same programs."""
 
     folder: Path
+    carried: bool  # the change of the output by the LoRA, through the network
     prompts: list[str]  # of each sample
     log_reward: np.ndarray
     ordinary: dict[str, torch.Tensor]  # x, y, ε†, t, t'; leading axis samples · bins
@@ -99,12 +119,12 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+@pytest.fixture(scope="module", params=[False, True], ids=["subtracted", "carried"])
+def trained(request, tmp_path_factory):
     """The results of the trainer's own programs, which are compiled once."""
     folder = make_model(tmp_path_factory.mktemp("model"), attention="", text_scale=30.0)
     (folder / "prompts.txt").write_text("\n".join(COLOURS))
-    fields = FIELDS | {"prompts": folder / "prompts.txt"}
+    fields = FIELDS | {"prompts": folder / "prompts.txt", "carry_change": request.param}
     argv = [*flags(folder, folder / "run", "colour"), *(f"--config.{n}={v}" for n, v in fields.items())]
     with pytest.MonkeyPatch.context() as patch, jax.numpy_dtype_promotion("standard"), compiled_quickly():
         patch.setitem(REWARDS, "colour", colour_reward)
@@ -126,7 +146,9 @@ def trained(tmp_path_factory):
     times = np.asarray(trainer.chain.at.time), np.asarray(trainer.chain.to.time)
     ordinary, last = (transitions_of(t, times) for t in (sampled.data.ordinary, sampled.data.last))
     texts = [list(COLOURS)[i] for i in prompt_id]
-    return Trained(folder, texts, np.asarray(sampled.scalars["log_reward"]), ordinary, last, updates, rows)
+    return Trained(
+        folder, request.param, texts, np.asarray(sampled.scalars["log_reward"]), ordinary, last, updates, rows
+    )
 
 
 def transitions_of(transition: Any, times: tuple[np.ndarray, np.ndarray]) -> dict[str, torch.Tensor]:
@@ -308,16 +330,15 @@ def test_each_sample_is_rewarded_for_its_own_prompt(trained):
 def test_the_update_is_that_of_the_equations(trained, number):
     """In the first, LoRA and g_φ are zero; in the second they are not, and λ's term is not.
 
-    The tolerances are twice what bfloat16 leaves. A neighbour's prompt in place of a sample's own exceeds them.
+    The tolerances are one and a half times to twice what bfloat16 leaves. A neighbour's prompt in place of a sample's own exceeds them.
+    Carried, the change of the output by the LoRA has errors of its own size alone, and the terms are within 1 %.
     """
     update = trained.updates[number]
     right = expected(trained, update, trained.prompts)
     wrong = expected(trained, update, others(trained.prompts))
     ours = update.metrics
     assert ours.keys() == right.keys()
-    tolerances = {"grad_norm_correction": 0.03, "grad_norm_lora": 0.15, "loss_terminal": 0.01}
-    tolerances |= {"loss_forward": 0.1, "loss_reverse": 0.15, "loss": 0.1}
-    for name, tolerance in tolerances.items():
+    for name, tolerance in TOLERANCES[trained.carried].items():
         assert ours[name] == pytest.approx(right[name], rel=tolerance, abs=1e-6), name
     assert abs(wrong["grad_norm_correction"] / right["grad_norm_correction"] - 1) > 0.05
     if number == 0:
