@@ -330,7 +330,8 @@ def test_each_sample_is_rewarded_for_its_own_prompt(trained):
 def test_the_update_is_that_of_the_equations(trained, number):
     """In the first, LoRA and g_φ are zero; in the second they are not, and λ's term is not.
 
-    The tolerances are one and a half times to twice what bfloat16 leaves. A neighbour's prompt in place of a sample's own exceeds them.
+    The tolerances are one and a half times to twice what bfloat16 leaves. A neighbour's prompt in place of a
+    sample's own exceeds them.
     Carried, the change of the output by the LoRA has errors of its own size alone, and the terms are within 1 %.
     """
     update = trained.updates[number]
