@@ -78,14 +78,19 @@ def evaluations(algorithm: Algorithm, batch: int = 16) -> float:
     model = Model(CHAIN, predict, lambda z, prompt_id: z.sum(axis=1), heads)
     params = {name: {"scale": jnp.ones(())} for name in ("lora", *algorithm.heads())}
 
-    def update(params: Params, keys: Array) -> Params:
+    def rollout(params: Params, keys: Array) -> tuple[Any, dict[str, Array]]:
         trajectory = sample(predict, params["lora"], CHAIN, keys, (3,), ids)
-        rollout = Rollout(trajectory, model.log_reward(trajectory.samples, ids), ids, keys)
-        data = algorithm.batch(params, model, rollout, 1).data
-        first = jax.tree.map(lambda a: a[0], data)
-        return algorithm.value_and_grad(params, model, first, jnp.ones(batch))[1]
+        log_reward = model.log_reward(trajectory.samples, ids)
+        made = algorithm.batch(params, model, Rollout(trajectory, log_reward, ids, keys), 1)
+        return jax.tree.map(lambda a: a[0], made.data), {"log_reward": log_reward, **made.scalars}
 
-    used = count_flops(update, params, keys_of(jax.random.key(0), batch))
+    def update(params: Params, keys: Array) -> Params:
+        return algorithm.value_and_grad(params, model, rollout(params, keys)[0], jnp.asarray(weight))[1]
+
+    keys = keys_of(jax.random.key(0), batch)
+    scalars = {name: np.zeros(a.shape, a.dtype) for name, a in jax.eval_shape(rollout, params, keys)[1].items()}
+    weight, _ = algorithm.weigh(algorithm.first_stats(1), scalars, np.zeros(batch, int))  # its shape counts
+    used = count_flops(update, params, keys)
     return sum(used.values()) / (2.0 * 3 * 3 * batch)
 
 
