@@ -35,7 +35,7 @@ class Lora(Checked):
     """The LoRA of the UNet that is trained."""
 
     rank: int = option(8, "rank of a new LoRA; ignored with start_from", minimum=1, maximum=1024)
-    layers: Layers = option("attention", "layers of a new LoRA: those of attention, or all linear and convolutions")
+    layers: Layers = option("attention", "layers of a new LoRA: attention's, or all linear layers and convolutions")
     start_from: Path | None = option(None, "LoRA file to start training from, at its own ranks", file="existing")
 
 

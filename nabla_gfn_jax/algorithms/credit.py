@@ -1,8 +1,7 @@
-"""Credit: the gradient in y of the log reward still to come, which the forward loss asks of the policy.
+"""Credit: an estimate of the gradient in y of the log reward still to come. The forward loss moves the policy by it.
 
-The paper's lookahead is a one-step guess G, corrected by a learned g_φ (in nabla_db). The adjoint is the
-reward gradient at the end of the trajectory itself, pulled back step by step; the terminal credit is the same without
-pull-backs.
+The paper's lookahead is a one-step guess G with a learned correction g_φ (in nabla_db). The adjoint is the reward's
+gradient at the end of the trajectory, pulled back step by step. The terminal credit is the same without pull-backs.
 """
 
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def compare(
 def compare_with(
     model: Model, lora: Params, x: Latents, level: Level, prompt_id: PromptIds, base_output: Latents
 ) -> Comparison:
-    """Where the base model's output is known already. If it is not exact enough it is computed again."""
+    """Base model and policy at x, where the base model's output is known. It is computed again if it must be exact."""
     if model.predict_change is not None:
         return _carried(model.predict_change, lora, x, level, prompt_id, None)
     policy = Prediction(model, lora, x, level, prompt_id)
@@ -113,7 +112,7 @@ def _carried(
     prompt_id: PromptIds,
     pull_backs: tuple[PullBack, PullBack] | None,
 ) -> Comparison:
-    """Both networks at once. A cotangent of o_θ = o_# + change is one of both parts."""
+    """Both networks, evaluated together. A cotangent of o_θ = o_# + change is a cotangent of both parts."""
     (base, change), pull = jax.vjp(lambda lora, x: predict_change(lora, x, level, prompt_id), lora, x)
     output, pulled = base + change, None
     if pull_backs:

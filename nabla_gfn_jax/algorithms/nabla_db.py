@@ -60,18 +60,23 @@ from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 class ResidualNablaDB(FromBins, Unweighted):
     """Residual ∇-DB with a choice of credit.
 
-    The credits are "lookahead": G + g_φ, the paper's; "guess": G alone, with no φ and no reverse term; "adjoint": the
-    reward gradient at the trajectory's end pulled back through the base model, with no φ and the forward term weighted
-    by σ². Without that weight the nearly noiseless last steps, where the score is largest, outweigh all others.
-    "terminal": γ_t' times the reward gradient at the trajectory's end as it is, without a pull-back (Lee et al. 2026,
-    arXiv 2604.17415), with no φ and weighted by σ² too. It costs no evaluation, and only at the end it is the adjoint.
+    The credits are
+
+    - "lookahead": G + g_φ, the paper's.
+    - "guess": G alone, without φ and without the reverse term.
+    - "adjoint": the reward's gradient at the trajectory's end, pulled back through the base model. There is no φ, and
+      the forward term is weighted by σ². Without this weight the last steps outweigh all others: they have almost no
+      noise, and their score is the largest.
+    - "terminal": γ_t' times the reward's gradient at the trajectory's end, not pulled back (Lee et al. 2026, arXiv
+      2604.17415). It has no φ and the weight σ² too. It takes no evaluation of the network. It is equal to the adjoint
+      only at the last step.
     """
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     output_regularisation: float = option(0.0, LAMBDA, minimum=0)
     prior_strength: float = option(1.0, "κ, the base model's exponent", minimum=0)
     credit: Literal["lookahead", "guess", "adjoint", "terminal"] = option(
-        "lookahead", "what each step is told of the reward"
+        "lookahead", "the estimate of the reward's gradient that each step follows"
     )
     gamma: Literal["alpha_bar", "sqrt_alpha_bar", "one"] = option("alpha_bar", "γ_t, the trust in the guess at time t")
     variance_weighted: bool = option(False, "weight the forward term by σ², as adjoint and terminal always do")
