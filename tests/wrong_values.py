@@ -127,6 +127,7 @@ WRONG_OF_ALGORITHM = {
     "draft": {"last_steps": (*COUNT, 51), "lv_samples": NATURAL, "output_regularisation": NOT_NEGATIVE},
     "kernel_value": {
         "beta": (1e30, -1e30, *NUMBERS),
+        "guess": SWITCH,
         "steps": (*COUNT, 51),
         "memory": (1, *COUNT),
         "after": NATURAL,
@@ -252,6 +253,7 @@ WRONG_FLAGS = {
         **dict.fromkeys(("together", "components", "features"), COUNT),
         **dict.fromkeys(("length", "ridge", "weight_clip"), POSITIVE),
         "seed": SEED,
+        "guess": SWITCH,
     },
     "microscope": {
         "out": ("", *PATH),
