@@ -13,8 +13,9 @@ V is fitted after every epoch's sampling to the ends of all paths that are remem
 in nats of a path, and the target is its fixed point. V's gradient by x̂ comes from the host. The device pulls it back
 to y through the base model. The chance in y makes c rough, and the policy learns its mean given x.
 
-With `guess` V sees log R(x̂) too, which says more than the components in the later half of a path. Its gradient is the
-reward's. Without the guess no gradient of the reward is taken: any reward will do.
+With `guess`, V sees log R(x̂) too, which says more than the components in the later half of a path. The host then gives
+∂V/∂ log R(x̂), and the device multiplies it by the reward's gradient. Without the guess, no gradient of the reward is
+taken: any reward will do.
 
 `value_gradient` has a network for V, which all prompts share. Here every prompt needs paths of its own.
 """
@@ -29,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout
+from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout, reward_gradient
 from nabla_gfn_jax.algorithms.paths import (
     PathWeights,
     base_outputs,
@@ -42,7 +43,7 @@ from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatte
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
+from nabla_gfn_jax.typing import Latents, Params
 
 
 @flax.struct.dataclass
@@ -93,20 +94,18 @@ class KernelValue(FitOptions, PolicyAlone):
 
     def weigh(
         self, stats: Stats, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
-    ) -> tuple[Float[np.ndarray, "all S elements"], Stats]:
-        """∇V by x̂ at the states after each of the policy's steps, V being fitted to these paths too."""
+    ) -> tuple[Float[np.ndarray, "all S elements+1"], Stats]:
+        """∂V/∂x̂ and ∂V/∂ log R(x̂) at the states after each of the policy's steps. V is fitted to these paths too."""
         log_reward = np.asarray(scalars["log_reward"], np.float64)[:, None]
         states = Seen(np.asarray(scalars["clean"]), np.asarray(scalars["guess"]))
         _, weights = stats.weights.add(self.beta, scalars, prompt_id)
         log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_after"], np.float64)
         memory = self.fit.add(stats.memory, states, log_w.astype(np.float32), prompt_id)
         if memory.seen <= self.after:
-            return np.zeros(states.clean.shape, np.float32), Stats(weights, memory)
+            return np.zeros((*states.guess.shape, states.clean.shape[2] + 1), np.float32), Stats(weights, memory)
         memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
-        gradient, by_guess = self.fit.gradients(memory, states, prompt_id)
-        if self.guess:
-            gradient = gradient + by_guess[..., None] * np.asarray(scalars["guess_gradient"])
-        return gradient, Stats(weights, memory)
+        by_clean, by_guess = self.fit.gradients(memory, states, prompt_id)
+        return np.concatenate([by_clean, by_guess[..., None]], axis=2), Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, and what V is fitted to after each step of the policy."""
@@ -116,23 +115,32 @@ class KernelValue(FitOptions, PolicyAlone):
         clean = clean_samples(model.chain, rollout, base)[after]
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         rows = jnp.arange(len(rollout.keys))[:, None]
-        scalars = {"log_ratio": ratio[0], "log_ratio_after": ratio[after].T, "clean": _by_path(clean)}
-        scalars["guess"] = jnp.zeros_like(scalars["log_ratio_after"])
+        guess = jnp.zeros(clean.shape[:2])
         if self.guess:
-            guess, gradient = guesses(model, clean, rollout.prompt_id)
-            scalars |= {"guess": guess.T, "guess_gradient": _by_path(gradient)}
-        return Batch(jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps), scalars)
+            guess = jax.lax.map(lambda z: model.log_reward(z, rollout.prompt_id), clean)
+        return Batch(
+            data=jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps),
+            scalars={
+                "log_ratio": ratio[0],
+                "log_ratio_after": ratio[after].T,
+                "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps, -1),
+                "guess": guess.T,
+            },
+        )
 
     def value_and_grad(
-        self, params: Params, model: Model, data: Data, weight: Float[Array, "batch S elements"]
+        self, params: Params, model: Model, data: Data, weight: Float[Array, "batch S elements+1"]
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """The loss and the LoRA's gradient, 0 while the policy waits. `weight` is ∇V by x̂ after each step."""
+        """The loss and the LoRA's gradient, 0 while the policy waits. `weight` is what `weigh` returns."""
 
         def learn() -> tuple[tuple[Float[Array, ""], Metrics], Params]:
             rows = jnp.arange(len(weight))[:, None]
             now, base_output = flatten(data.now), flatten(data.base_output)
-            by_clean = weight[rows, data.now.index].reshape(now.y.shape)
-            _, to_y = clean_after(model, now)
+            told = weight[rows, data.now.index].reshape(len(now.y), -1)
+            by_clean = told[:, :-1].reshape(now.y.shape)
+            clean, to_y = clean_after(model, now)
+            if self.guess:
+                by_clean = by_clean + expand(told[:, -1], clean) * reward_gradient(model, clean, now.prompt_id)
             c = expand(model.chain[now.index].sigma, now.x) * to_y(by_clean)
             return regress_steps(
                 model,
@@ -147,20 +155,3 @@ class KernelValue(FitOptions, PolicyAlone):
         # Exact zeros: Adam would make steps of rounding errors.
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(learn))
         return jax.lax.cond(jnp.any(weight != 0), learn, lambda: nothing)
-
-
-def guesses(
-    model: Model, clean: Latents, prompt_id: PromptIds
-) -> tuple[Float[Array, "states batch"], Float[Array, "states batch ..."]]:
-    """log R of clean samples (states, B, …), and its gradient by them, a state at a time."""
-
-    def of_state(z: Latents) -> tuple[PerSample, Latents]:
-        value, back = jax.vjp(lambda z: model.log_reward(z, prompt_id), z)
-        return value, back(jnp.ones_like(value))[0]
-
-    found: tuple[PerSample, Latents] = jax.lax.map(of_state, clean)
-    return found
-
-
-def _by_path(states: Latents) -> Float[Array, "batch states elements"]:
-    return jnp.moveaxis(states, 0, 1).reshape(states.shape[1], len(states), -1)

@@ -170,7 +170,7 @@ class Fit:
     def gradients(
         self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
     ) -> tuple[Float[np.ndarray, "paths S elements"], Float[np.ndarray, "paths S"]]:
-        """∂V/∂x̂, the guess being held, and ∂V/∂ log R(x̂), at every state of the paths."""
+        """∂V/∂x̂ with the guess held fixed, and ∂V/∂ log R(x̂), at every state of the paths."""
         by_clean, by_guess = np.zeros(states.clean.shape, np.float32), np.zeros(states.guess.shape, np.float32)
         waves = self._waves(memory.basis.shape[1])
         for asked, state, (a, unit), (_, of_guess), b in self._asked(memory, states, prompt_id):
