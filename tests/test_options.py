@@ -34,6 +34,7 @@ COMMANDS |= {
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
+    "uptake": "nabla_gfn_jax.studies.uptake:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
@@ -137,7 +138,8 @@ def test_a_pretraining_refuses():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
     folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "microscope")}
-    given = (folders | {"bench2d": {"out": "out.jsonl"}}).get(command, {})  # it must be
+    folders |= {"bench2d": {"out": "out.jsonl"}, "uptake": {"out": "out", "lora": __file__}}
+    given = folders.get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():
         for value in values:
             refused(options_of(command), given, name, value, prefix="--")

@@ -255,6 +255,18 @@ WRONG_FLAGS = {
         "seed": SEED,
         "guess": SWITCH,
     },
+    "uptake": {
+        "out": ("", *PATH),
+        "lora": ("missing", 3),
+        **dict.fromkeys(("model", "prompts"), TEXT),
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
+        "guidance": (-1.0, 101.0, *NUMBERS),
+        "num_steps": (1000, *COUNT),
+        "paths": (1, *COUNT),
+        **dict.fromkeys(("together", "parts"), COUNT),
+        "seed": SEED,
+    },
     "microscope": {
         "out": ("", *PATH),
         **dict.fromkeys(("model", "prompts"), TEXT),
