@@ -1,4 +1,5 @@
-"""Compares this package with PyTorch on this machine: `python -m benchmarks [update sampling unet flops start]`.
+"""Compares this package with PyTorch on this machine: `python -m benchmarks [update sampling unet flops start
+checkpoint]`.
 
 Both programs run in one process, in turns, with the same weights and inputs. The benchmark first checks that they
 compute the same. Times are medians. `unet` needs 12 GB and ten minutes.
@@ -16,7 +17,7 @@ from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.options import Checked, option
 
-BENCHMARKS = ("update", "sampling", "unet", "flops", "start")  # each a module here, with a function `run`
+BENCHMARKS = ("update", "sampling", "unet", "flops", "start", "checkpoint")  # each a module here, with a function `run`
 
 
 @dataclass(frozen=True, kw_only=True)

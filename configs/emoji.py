@@ -85,6 +85,8 @@ def _logging() -> ConfigDict:
     c = ConfigDict()
     c.samples_every = 20
     c.checkpoint_every = 5
+    c.keep_checkpoints = 2  # how many of the newest
+    c.keep_every = 0  # epochs between checkpoints that are kept for ever; 0: none
     c.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
     c.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
     c.tensorboard = False

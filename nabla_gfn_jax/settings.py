@@ -107,6 +107,10 @@ class Logging(Checked):
 
     samples_every: int = option(20, "interval between grids of samples", unit="epochs", minimum=1, free=True)
     checkpoint_every: int = option(10, "interval between saves of the run", unit="epochs", minimum=1, free=True)
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep", minimum=1, free=True)
+    keep_every: int = option(
+        0, "interval between checkpoints that are kept for ever; 0: none", unit="epochs", minimum=0, free=True
+    )
     keep_loras: int = option(0, "how many of the newest LoRA files to keep; 0: all", minimum=0, free=True)
     judged_images: int = option(
         0,
@@ -116,6 +120,14 @@ class Logging(Checked):
     )
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_every % self.checkpoint_every:
+            raise UserError(
+                f"logging.keep_every = {self.keep_every} is no multiple of logging.checkpoint_every = "
+                f"{self.checkpoint_every}; choose a multiple, or 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -87,7 +87,8 @@ def finetune(
     workdir.record_inputs(inputs(settings, trainer.reward))
     state = place(trainer.first_state(settings.seed, settings.lora.rank, settings.lora.layers), trainer.mesh)
     programs = Programs(trainer, plan, state)
-    with Checkpoints(workdir.path / "checkpoints") as checkpoints:
+    kept = settings.logging
+    with Checkpoints(workdir.path / "checkpoints", kept.keep_checkpoints, kept.keep_every) as checkpoints:
         progress, first, about_run = restored(programs, first_progress(trainer, state), checkpoints)
         log = MetricsLog(
             workdir.path,

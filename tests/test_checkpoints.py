@@ -61,6 +61,27 @@ def test_the_newest_whole_save_is_restored_with_what_was_said_about_it(folder, c
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("keep", "every", "left"),
+    [(2, 0, [11, 12]), (1, 0, [12]), (3, 0, [10, 11, 12]), (2, 4, [4, 8, 11, 12]), (99, 5, list(range(1, 13)))],
+)
+def test_the_newest_saves_and_every_nth_are_kept(tmp_path, keep, every, left):
+    small = {"step": np.array(0)}
+    with Checkpoints(tmp_path, keep, every) as saves:
+        for step in range(1, 9):
+            saves.save(step, small)
+    with Checkpoints(tmp_path, keep, every) as saves:  # a resumed run
+        for step in range(9, 13):
+            saves.save(step, small)
+    assert sorted(int(p.name) for p in tmp_path.iterdir()) == left
+
+
+def test_a_resumed_run_may_keep_fewer(folder):
+    with Checkpoints(folder, keep=1) as saves:
+        saves.save(4, tree(4))
+    assert [p.name for p in folder.iterdir()] == ["4"]
+
+
 def flip(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1

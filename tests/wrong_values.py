@@ -49,6 +49,8 @@ WRONG = {
     "training.skipped_updates": NATURAL,
     "logging.samples_every": COUNT,
     "logging.checkpoint_every": COUNT,
+    "logging.keep_checkpoints": COUNT,
+    "logging.keep_every": (*NATURAL, 3),
     "logging.keep_loras": NATURAL,
     "logging.judged_images": NATURAL,
     "logging.tensorboard": SWITCH,

@@ -1,4 +1,4 @@
-"""Saves and restores a training run with Orbax. A save is atomic, and only the newest saves are kept.
+"""Saves and restores a training run with Orbax. A save is atomic. The newest saves are kept, and some older ones.
 
 Each save has a file `about.json`, written after it, with the SHA-256 of the save's files and with facts about the run.
 A damaged save is noticed by these hashes, and the save before it is used.
@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN, PreservationPolicy
 
 from nabla_gfn_jax.checkpoints.files import cannot_write, flush, reason_of, write_json
 from nabla_gfn_jax.checkpoints.hashes import read_sha256
@@ -39,11 +40,16 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The saves of one tree of arrays under `folder`, by step. An interrupted save is never the latest.
 
-    This is a context manager, which frees Orbax's threads. `keep` is the number of newest saves to keep.
+    This is a context manager, which frees Orbax's threads. The newest `keep` saves are kept and, if `keep_every` is not
+    0, those of steps that it divides.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
+        kept: list[PreservationPolicy] = [LatestN(keep)]
+        kept += [EveryNSteps(keep_every)] if keep_every else []
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=AnyPreservationPolicy(kept), enable_async_checkpointing=False
+        )
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
