@@ -259,7 +259,7 @@ WRONG_FLAGS = {
     },
     "uptake": {
         "out": ("", *PATH),
-        "lora": ("missing", 3),
+        "lora": ("", *PATH),
         **dict.fromkeys(("model", "prompts"), TEXT),
         "reward": ("beauty", 1),
         "beta": (1e30, *NUMBERS),
