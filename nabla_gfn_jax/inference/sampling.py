@@ -33,16 +33,27 @@ _PER_PROMPT = 2**20  # number of noises reserved for each prompt
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How images are sampled."""
+    """How images are sampled.
+
+    Attributes:
+        sampler: the steps' distribution.
+        steps: number of sampling steps.
+        guidance: classifier-free guidance scale; 1: no guidance.
+        eta: scale of the noise of each step. 1: DDPM; 0: DDIM, which has no nats.
+        seed: seed of the noise.
+        negative: the negative prompt of the guidance.
+        lora_from_step: the first step with the LoRA, counted from 1.
+        lora_until_step: the last step with the LoRA; None: the last step of all.
+    """
 
     sampler: Sampler = "ddpm"
     steps: int = 50
     guidance: float = 5.0
-    eta: float = 1.0  # 1: DDPM; 0: DDIM, which has no nats
+    eta: float = 1.0
     seed: int = 0
-    negative: str = ""  # the negative prompt of the guidance
-    lora_from_step: int = 1  # the first step with the LoRA, counted from 1
-    lora_until_step: int | None = None  # the last step with the LoRA; None: the last step of all
+    negative: str = ""
+    lora_from_step: int = 1
+    lora_until_step: int | None = None
 
     def __post_init__(self) -> None:
         """Raises `UserError` if no step would use the LoRA."""
