@@ -91,4 +91,5 @@ def _logging() -> ConfigDict:
     c.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
     c.tensorboard = False
     c.wandb = False
+    c.trackio = False
     return c

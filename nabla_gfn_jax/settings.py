@@ -120,6 +120,7 @@ class Logging(Checked):
     )
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
+    trackio: bool = option(False, "also log to trackio", free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -98,6 +98,7 @@ def finetune(
             rows=about_run.get("rows", ()),
             tensorboard=settings.logging.tensorboard,
             wandb=settings.logging.wandb,
+            trackio=settings.logging.trackio,
             write=is_first(),
         )
         outputs = WorkdirOutputs(

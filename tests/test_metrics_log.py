@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -68,7 +69,7 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
 
 
 def test_a_process_that_does_not_write_writes_nothing(tmp_path):
-    write(tmp_path, range(3), write=False, tensorboard=True, wandb=True)
+    write(tmp_path, range(3), write=False, tensorboard=True, wandb=True, trackio=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -132,6 +133,94 @@ def test_weights_and_biases_goes_on_with_its_own_run(wandb, tmp_path):
     assert wandb["1"].finished == 2
 
 
+@pytest.fixture
+def trackio(monkeypatch):
+    """A fake trackio: the runs by name, with every row that was logged; on a server, its `Api` sees none of them."""
+    runs = {}
+
+    class Api:
+        def runs(self, project):
+            assert project == "nabla_gfn_jax"
+            if not runs:
+                raise ValueError(f"Project '{project}' does not exist")
+            return [SimpleNamespace(name=name, delete=lambda name=name: runs.pop(name)) for name in list(runs)]
+
+    def init(*, project, name, config, resume, embed, auto_log_gpu, auto_log_cpu):
+        assert (project, resume, embed, auto_log_gpu, auto_log_cpu) == ("nabla_gfn_jax", "allow", False, False, False)
+        run = runs.setdefault(name, SimpleNamespace(logged=[], finished=0, config=config))
+
+        def finish():
+            run.finished += 1
+
+        return SimpleNamespace(log=lambda row, step: run.logged.append((step, row)), finish=finish)
+
+    for name in ("TRACKIO_SPACE_ID", "TRACKIO_SERVER_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=init, Api=Api))
+    return runs
+
+
+def test_trackio_has_each_row_once_after_a_resume(trackio, tmp_path):
+    """Two workdirs with the same name are two runs; the rows from before it was requested are there too."""
+    for folder in ("hps/seed0", "aesthetic/seed0"):
+        (tmp_path / folder).mkdir(parents=True)
+    write(tmp_path / "hps/seed0", range(1), trackio=False, run_id="1" * 36)
+    write(tmp_path / "hps/seed0", range(1, 4), first=1, trackio=True, run_id="1" * 36)
+    write(tmp_path / "aesthetic/seed0", range(1), trackio=True, run_id="2" * 36)
+    write(tmp_path / "hps/seed0", range(2, 5), first=2, trackio=True, run_id="1" * 36)
+    assert set(trackio) == {"seed0-11111111", "seed0-22222222"}
+    assert trackio["seed0-11111111"].logged == [(row["epoch"], row) for row in EXPECTED]
+    assert trackio["seed0-22222222"].logged == [(0, EXPECTED[0])]
+    assert trackio["seed0-11111111"].finished == 1
+
+
+def test_trackio_on_a_server_goes_on(trackio, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_SPACE_ID", "someone/space")
+    write(tmp_path, range(4), trackio=True)
+    write(tmp_path, range(2, 5), first=2, trackio=True)
+    (run,) = trackio.values()
+    assert [step for step, _ in run.logged] == [0, 1, 2, 3, 2, 3, 4]
+    assert dict(run.logged) == {row["epoch"]: row for row in EXPECTED}
+
+
+def test_a_trackio_that_fails_stops_nothing(trackio, tmp_path, monkeypatch, capsys):
+    def refuse(**options):
+        raise ValueError("Project name is not allowed")
+
+    monkeypatch.setattr(sys.modules["trackio"], "init", refuse)
+    write(tmp_path, range(3), trackio=True)
+    assert rows(tmp_path) == EXPECTED[:3]
+    assert "trackio gets no rows (Project name is not allowed); the run goes on" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_the_real_trackio_has_the_rows(tmp_path):
+    """In a process of its own, because trackio chooses its folder when it is imported."""
+    pytest.importorskip("trackio")
+    script = f"""
+import json, math
+from pathlib import Path
+from nabla_gfn_jax.runs.metrics_log import MetricsLog
+for first, last in ((0, 4), (2, 5)):
+    log = MetricsLog(Path({str(tmp_path / "seed0")!r}), first, run_id="1" * 36, config={{"a": 1}}, trackio=True)
+    for epoch in range(first, last):
+        log.write({{"epoch": epoch, "step": 4 * epoch, "loss": math.nan if epoch == 1 else 0.5 * epoch}})
+    log.close()
+from trackio.sqlite_storage import SQLiteStorage
+logged = SQLiteStorage.get_logs("nabla_gfn_jax", "seed0-11111111")
+print("FOUND", json.dumps([[row["step"], row["policy_step"], row["loss"]] for row in logged]))
+"""
+    (tmp_path / "seed0").mkdir()
+    environment = os.environ | {"TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert "the run goes on" not in done.stderr
+    found = json.loads(done.stdout.rpartition("FOUND ")[2].splitlines()[0])
+    assert [[step, policy] for step, policy, _ in found] == [[epoch, 4 * epoch] for epoch in range(5)]
+    assert [loss for *_, loss in found[2:]] == [1.0, 1.5, 2.0]
+
+
 def test_what_a_run_writes_survives_the_next_moment(tmp_path, monkeypatch):
     """Each row is on the disk when `write` returns, before the checkpoint of its epoch."""
     synced = []
@@ -149,8 +238,9 @@ def test_columns_are_documented_once_and_the_page_has_them():
 
 def test_a_logger_that_is_not_installed_is_named_before_any_work(monkeypatch):
     monkeypatch.setattr("nabla_gfn_jax.runs.metrics_log.find_spec", lambda name: None)
-    metrics_log.check_sinks(tensorboard=False, wandb=False)
-    for option, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
-        wanted = {"tensorboard": False, "wandb": False} | {option: True}
+    nothing = {"tensorboard": False, "wandb": False, "trackio": False}
+    metrics_log.check_sinks(**nothing)
+    for option, package in (("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")):
+        wanted = nothing | {option: True}
         with pytest.raises(UserError, match=rf"logging\.{option} needs {package}; pip install"):
             metrics_log.check_sinks(**wanted)

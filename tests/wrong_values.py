@@ -55,6 +55,7 @@ WRONG = {
     "logging.judged_images": NATURAL,
     "logging.tensorboard": SWITCH,
     "logging.wandb": SWITCH,
+    "logging.trackio": SWITCH,
 }
 ADVANTAGES = {"advantage_clip": POSITIVE_OR_INF, "buffer_size": COUNT, "min_count": COUNT}
 BALANCE = {

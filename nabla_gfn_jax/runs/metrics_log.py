@@ -1,4 +1,4 @@
-"""The log of a run: always `metrics.jsonl`, and TensorBoard or Weights & Biases on request.
+"""The log of a run: always `metrics.jsonl`, and TensorBoard, Weights & Biases or trackio on request.
 
 There is one row per epoch, for the trajectories that the epoch sampled and the updates that it made. `COLUMNS` says
 what each number describes. One more row after the last epoch has the final policy's reward and no update.
@@ -7,7 +7,6 @@ what each number describes. One more row after the last epoch has the final poli
 import json
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.checkpoints.files import append, reason_of, replace_contents
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.runs import sinks
 from nabla_gfn_jax.runs.sinks import Close, Sink, Write
 
 POLICY, UPDATE, EPOCH = "the policy that sampled", "the update", "the epoch"
@@ -81,9 +81,9 @@ class MetricsLog:
     """Appends one row per epoch to `metrics.jsonl`. A resumed run replaces the rows of epochs that it repeats.
 
     A row that cannot be written, because the disk is full, stops nothing: it is kept in `unwritten` and written with
-    the next row. A resumed run gets these `rows` back from its checkpoint. `run_id` names the run on Weights & Biases,
-    so that a resumed run continues the same one. If `write` is false, as in all processes but the first, nothing is
-    written.
+    the next row. A resumed run gets these `rows` back from its checkpoint. `run_id` names the run on Weights & Biases
+    and in trackio, so that a resumed run continues the same one. If `write` is false, as in all processes but the
+    first, nothing is written.
     """
 
     def __init__(
@@ -96,6 +96,7 @@ class MetricsLog:
         rows: Sequence[Mapping[str, Any]] = (),
         tensorboard: bool = False,
         wandb: bool = False,
+        trackio: bool = False,
         write: bool = True,
     ):
         self._file = workdir / "metrics.jsonl"
@@ -110,9 +111,11 @@ class MetricsLog:
         if self._file.exists() or text:
             replace_contents(self._file, text)
         if tensorboard:
-            self._add("TensorBoard", lambda: _tensorboard(workdir / "tensorboard", in_order))
+            self._add("TensorBoard", lambda: sinks.tensorboard(workdir / "tensorboard", in_order))
         if wandb:
-            self._add("Weights & Biases", lambda: _wandb(workdir, run_id, config))
+            self._add("Weights & Biases", lambda: sinks.wandb(workdir, run_id, config))
+        if trackio:
+            self._add("trackio", lambda: sinks.trackio(workdir, run_id, config, in_order))
 
     def _add(self, name: str, open_it: Callable[[], tuple[Write, Close]]) -> None:
         try:
@@ -136,7 +139,7 @@ class MetricsLog:
             sink.write(row)
 
     def close(self, patience: float = 30.0) -> None:
-        """Closes TensorBoard and Weights & Biases after everything is written, or after `patience` seconds each."""
+        """Closes the loggers after everything is written, or after `patience` seconds each."""
         while self._sinks:
             self._sinks.pop().close(patience)
 
@@ -166,53 +169,18 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("epoch"), int) else None
 
 
-def check_sinks(*, tensorboard: bool, wandb: bool) -> None:
+def check_sinks(*, tensorboard: bool, wandb: bool, trackio: bool) -> None:
     """Raises `UserError` if the package of a requested logger is not installed."""
-    for option, wanted, package in (("tensorboard", tensorboard, "tensorboardX"), ("wandb", wandb, "wandb")):
+    asked = (
+        ("tensorboard", tensorboard, "tensorboardX", "nabla_gfn_jax[logging]"),
+        ("wandb", wandb, "wandb", "nabla_gfn_jax[logging]"),
+        ("trackio", trackio, "trackio", "trackio"),
+    )
+    for option, wanted, package, install in asked:
         if wanted and find_spec(package) is None:
-            raise UserError(f"logging.{option} needs {package}; pip install 'nabla_gfn_jax[logging]'")
+            raise UserError(f"logging.{option} needs {package}; pip install '{install}'")
 
 
 def _line(row: Mapping[str, Any]) -> str:
     finite = {name: value if value is not None and math.isfinite(value) else None for name, value in row.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _tensorboard(folder: Path, rows: list[Mapping[str, Any]]) -> tuple[Write, Close]:
-    """Replaces the folder's event files and writes `rows` to the new one, so that each row is there once.
-
-    tensorboardX's `SummaryWriter` has a thread that ends when the disk is full, after which it waits forever.
-    """
-    from tensorboardX.event_file_writer import EventsWriter
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.summary import scalar
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in folder.glob("events.out.tfevents.*"):
-        file.unlink()
-    writer = EventsWriter(str(folder / "events"))
-
-    def write(row: Mapping[str, Any]) -> None:
-        for name, value in row.items():
-            summary = scalar(name, math.nan if value is None else value)
-            writer.write_event(Event(wall_time=time.time(), step=int(row["epoch"]), summary=summary))
-        writer.flush()
-
-    for row in rows:
-        write(row)
-    return write, writer.close
-
-
-def _wandb(workdir: Path, run_id: str, config: Mapping[str, Any]) -> tuple[Write, Close]:
-    """A run on Weights & Biases. Its server ignores repeated epochs, and a resumed run repeats the same numbers."""
-    import wandb
-
-    run = wandb.init(
-        project="nabla_gfn_jax",
-        dir=str(workdir),
-        config=dict(config),
-        id=run_id,
-        name=workdir.absolute().name,
-        resume="allow",
-    )
-    return lambda row: run.log(dict(row), step=int(row["epoch"])), run.finish

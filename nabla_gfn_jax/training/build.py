@@ -28,7 +28,8 @@ from nabla_gfn_jax.typing import Params
 
 def check(settings: Settings) -> None:
     """Raises `UserError` if the model, the prompts or a required extra is missing. Loads no weights."""
-    check_sinks(tensorboard=settings.logging.tensorboard, wandb=settings.logging.wandb)
+    loggers = settings.logging
+    check_sinks(tensorboard=loggers.tensorboard, wandb=loggers.wandb, trackio=loggers.trackio)
     resolve_model(settings.model)
     prompts_of(settings)
 
