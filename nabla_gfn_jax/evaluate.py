@@ -2,13 +2,16 @@
 
 Samples the same prompts with the same noise from the base model and from every LoRA that the run saved, or from the
 given LoRA files. Prints for each model its mean log R, the nats that this reward needs, the nats that the model spends,
-and its distance to P_base · R^β (docs/nats.md). If the drawings of the prompts are known, it also prints how many
-images show their prompt and the entropies over vendors and over drawings, and compares them with those of the base
-model tilted to the same mean log R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the
-measurements of the base model's samples in WORKDIR/base_samples for later evaluations.
+its distance to P_base · R^β (docs/nats.md), the mean log R of its worst samples, and its mean log R by other rewards
+that you name. With --metrics it also measures the diversity of the images and their distance from the base model's
+(docs/metrics.md). If the drawings of the prompts are known, it also prints how many images show their prompt and the
+entropies over vendors and over drawings. Diversity is compared with that of the base model tilted to the same mean log
+R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the measurements of the base model's samples in
+WORKDIR/base_samples for later evaluations.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +20,16 @@ from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, EVERY_CONCEPT, Evaluator, describe, prompts_to_judge
 from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
+from nabla_gfn_jax.metrics.registry import METRICS
+from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
-from nabla_gfn_jax.rewards import RewardNames, load_reward
+from nabla_gfn_jax.rewards import Reward, RewardNames, load_reward, terms
 from nabla_gfn_jax.runs import evaluations
 
 
@@ -43,6 +48,12 @@ class Options(SubjectOptions):
     reward: str | None = option(
         None, "the reward; none: no reward [the run's, or valence]", choices=RewardNames("none")
     )
+    cross_rewards: tuple[str, ...] = option(
+        (), "other rewards, which show whether the gain is the reward's alone", choices=RewardNames(), empty=True
+    )
+    metrics: tuple[str, ...] = option(
+        (), "more metrics; each needs a network (docs/metrics.md)", choices=METRICS, empty=True
+    )
     beta: float | None = option(None, "β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
     out: Path | None = option(None, "JSON file for all figures", file="output")
 
@@ -57,6 +68,8 @@ def main(argv: list[str]) -> None:
     prompts = prompts_to_judge(options.prompts or subject.prompts or "a_face", options.num_prompts, options.seed)
     reward_name = options.reward or subject.reward or "valence"
     reward = None if reward_name == "none" else load_reward(reward_name)
+    others = load_cross_rewards(options.cross_rewards, reward_name)
+    released = [METRICS[name]() for name in dict.fromkeys(options.metrics)]
     model = load_model(subject.model, DTYPES[subject.model_dtype])
     loras = {
         name: load_lora(file, model.params["unet"], model.params["text_encoder"])
@@ -65,14 +78,18 @@ def main(argv: list[str]) -> None:
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
     beta = subject.beta if options.beta is None else options.beta
-    evaluator = Evaluator(sampler, reward, beta)
+    more = [*(LogReward(other, label) for label, other in others.items()), *(metric for metric, _ in released)]
+    evaluator = Evaluator(sampler, reward, beta, more)
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
-    hashes = hashes_of(subject.model, reward.files if reward else ())
+    files = {"reward": reward.files if reward else ()} | {f"reward_{label}": r.files for label, r in others.items()}
+    files |= {metric.name: read for metric, read in released}
+    hashes = hashes_of(subject.model, files)
     what = describe(subject.model, subject.model_dtype, sampler, reward_name, hashes)
     warn_of_another_base(subject, hashes)
     kept = options.workdir / BASE_SAMPLES if options.workdir else None
-    base = evaluator.base_states(max(options.num, options.base_num), kept, what, progress="base")
+    base_num = max(evaluator.base_images(options.num), options.base_num)
+    base = evaluator.base_states(base_num, kept, what, progress="base")
     models = {"base": None} | {
         name + f" x {scale:g}" * (scale != 1): scaled(lora, scale)
         for name, lora in loras.items()
@@ -81,12 +98,27 @@ def main(argv: list[str]) -> None:
     found = {}
     for name, lora in models.items():
         states = base if lora is None else evaluator.states(lora, options.num, progress=name)
-        found[name] = evaluator.evaluate(states, base)
+        found[name] = evaluator.evaluate(states, base, options.num)
         if options.workdir:
             evaluations.append(options.workdir, {"model": name, "beta": beta} | what | to_json(found[name]))
     print_evaluations(found)
     if options.out:
         write_json(options.out, what | {name: to_json(evaluation) for name, evaluation in found.items()})
+
+
+def load_cross_rewards(names: Sequence[str], reward: str) -> dict[str, Reward]:
+    """The rewards by their labels in the table. Raises `UserError` if one has a weight or has the label of another."""
+    labels = [term.label for term in terms(reward) or ()]
+    found: dict[str, Reward] = {}
+    for name in names:
+        parts = terms(name) or []
+        term = parts[0]
+        if len(parts) > 1 or term.weight != 1.0:
+            raise UserError(f"--cross_rewards={name} is a sum; give its parts without weights and with commas between")
+        if term.label in (*labels, *found):
+            raise UserError(f"--cross_rewards={name} is measured already; leave it out")
+        found[term.label] = load_reward(name)
+    return found
 
 
 if __name__ == "__main__":

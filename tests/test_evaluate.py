@@ -1,5 +1,6 @@
 """`evaluate` and `sample` on runs and LoRA files of the tiny model: which settings they use, and what they write."""
 
+import hashlib
 import json
 
 import jax
@@ -15,6 +16,8 @@ from nabla_gfn_jax.inference.sampling import ImageSampler
 from nabla_gfn_jax.inference.subject import hashes_of
 from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import tilt
+from nabla_gfn_jax.metrics.base import Released, Samples
+from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.reports import page, source
@@ -74,7 +77,7 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     evaluate.main(["evaluate", f"--workdir={run}", "--num=5", f"--out={out}"])
     printed = capsys.readouterr()
     first = printed.out.splitlines()[0]
-    assert first.startswith("not measured: coverage (no drawing is called 'a sonnet'")
+    assert first == "not measured: coverage (only drawings of 64 x 64 are known, and the images are 8 x 8)"
     for text in ("gap, β = 30", "lora/00004", "lora/00008", "efficiency", "spent, from the first steps"):
         assert text in printed.out
     assert "as given" not in printed.err
@@ -125,11 +128,39 @@ def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeyp
 
 @pytest.mark.thorough
 def test_what_the_user_says_goes_and_is_said(run, tmp_path, capsys):
-    evaluate.main(["evaluate", f"--workdir={run}", "--num=2", "--guidance=4", "--beta=0", "--reward=none"])
+    flags = ["--num=2", "--guidance=4", "--beta=0", "--reward=none", "--cross_rewards=jpeg,recognisability"]
+    with pytest.raises(SystemExit):  # before any image is sampled
+        evaluate.main(["evaluate", f"--workdir={run}", *flags])
+    assert "recognisability cannot judge the prompt 'a sonnet'" in capsys.readouterr().err
+    evaluate.main(["evaluate", f"--workdir={run}", *flags[:-1], "--cross_rewards=jpeg"])
     printed = capsys.readouterr()
     assert "guidance is 4.0, as given; in training it was 1.5" in printed.err
     assert "not measured: nats (no reward was named)" in printed.out
-    assert evaluations.read(run)[-1]["sampling"]["guidance"] == 4.0
+    row = evaluations.read(run)[-1]
+    assert row["sampling"]["guidance"] == 4.0
+    assert row["figures"].keys() == {"log_reward_jpeg"}
+    assert -2 < row["figures"]["log_reward_jpeg"]["value"] < -0.1  # kilobytes
+    with pytest.raises(SystemExit):
+        evaluate.main(["evaluate", f"--workdir={run}", "--num=2", "--reward=none"])
+    assert "error: there is nothing to measure (reward: no reward was named" in capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_another_reward_judges_the_same_images(run, capsys):
+    """The images and all figures of the trained reward are those without the other."""
+    flags = ["evaluate", f"--workdir={run}", "--num=5", "--base_num=9", "--cross_rewards=jpeg"]
+    evaluate.main(flags)
+    row = evaluations.read(run)[-1]
+    evaluate.main(flags[:-1])
+    alone = evaluations.read(run)[-1]
+    assert row["model"] == alone["model"] == "lora/00008"
+    assert row["certificate"]["base_samples"] == alone["certificate"]["base_samples"] == 18
+    for name in ("log_reward", "spent"):
+        assert row["certificate"][name]["value"] == pytest.approx(alone["certificate"][name]["value"], rel=1e-4)
+    assert row["figures"].keys() - alone["figures"].keys() == {"log_reward_jpeg"}
+    worst, mean = (row["figures"][name] for name in ("log_reward_cvar", "log_reward"))
+    assert worst["value"] == pytest.approx(alone["figures"]["log_reward_cvar"]["value"], rel=1e-4)
+    assert worst["value"] < mean["value"]
 
 
 @pytest.mark.thorough
@@ -160,6 +191,43 @@ def test_files_that_contradict_each_other_need_a_word(run, tiny_model, tmp_path,
     assert "trained on another base model" in capsys.readouterr().err
 
 
+class Redness:
+    """A comparison: the difference of the mean red, with the images that were compared."""
+
+    name = "redness"
+
+    def prepare(self, prompts):
+        pass
+
+    def update(self, batch):
+        return Samples(batch.prompt, {"red": batch.images[..., 0].mean(axis=(1, 2), dtype=np.float64)})
+
+    def compare(self, state, base):
+        red, other = state.values["red"], base.values["red"]
+        assert state.prompt.tolist() == base.prompt.tolist() == [0] * 3 + [1] * 3
+        assert not set(red.round(9)) & set(other.round(9))  # not of the same noise
+        return {"redness": Estimate(float(red.mean() - other.mean()), 0.1)}
+
+
+@pytest.mark.thorough
+def test_a_comparison_has_other_noise_and_the_base_model_is_its_floor(run, capsys, sampled, monkeypatch, tmp_path):
+    weights = tmp_path / "weights"
+    weights.write_bytes(b"of the metric")
+    monkeypatch.setitem(METRICS, "redness", lambda: Released(Redness(), (weights,)))
+    evaluate.main(["evaluate", f"--workdir={run}", "--num=3", "--metrics=redness"])
+    assert sampled == [(False, 0, 6), (True, 0, 3), (True, 0, 3)]
+    printed = capsys.readouterr().out
+    assert "redness" in printed
+    base, _, large = evaluations.read(run)[-3:]
+    kept = [dict(np.load(file)) for file in run.glob("base_samples/*.npz")]
+    red = next(arrays for arrays in kept if "redness/red" in arrays)
+    ordered = red["redness/red"][np.argsort(red["redness/prompt"], kind="stable")].reshape(2, 6)
+    assert base["figures"]["redness"]["value"] == pytest.approx(ordered[:, :3].mean() - ordered[:, 3:].mean())
+    assert large["figures"]["redness"]["value"] != base["figures"]["redness"]["value"]
+    assert large["certificate"]["base_samples"] == 12
+    assert large["inputs"]["redness/weights"] == hashlib.sha256(b"of the metric").hexdigest()
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -167,6 +235,10 @@ def test_files_that_contradict_each_other_need_a_word(run, tiny_model, tmp_path,
         (["--lora=/nowhere"], "/nowhere"),
         (["--workdir=/tmp"], "manifest.json"),
         (["--reward=beauty"], "beauty"),
+        (["--metrics=fidd"], "dreamsim_dino"),
+        (["--cross_rewards=valence"], "valence is measured already"),
+        (["--cross_rewards=jpeg,beauty"], "beauty"),
+        (["--cross_rewards=jpeg+recognisability"], "give its parts without weights"),
         (["--numbr=3"], "numbr"),
         (["--num=0"], "num"),
     ],

@@ -204,6 +204,8 @@ WRONG_FLAGS = {
         "num_prompts": NATURAL,
         "base_num": NATURAL,
         "reward": ("beauty", 1),
+        "cross_rewards": ("hps", ("beauty",), (1,)),
+        "metrics": ("fid", ("fidd",), (1,)),
         "beta": (1e30, *NUMBERS),
         "out": PATH,
     },

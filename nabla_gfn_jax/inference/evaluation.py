@@ -15,8 +15,9 @@ from nabla_gfn_jax.checkpoints.files import WriteError, write_whole
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler
-from nabla_gfn_jax.metrics.base import Metric, NotAvailable, Samples, Weighting
+from nabla_gfn_jax.metrics.base import Comparison, Metric, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.certificate import Certificate
+from nabla_gfn_jax.metrics.coverage import SHAPE as DRAWN_SHAPE
 from nabla_gfn_jax.metrics.coverage import Coverage, concept_captions
 from nabla_gfn_jax.metrics.nats import Nats
 from nabla_gfn_jax.metrics.reward import LogReward
@@ -27,6 +28,7 @@ from nabla_gfn_jax.typing import Params
 BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
 EVERY_CONCEPT = "every_concept"  # the name of a prompt set: one caption for each concept of the emoji model
 DESCRIBED = ("base_model", "model_dtype", "sampling", "prompts", "reward", "inputs")
+AnyMetric = Metric | Comparison
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
 
@@ -44,10 +46,22 @@ class Evaluation:
 class Evaluator:
     """Samples one prompt set from several models with the same noise and measures them."""
 
-    def __init__(self, sampler: ImageSampler, reward: Reward | None, beta: float | None = None):
-        """`beta` is the exponent that the LoRAs were trained for. Raises `UserError` if the reward rejects a prompt."""
+    def __init__(
+        self, sampler: ImageSampler, reward: Reward | None, beta: float | None = None, more: Sequence[AnyMetric] = ()
+    ):
+        """`beta` is the exponent that the LoRAs were trained for, `more` are metrics beside the usual ones.
+
+        Raises `UserError` if a reward rejects a prompt or no metric applies.
+        """
         self._sampler = sampler
-        self.metrics, self.not_available = choose_metrics(sampler, reward, beta)
+        self.metrics, self.not_available = choose_metrics(sampler, reward, beta, more)
+
+    def base_images(self, num: int) -> int:
+        """The images of each prompt from the base model that `num` images of another model are compared with.
+
+        For a `Comparison`, other images than those with the same noise are needed.
+        """
+        return 2 * num if any(isinstance(metric, Comparison) for metric in self.metrics) else num
 
     def states(self, lora: Params | None, num: int, *, first: int = 0, progress: str | None = None) -> States:
         """The metrics' states for the images number `first` to `num` − 1 of each prompt."""
@@ -67,7 +81,7 @@ class Evaluator:
         file = None if cache is None else cache / kept_name(key, [metric.name for metric in self.metrics])
         states = _read_states(file) if file is not None and file.is_file() else {}
         have = min((int(np.bincount(s.prompt).min()) for s in states.values()), default=0)
-        if have < num and self.metrics:
+        if have < num:
             more = self.states(None, num, first=have, progress=progress)
             states = {name: states[name].merge(more[name]) for name in states} or more
             if file is not None:
@@ -75,25 +89,33 @@ class Evaluator:
                     _write_states(file, states)
         return states
 
-    def evaluate(self, states: States, base: States | None = None) -> Evaluation:
+    def evaluate(self, states: States, base: States | None = None, num: int | None = None) -> Evaluation:
         """The figures of every metric.
 
-        With the base model's states, also the certificate and the tilted base's figures.
+        With the base model's states, also the certificate, the tilted base's figures, and how the images differ from
+        the base model's: the first `num` images of each prompt, from the base model's images number `num` to 2 num − 1.
+        Without `num`, it is half the number of the base model's images of each prompt.
         """
-        figures = {k: v for m in self.metrics for k, v in m.compute(states[m.name]).items()}
-        nats = next((m for m in self.metrics if isinstance(m, Nats)), None)
-        coverage = next((m for m in self.metrics if isinstance(m, Coverage)), None)
-        reward = next((m.name for m in self.metrics if isinstance(m, LogReward)), None)
-        if base is None or reward is None:
+        measures = [metric for metric in self.metrics if isinstance(metric, Metric)]
+        figures = {k: v for m in measures for k, v in m.compute(states[m.name]).items()}
+        for metric in self.metrics:
+            if isinstance(metric, Comparison) and base is not None:
+                end = num or int(np.bincount(base[metric.name].prompt).min()) // 2
+                mine, theirs = states[metric.name].numbers(0, end), base[metric.name].numbers(end, 2 * end)
+                figures |= metric.compare(mine, theirs)
+        nats = next((m for m in measures if isinstance(m, Nats)), None)
+        reward = LogReward.NAME if nats is None else nats.name
+        if base is None or reward not in states:
             return Evaluation(figures)
         certificate = nats.certify(states[nats.name], base[nats.name]) if nats else None
-        if coverage is None or states is base:
+        if states is base or all(isinstance(m, LogReward) for m in measures):
             return Evaluation(figures, certificate)
         tilted = Weighting.tilted(base[reward].by_prompt(), states[reward].by_prompt())
         worth = {"effective_samples": Estimate(tilted.effective)}
-        of_tilted = {k: v for m in self.metrics for k, v in m.compute(base[m.name], tilted).items()}
-        as_few = coverage.compute_as(states[coverage.name], tilted)
-        return Evaluation(figures, certificate, of_tilted | worth, as_few | worth)
+        of_tilted = {k: v for m in measures for k, v in m.compute(base[m.name], tilted).items()}
+        coverage = next((m for m in measures if isinstance(m, Coverage)), None)
+        as_few = None if coverage is None else coverage.compute_as(states[coverage.name], tilted) | worth
+        return Evaluation(figures, certificate, of_tilted | worth, as_few)
 
 
 def kept_base_states(cache: Path, key: Mapping[str, Any]) -> States:
@@ -106,11 +128,14 @@ def kept_base_states(cache: Path, key: Mapping[str, Any]) -> States:
 
 
 def choose_metrics(
-    sampler: ImageSampler, reward: Reward | None, beta: float | None
-) -> tuple[list[Metric], dict[str, str]]:
-    """The metrics that apply, prepared for the prompts, and the reasons why others do not apply, by name."""
+    sampler: ImageSampler, reward: Reward | None, beta: float | None, more: Sequence[AnyMetric] = ()
+) -> tuple[list[AnyMetric], dict[str, str]]:
+    """The metrics that apply, prepared for the prompts, and the reasons why others do not apply, by name.
+
+    Raises `UserError` if none applies.
+    """
     reasons: dict[str, str] = {}
-    candidates: list[Metric] = [Coverage()]
+    candidates: list[AnyMetric] = list(more)
     if reward is None:
         reasons |= {"reward": "no reward was named", "nats": "no reward was named"}
     elif sampler.has_nats:
@@ -118,13 +143,21 @@ def choose_metrics(
     else:
         reasons["nats"] = "steps without noise (eta 0) have no density"
         candidates.insert(0, LogReward(reward))
-    chosen = []
+    if sampler.image_shape == DRAWN_SHAPE:
+        candidates.append(Coverage())
+    else:
+        sizes = [f"{height} x {width}" for height, width, _ in (DRAWN_SHAPE, sampler.image_shape)]
+        reasons["coverage"] = f"only drawings of {sizes[0]} are known, and the images are {sizes[1]}"
+    chosen: list[AnyMetric] = []
     for metric in candidates:
         try:
             metric.prepare(sampler.prompts)
             chosen.append(metric)
         except NotAvailable as reason:
             reasons[metric.name] = str(reason)
+    if not chosen:
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise UserError(f"there is nothing to measure ({why}); name a reward or a metric")
     return chosen, reasons
 
 

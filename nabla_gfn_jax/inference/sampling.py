@@ -88,6 +88,11 @@ class ImageSampler:
         self._programs = {nats: split(self._program(nats), self._mesh, inputs, SPLIT) for nats in (False, True)}
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(height, width, 3) of the images."""
+        return self._model.image_shape
+
+    @property
     def has_nats(self) -> bool:
         """Whether every step has σ > 0, so that its density and the nats exist."""
         return bool(np.all(np.asarray(self.chain.sigma) > 0))
@@ -130,7 +135,7 @@ class ImageSampler:
         return min(on_each, CPU_BATCH) if self._mesh.devices.flat[0].platform == "cpu" else on_each * self._mesh.size
 
     def _pixels(self) -> int:
-        height, width, _ = self._model.image_shape
+        height, width, _ = self.image_shape
         return height * width
 
     def _program(self, nats: bool):  # type: ignore[no-untyped-def]

@@ -107,10 +107,13 @@ def _until(step: int | None, of: int | None, steps: int) -> int | None:
     return step if step is None or of is None else max(1, round(step * steps / of))
 
 
-def hashes_of(model: str, reward: Iterable[Path] = ()) -> dict[str, str]:
-    """The SHA-256 of the files of the base model `model` and of a reward, by their names in the manifest."""
+def hashes_of(model: str, others: Mapping[str, Iterable[Path]] | None = None) -> dict[str, str]:
+    """The SHA-256 of the files of the base model `model` and of others, by their names in the manifest.
+
+    `others` has files by the first part of their names, such as "reward".
+    """
     files: dict[str, Path | Sequence[str]] = {f"model/{name}": file for name, file in model_files(model).items()}
-    files |= {f"reward/{file.name}": file for file in reward}
+    files |= {f"{name}/{file.name}": file for name, its in (others or {}).items() for file in its}
     return {name: described["sha256"] for name, described in manifest.describe_inputs(files).items()}
 
 

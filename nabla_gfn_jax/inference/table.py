@@ -18,6 +18,13 @@ efficiency  needed / spent; 1 for P_base · R^b itself
 gap         KL of the model's paths from those of P_base · R^β: 0 if and only if it samples from P_base · R^β
 share       effective share of the weights that turn its paths into those of P_base · R^β; 1: all weights are equal
 std log w   standard deviation of the logarithms of these weights; 0 for P_base · R^β itself"""
+COMPARED = ("fid", "cmmd")  # the beginnings of the names of figures that compare with the base model
+COMPARED_LEGEND = """\
+fid and cmmd compare with images of the base model from other noise. The base model's own figures are therefore the
+noise floor: a model whose figure is not above it cannot be told from the base model."""
+TILTED_LEGEND = """\
+A line follows each model: the base model's samples weighted by R^b to the same mean log R. This is the model nearest to
+the base model that reaches this mean log R."""
 IMAGES_LEGEND = """\
 Two lines follow each model. The first has the base model's samples weighted by R^b to the same mean log R. The second
 has the model's own entropies at the effective sample size of the first. Compare these two lines with each other."""
@@ -54,9 +61,10 @@ def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
     rows: dict[str, Figures] = {}
     for name, evaluation in evaluations.items():
         rows[name] = evaluation.figures
+        if evaluation.tilted is not None:
+            rows[f"  base tilted to {name}"] = evaluation.tilted
         if evaluation.tilted is not None and evaluation.as_few is not None:
             worth = evaluation.tilted["effective_samples"].value
-            rows[f"  base tilted to {name}"] = evaluation.tilted
             rows[f"  {name} as {worth:.0f} samples"] = evaluation.as_few
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
     if all(e.certificate for e in evaluations.values()):
@@ -66,8 +74,10 @@ def print_figures(evaluations: Mapping[str, Evaluation]) -> None:
     print()
     cells = {name: [show(row[c]) if c in row else "" for c in columns] for name, row in rows.items()}
     print_columns([c.replace("_", " ") for c in columns], cells)
-    if len(rows) > len(evaluations):
-        print(f"\n{IMAGES_LEGEND}")
+    if any(e.tilted for e in evaluations.values()):
+        print(f"\n{IMAGES_LEGEND if any(e.as_few for e in evaluations.values()) else TILTED_LEGEND}")
+    if any(column.startswith(COMPARED) for column in columns):
+        print(f"\n{COMPARED_LEGEND}")
 
 
 def print_columns(columns: Sequence[str], rows: Mapping[str, Sequence[str]]) -> None:

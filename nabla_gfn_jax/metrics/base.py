@@ -1,10 +1,12 @@
 """The interface of metrics: a state for each batch of images, states that can be merged, and figures from a state.
 
-A new metric is one file with one class that follows the `Metric` protocol, and a line in `inference.evaluation`.
+A new metric is one file with one class that follows the protocol `Metric`, or `Comparison` if it compares images with
+those of the base model, and a line in `registry`.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -57,6 +59,33 @@ class Metric(Protocol):
         """The figures by name, with equal weights of the samples of a prompt or with the weights of `weighting`."""
 
 
+@runtime_checkable
+class Comparison(Protocol):
+    """A measurement of how much images differ from the base model's. It is used as a `Metric`, except for `compare`."""
+
+    @property
+    def name(self) -> str: ...
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """As of a `Metric`."""
+
+    def update(self, batch: Batch) -> "Samples":
+        """The state of a batch."""
+
+    def compare(self, state: "Samples", base: "Samples") -> dict[str, Estimate]:
+        """The figures by name. `base` has as many samples of each prompt from the base model, and from other noise.
+
+        The noise differs so that the figures of the base model's own samples are the noise floor.
+        """
+
+
+class Released(NamedTuple):
+    """A metric whose network was read from files."""
+
+    metric: Metric | Comparison
+    files: tuple[Path, ...]
+
+
 @dataclass(frozen=True)
 class Samples:
     """A state with a few numbers per sample: arrays with one common leading axis n."""
@@ -72,6 +101,14 @@ class Samples:
         """The samples sorted by prompt. Within a prompt, the order is kept."""
         order = np.argsort(self.prompt, kind="stable")
         return Samples(self.prompt[order], {name: array[order] for name, array in self.values.items()})
+
+    def numbers(self, first: int, end: int) -> "Samples":
+        """The samples number `first` to `end` − 1 of each prompt, sorted by prompt."""
+        ordered = self.by_prompt()
+        strata = Strata(ordered.prompt)
+        number = np.arange(len(ordered.prompt)) - np.repeat(strata.starts, strata.sizes)
+        rows = (number >= first) & (number < end)
+        return Samples(ordered.prompt[rows], {name: array[rows] for name, array in ordered.values.items()})
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from nabla_gfn_jax.typing import Images, Params
 
 FILE = Path(__file__).parent / "data" / "drawings.safetensors"
 NETWORK = EfficientNetLite("lite2")
+SHAPE = (64, 64, 3)  # of the images of the model whose drawings are known
 _BATCH = 64
 
 

@@ -18,6 +18,7 @@ from nabla_gfn_jax.checkpoints import torch_pickle
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.conv import Padding, convolve, windows
+from nabla_gfn_jax.models.layers import StoredNorm
 from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.typing import Images, Params
 
@@ -94,19 +95,6 @@ def _pull_back(stride: int, padding: Padding, saved: tuple[Array, Array], dy: Ar
 depthwise.defvjp(_save, _pull_back)
 
 
-class _Norm(nn.Module):
-    """Batch normalisation with the stored statistics."""
-
-    @nn.compact
-    def __call__(self, x: FeatureMap) -> FeatureMap:
-        def stored(name: str) -> Array:
-            return parameter(self, name, nn.initializers.ones, (x.shape[-1],))
-
-        scale = stored("scale") * jax.lax.rsqrt(stored("running_var") + 1e-3)
-        shift = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)) - stored("running_mean") * scale
-        return x * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
-
-
 class _Pointwise(nn.Module):
     """A 1x1 convolution, as a matrix product."""
 
@@ -152,9 +140,9 @@ class _Block(nn.Module):
         h = x
         if self.expansion > 1:
             h = _Pointwise(self.expansion * x.shape[-1], name="_expand_conv")(h)
-            h = nn.relu6(_Norm(name="_bn0")(h))
-        h = nn.relu6(_Norm(name="_bn1")(_Depthwise(self.kernel_size, self.stride, name="_depthwise_conv")(h)))
-        h = _Norm(name="_bn2")(_Pointwise(self.features, name="_project_conv")(h))
+            h = nn.relu6(StoredNorm(name="_bn0")(h))
+        h = nn.relu6(StoredNorm(name="_bn1")(_Depthwise(self.kernel_size, self.stride, name="_depthwise_conv")(h)))
+        h = StoredNorm(name="_bn2")(_Pointwise(self.features, name="_project_conv")(h))
         return x + h if self.stride == 1 and x.shape[-1] == self.features else h
 
 
@@ -167,7 +155,7 @@ class EfficientNetLite(nn.Module):
     def __call__(self, images: Images) -> tuple[Float[Array, "batch 1280"], Float[Array, "batch 1000"]]:
         """Features after the global average pool, and logits of the ImageNet classes. `images` in [0, 1]."""
         x = self._stages(images, len(_STAGES))
-        x = nn.relu6(_Norm(name="_bn1")(_Pointwise(_HEAD, name="_conv_head")(x)))
+        x = nn.relu6(StoredNorm(name="_bn1")(_Pointwise(_HEAD, name="_conv_head")(x)))
         pooled = x.mean(axis=(1, 2))
         return pooled, nn.Dense(_CLASSES, name="_fc")(pooled)
 
@@ -185,7 +173,7 @@ class EfficientNetLite(nn.Module):
     def _stages(self, images: Images, stages: int) -> FeatureMap:
         width, depth = VARIANTS[self.variant]
         x = resize(images) * (255.0 / 128.0) - 127.0 / 128.0
-        x = nn.relu6(_Norm(name="_bn0")(_Stem(name="_conv_stem")(x)))
+        x = nn.relu6(StoredNorm(name="_bn0")(_Stem(name="_conv_stem")(x)))
         number = 0
         for stage, (repeats, kernel_size, stride, expansion, features) in enumerate(_STAGES[:stages]):
             if 0 < stage < len(_STAGES) - 1:

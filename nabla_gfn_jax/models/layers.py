@@ -133,6 +133,21 @@ class GroupNorm(nn.Module):
         return jnp.broadcast_to(groups, (batch, self.groups, channels // self.groups)).reshape(batch, channels)
 
 
+class StoredNorm(nn.Module):
+    """Batch normalisation with the stored statistics, as of networks that are not trained here."""
+
+    epsilon: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x: FeatureMap) -> FeatureMap:
+        def stored(name: str) -> Array:
+            return parameter(self, name, nn.initializers.ones, (x.shape[-1],))
+
+        scale = stored("scale") * jax.lax.rsqrt(stored("running_var") + self.epsilon)
+        shift = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],)) - stored("running_mean") * scale
+        return x * scale.reshape(1, 1, 1, -1) + shift.reshape(1, 1, 1, -1)
+
+
 class ResnetBlock(nn.Module):
     """norm → SiLU → conv, twice. The time embedding is added in between; a 1x1 shortcut is used if widths differ."""
 
