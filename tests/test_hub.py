@@ -20,6 +20,7 @@ from nabla_gfn_jax.base_models.names import SHIPPED_MODELS, resolve_model
 from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.data.prompts import PROMPT_SETS
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.rewards import ABSTRACT, REWARDS
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -309,7 +310,7 @@ def test_every_repository_that_is_read_is_pinned_but_three(monkeypatch, tmp_path
     monkeypatch.setattr(hub, "hf_hub_download", download)
     monkeypatch.setattr(hub, "_listing", lambda *arguments: [])
     monkeypatch.delenv(hub.FOLDER, raising=False)
-    for load in [*(REWARDS[name] for name in ABSTRACT), *PROMPT_SETS.values()]:
+    for load in [*(REWARDS[name] for name in ABSTRACT), METRICS["cmmd"], *PROMPT_SETS.values()]:
         with suppress(UserError):  # the files are empty
             load()
     assert asked == {name: commit for name, commit in hub.PINNED.items() if name != SD15} | dict.fromkeys(

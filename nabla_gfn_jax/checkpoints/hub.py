@@ -21,6 +21,7 @@ STABLE_DIFFUSION_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 PINNED = {
     STABLE_DIFFUSION_1_5: "451f4fe16113bff5a5d2269ed5ad43b0592e9a14",
     "openai/clip-vit-large-patch14": "32bd64288804d66eefd0ccbe215aa642df71cc41",
+    "openai/clip-vit-large-patch14-336": "ce19dc912ca5cd21c8a653c79e251e808ccabcd1",
     "xswu/HPSv2": "697403c78157020a1ae59d23f111aa58ced35b0a",
     "THUDM/ImageReward": "5736be03b2652728fb87788c9797b0570450ab72",
     "google-bert/bert-base-uncased": "86b5e0934494bd15c9632b12f734a8a67f723594",

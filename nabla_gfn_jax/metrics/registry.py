@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from nabla_gfn_jax.metrics import fid
+from nabla_gfn_jax.metrics import cmmd, fid
 from nabla_gfn_jax.metrics.base import Released
 
 METRICS: dict[str, Callable[[], Released]] = {
     "fid": fid.fid,
+    "cmmd": cmmd.cmmd,
 }

@@ -5,7 +5,7 @@ PickScore (Kirstain et al. 2023, arXiv 2305.01569) is the cosine times the scale
 on human choices.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,19 +104,32 @@ def from_files(file: Path, tokenizer: Path, config: CLIPConfig, *, scaled: bool 
         ),
         "projection": state["text_projection.weight"],
     }
-    image = from_state_dict(
-        state,
-        shapes["image"],
-        str(file),
-        "the image tower",
-        place=lambda a: jnp.asarray(a, jnp.float32),
-        ignore=lambda name: not name.startswith(_IMAGE) or name.endswith(_BUFFER),
-    )
+    image = image_tower(state, shapes["image"], str(file))
     scale = float(np.exp(np.asarray(state["logit_scale"], np.float64))) if scaled else 1.0
     tokenize = _tokenizer(tokenizer, config.text.max_position_embeddings)
     encode = prompt_encoder(_text_tower(config.text, tokenize.padding_id), text, tokenize)
     params = {"image": image, "scale": jnp.float32(scale)}
     return Reward(params, encode, _scorer(config), (file, *vocabulary_files(tokenizer)))
+
+
+def image_tower(state: Mapping[str, np.ndarray], shapes: Params, source: str) -> Params:
+    """The image tower's parameters in float32 from the tensors of transformers' CLIP."""
+    return from_state_dict(
+        state,
+        shapes,
+        source,
+        "the image tower",
+        place=lambda a: jnp.asarray(a, jnp.float32),
+        ignore=lambda name: not name.startswith(_IMAGE) or name.endswith(_BUFFER),
+    )
+
+
+def image_features(config: CLIPConfig, params: Params, images: Images) -> Embeddings:
+    """The features of norm 1 of images in [0, 1], by the image tower's parameters."""
+    tower = CLIPVisionModelWithProjection(config.vision, config.embed_dim)
+    with jax.default_matmul_precision("highest"):
+        seen = preprocess(images, config.vision.image_size)
+        return unit(jnp.asarray(tower.apply({"params": params}, seen)))
 
 
 def abstract(config: CLIPConfig) -> Reward:
@@ -159,12 +172,8 @@ def _text_tower(
 
 
 def _scorer(config: CLIPConfig) -> Callable[[Params, Images, Embeddings], PerSample]:
-    tower = CLIPVisionModelWithProjection(config.vision, config.embed_dim)
-
     def score(params: Params, images: Images, prompts: Embeddings) -> PerSample:
-        with jax.default_matmul_precision("highest"):
-            seen = preprocess(images, config.vision.image_size)
-            features = unit(jnp.asarray(tower.apply({"params": params["image"]}, seen)))
+        features = image_features(config, params["image"], images)
         return params["scale"] * jnp.sum(features * prompts, axis=-1)
 
     return score
