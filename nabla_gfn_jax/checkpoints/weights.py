@@ -30,7 +30,7 @@ def read_state_dict(path: Path) -> Mapping[str, np.ndarray]:
     programs read the same pickle simultaneously, one converts it and the others wait. Raises `UserError` naming a file
     that is missing, damaged or has no tensors.
     """
-    if path.suffix not in PICKLED:
+    if not path.name.endswith((*PICKLED, ".pth.tar")):
         return TensorFiles(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist")

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable
 
-from nabla_gfn_jax.metrics import clip, cmmd, fid
+from nabla_gfn_jax.metrics import clip, cmmd, dreamsim, fid
 from nabla_gfn_jax.metrics.base import Released
 
 METRICS: dict[str, Callable[[], Released]] = {
     "fid": fid.fid,
     "cmmd": cmmd.cmmd,
     "clip": clip.clip,
+    "dreamsim": dreamsim.ensemble,
+    "dreamsim_dino": dreamsim.single,
 }

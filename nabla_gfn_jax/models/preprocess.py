@@ -9,11 +9,18 @@ from nabla_gfn_jax.typing import Images, Resized
 # Mean and standard deviation of CLIP's training images (released files of Radford et al. 2021).
 _MEAN = np.asarray([0.48145466, 0.4578275, 0.40821073], np.float32)
 _STD = np.asarray([0.26862954, 0.26130258, 0.27577711], np.float32)
+# The same of ImageNet.
+_IMAGENET_MEAN, _IMAGENET_STD = np.asarray([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)
 
 
 def clip_normalise(images: Images) -> Images:
-    """(image - mean) / standard deviation for each colour."""
+    """(image - mean) / standard deviation for each colour, with CLIP's statistics."""
     return (images - _MEAN.reshape(1, 1, 1, 3)) / _STD.reshape(1, 1, 1, 3)
+
+
+def imagenet_normalise(images: Images) -> Images:
+    """(image - mean) / standard deviation for each colour, with ImageNet's statistics."""
+    return (images - _IMAGENET_MEAN.reshape(1, 1, 1, 3)) / _IMAGENET_STD.reshape(1, 1, 1, 3)
 
 
 def fit_longer_side(images: Images, size: int) -> Resized:
