@@ -85,8 +85,9 @@ def test_the_command_writes_a_line_for_each_part(tiny_model, tmp_path, monkeypat
     lora = jax.tree.map(lambda a: 0.3 * jax.random.normal(jax.random.key(a.size), a.shape), lora)
     save_lora(tmp_path / "lora", lora)
     flags = [f"--lora={tmp_path / 'lora'}", "--num_steps=4", "--paths=24", "--together=16", "--beta=20", "--parts=2"]
+    flags.append("--until_step=3")
     uptake.main(["uptake", f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", *flags])
     rows = [json.loads(line) for line in (tmp_path / "uptake.jsonl").read_text().splitlines()]
-    assert [row["steps"] for row in rows] == ["1-2", "3-4"]
+    assert [row["steps"] for row in rows] == ["1-2", "3-3"]
     assert min(row["spent"] for row in rows) > 0
     assert capsys.readouterr().out == (tmp_path / "uptake.md").read_text()

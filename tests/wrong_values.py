@@ -269,7 +269,7 @@ WRONG_FLAGS = {
         "guidance": (-1.0, 101.0, *NUMBERS),
         "num_steps": (1000, *COUNT),
         "paths": (1, *COUNT),
-        **dict.fromkeys(("together", "parts"), COUNT),
+        **dict.fromkeys(("together", "parts", "until_step"), COUNT),
         "seed": SEED,
     },
     "microscope": {

@@ -1,6 +1,6 @@
 """Measures what a finished LoRA has taken up of the target, part by part of the path.
 
-    python -m nabla_gfn_jax.studies.uptake --lora=runs/emoji_exact/seed0/lora/00360 --out=runs/uptake
+    python -m nabla_gfn_jax.studies.uptake --lora=runs/emoji_exact/seed0/lora/00360 --until_step=40 --out=runs/uptake
 
 Base paths weighted by R^β are paths of the target P_base · R^β. On them, a policy with δ = (μ_θ − μ_#)/σ has
 
@@ -53,6 +53,7 @@ class Options(ImageOptions):
     lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
     paths: int = option(2048, "base paths", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
+    until_step: int | None = option(None, "last step with the LoRA; later steps are left out", minimum=1)
     parts: int = option(10, "parts of the path, of equally many steps as far as possible", minimum=1)
 
 
@@ -150,6 +151,7 @@ def main(argv: list[str]) -> None:
     images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
     lora = load_lora(o.lora, images.base.params["unet"])
     found, reward, ids = sampled_products(images, lora, o.paths, o.together)
+    found = Products(*(a[: o.until_step] for a in found))
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, o.parts)
     o.out.mkdir(parents=True, exist_ok=True)
     (o.out / "uptake.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
