@@ -48,6 +48,7 @@ TEST = [
     "import-linter>=2.3,<3",
     "tensorboardX>=2.6,<3",
     "pyarrow>=15",
+    "hypothesis>=6.100,<7",
     *DOCS,
     *PRETRAIN,
 ]

@@ -9,7 +9,14 @@ P = ParamSpec("P")
 
 
 class UserError(Exception):
-    """An error that the user can correct. Its text is one line that names the cause and the remedy."""
+    """An error that the user can correct. Its text is one line that names the cause and the remedy.
+
+    The text may quote a file. Line ends and other characters that do not print, which could confuse a terminal, are
+    shown as escapes.
+    """
+
+    def __str__(self) -> str:
+        return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in super().__str__())
 
 
 def exit_on_user_error(main: Callable[P, None]) -> Callable[P, None]:

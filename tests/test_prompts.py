@@ -105,6 +105,32 @@ def test_files(tmp_path):
         assert prompt_set(str(tmp_path / name)).held_out == ("a cat", "a dog")
 
 
+TEXTS = {
+    "right to left": "وجه سعيد",
+    "right to left in between": "a \u2067שלום\u2069 face",
+    "Chinese": "一张笑脸，水彩画",
+    "Japanese": "笑顔の猫",
+    "emoji": "a 🙂 face 👩‍👩‍👧",
+    "200 words": " ".join(f"word{n}" for n in range(200)),
+    "a megabyte": "a very " * 150_000 + "happy face",
+}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_any_text_is_a_prompt_and_what_is_cut_is_told(tmp_path, caplog, name):
+    train_tokenizer(["a face"], tmp_path, 600, 77)
+    (tmp_path / "a.txt").write_text(f"a face\n{TEXTS[name]}\n", encoding="utf-8")
+    (tmp_path / "a.csv").write_text(f'prompt\na face\n"{TEXTS[name][:100_000]}"\n', encoding="utf-8")
+    found = prompt_set(str(tmp_path / "a.txt")).train
+    assert found == ("a face", TEXTS[name])
+    assert prompt_set(str(tmp_path / "a.csv")).train[1] == TEXTS[name][:100_000]
+    ids = load_tokenizer(tmp_path)(found)
+    assert ids.shape == (2, 77)
+    assert (ids[1] != ids[0]).any()
+    told = "1 of 2 prompts have more than 77 tokens; the text encoder reads only the first 77" in caplog.text
+    assert told == (len(TEXTS[name].encode()) > 100)
+
+
 def test_parquet(tmp_path):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")

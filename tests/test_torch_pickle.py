@@ -1,9 +1,12 @@
 """Reading PyTorch's checkpoints without PyTorch; hostile and damaged files are refused."""
 
+import io
 import os
 import pickle
+import resource
 import subprocess
 import sys
+import zipfile
 from argparse import Namespace
 from collections import OrderedDict, defaultdict
 
@@ -11,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from nabla_gfn_jax.checkpoints import torch_pickle
 from nabla_gfn_jax.checkpoints.torch_pickle import read
 from nabla_gfn_jax.errors import UserError
 
@@ -128,6 +132,78 @@ def test_tensor_beyond_its_storage(tmp_path, zipped):
     torch.save({"a": Beyond()}, file, _use_new_zipfile_serialization=zipped)
     with pytest.raises(UserError, match=r"long\.pth .*beyond its storage"):
         read(file)
+
+
+def zipped(pickled: bytes, storages: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> bytes:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        for name, contents in {"data.pkl": pickled, **{f"data/{k}": raw for k, raw in storages.items()}}.items():
+            archive.writestr(f"archive/{name}", contents)
+    return stream.getvalue()
+
+
+# The pickles of a tensor with the storage "0" and any shape, and of what calls and changes a function.
+STORAGE = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpuK\x01tQ"
+FUNCTION = b"ctorch._utils\n_rebuild_tensor_v2\n"
+
+
+def tensor(shape: bytes, strides: bytes) -> bytes:
+    return FUNCTION + b"(" + STORAGE + b"K\0" + shape + strides + b"tR"
+
+
+def numbers(*values: int) -> bytes:
+    return b"(" + b"".join(b"J" + value.to_bytes(4, "little") for value in values) + b"t"
+
+
+HUGE = {
+    "places": b"\x80\x02}r\xff\xff\xff\x7f.",
+    "text": b"\x80\x04\x8d\0\0\0\0\0\1\0\0abc.",
+    "lists of lists": b"\x80\x02]q\0" + b"".join(b"](h%ch%ceq%c" % (n, n, n + 1) for n in range(60)) + b".",
+    "one number often": b"\x80\x02" + tensor(numbers(2**30, 2**30), numbers(0, 0)) + b".",
+    "one tensor often": b"\x80\x02](" + tensor(numbers(200_000), numbers(1)) + b"q\0" + b"h\0" * 3000 + b"e.",
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_a_small_file_cannot_ask_for_much_memory(tmp_path, name):
+    """Neither while it is read nor when its tensors are copied."""
+    (tmp_path / "a.pt").write_bytes(zipped(HUGE[name], {"0": bytes(800_000)}))
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="no torch checkpoint"):
+        read(tmp_path / "a.pt")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 2**17  # kB
+
+
+def test_members_that_are_compressed_or_overlap_are_refused(tmp_path):
+    whole = b"\x80\x02" + tensor(numbers(2), numbers(1)) + b"."
+    (tmp_path / "a.pt").write_bytes(zipped(whole, {"0": bytes(8)}))
+    np.testing.assert_array_equal(read(tmp_path / "a.pt"), np.zeros(2))
+    (tmp_path / "a.pt").write_bytes(zipped(whole, {"0": bytes(2**20)}, zipfile.ZIP_DEFLATED))
+    with pytest.raises(UserError, match=r"data\.pkl is compressed"):
+        read(tmp_path / "a.pt")
+    contents = bytearray(zipped(whole, {"0": bytes(8)}))
+    size = contents.rindex(b"PK\1\2") + 20
+    contents[size : size + 8] = (10**6).to_bytes(4, "little") * 2
+    (tmp_path / "a.pt").write_bytes(contents)
+    with pytest.raises(UserError, match="its members overlap"):
+        read(tmp_path / "a.pt")
+
+
+def test_a_pickle_cannot_change_what_the_next_one_is_read_with(tmp_path):
+    """It sets the defaults of the function that makes tensors, and the fields of a storage's class."""
+    good = zipped(b"\x80\x02" + tensor(numbers(2), numbers(1)) + b".", {"0": bytes(8)})
+    for target, state in (
+        (FUNCTION, b"N}X\x0c\0\0\0__defaults__(K\1K\1K\1tsq\1\x86"),
+        (FUNCTION, b"}X\1\0\0\0aK\1s"),
+        (b"ctorch\nFloatStorage\n", b"}X\4\0\0\0nameX\x0d\0\0\0DoubleStorages"),
+    ):
+        before = dict(torch_pickle._DTYPES), vars(torch_pickle._rebuild_tensor).copy()
+        (tmp_path / "a.pt").write_bytes(zipped(b"\x80\x02" + target + state + b"b0K\1.", {}))
+        assert read(tmp_path / "a.pt") == 1
+        assert torch_pickle._rebuild_tensor.__defaults__ is None
+        assert before == (torch_pickle._DTYPES, vars(torch_pickle._rebuild_tensor))
+        (tmp_path / "a.pt").write_bytes(good)
+        assert read(tmp_path / "a.pt").dtype == np.float32
 
 
 def test_missing_and_foreign_files(tmp_path):

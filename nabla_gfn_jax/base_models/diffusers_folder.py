@@ -47,6 +47,11 @@ def load_folder(folder: Path, dtype: Any = jnp.float32) -> StableDiffusion:
     """
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} is not a model folder of diffusers: it has no model_index.json")
+    index = read_json(folder / "model_index.json")
+    lacks = next((part for part in WEIGHTS if part not in index), None)
+    if lacks is not None:
+        kind = str(index.get("_class_name"))[:80]
+        raise UserError(f"{folder} has no {lacks}: it is a {kind}; use a model of Stable Diffusion 1 or 2")
     unet, vae, text_encoder, scheduler = read_architecture(folder, dtype)
     tokenizer = load_tokenizer(folder / "tokenizer")
     check_parts_fit(folder, unet.config, vae.config, text_encoder.config, tokenizer)

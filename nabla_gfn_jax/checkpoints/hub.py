@@ -194,9 +194,10 @@ def files_read(folder: Path) -> list[Path]:
 
 def shards(index: Path) -> list[str]:
     """The names of the shards that an index lists. Raises `UserError` if the index is damaged."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise UserError(f"{index} does not say which file holds which tensor; download the model again")
+    weight_map: Any = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):  # a file beside the index
+        raise UserError(f"{index} does not say which file beside it holds which tensor; download the model again")
     return sorted(set(weight_map.values()))
 
 

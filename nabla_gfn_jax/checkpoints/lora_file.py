@@ -29,6 +29,7 @@ _ABOUT = "nabla_gfn_jax"  # the header's entry that describes a file of this pac
 _IN_FOLDER = ("diffusers", "pytorch_lora_weights", "adapter_model")  # the possible names of a LoRA in a folder
 _ENDINGS = (".safetensors", ".bin", ".pt")
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # PEFT's initialisations that change the base weights
+_LARGEST_ALPHA = 1e9  # a usual alpha is between 1 and 256
 _SHOWN = 20  # the most problems that one message lists
 
 AlphaOf = Callable[[str, str, int], float]  # (part, layer, rank) → alpha where scale is alpha / rank
@@ -223,8 +224,8 @@ def _peft_settings(file: Path, metadata: dict[str, str], is_peft: bool) -> dict[
         of_part = dict.fromkeys((UNET, TEXT_ENCODER), read_json(beside))
     else:
         try:
-            stated = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        except ValueError as error:
+            stated = dict(json.loads(metadata.get("lora_adapter_metadata", "{}")))
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file} has invalid JSON in lora_adapter_metadata ({error})") from error
         of_part = {
             p: {k.removeprefix(f"{p}."): v for k, v in stated.items() if k.startswith(f"{p}.")}
@@ -237,9 +238,20 @@ def _peft_settings(file: Path, metadata: dict[str, str], is_peft: bool) -> dict[
                 f"{file} was initialised by {start}, which changes the base weights; convert it to a plain LoRA with "
                 "PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
             )
-        for pattern in settings.get("alpha_pattern") or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise UserError(f"{file}: alpha_pattern {pattern!r} is not a regular expression ({error})") from error
+        _check_alphas(file, settings)
     return of_part
+
+
+def _check_alphas(file: Path, settings: Mapping[str, Any]) -> None:
+    """Raises `UserError` if an alpha in PEFT's settings is no number, or a pattern no regular expression."""
+    patterns = settings.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise UserError(f"{file}: alpha_pattern is not an object of JSON; save the LoRA again")
+    for name, alpha in {"lora_alpha": settings.get("lora_alpha", 1), **patterns}.items():
+        if type(alpha) not in (int, float) or not abs(alpha) < _LARGEST_ALPHA:
+            raise UserError(f"{file}: the alpha of {name!r} is {str(alpha)[:40]!r}, not a number; save the LoRA again")
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise UserError(f"{file}: alpha_pattern {pattern!r} is not a regular expression ({error})") from error

@@ -32,6 +32,21 @@ def read_prompts(file: Path, columns: str | None = None) -> tuple[list[str], lis
     Raises:
         UserError: the file cannot be read, or has no such column.
     """
+    prompts, weights = _read(file, columns)
+    wrong = next((number for number, prompt in enumerate(prompts, 1) if not _is_text(prompt)), None)
+    if wrong is not None:
+        raise UserError(
+            f"{file}: prompt {wrong} has a NUL or half a character and is no text; mend it: {prompts[wrong - 1][:40]!r}"
+        )
+    return prompts, weights
+
+
+def _is_text(prompt: str) -> bool:
+    """Whether no character is NUL or a surrogate, which JSON can write but no tokenizer can read."""
+    return "\0" not in prompt and not any("\ud800" <= c <= "\udfff" for c in prompt)
+
+
+def _read(file: Path, columns: str | None) -> tuple[list[str], list[float] | None]:
     if file.suffix == ".txt":
         lines = [line.strip() for line in read_text(file).split("\n")]
         return [line for line in lines if line and not line.startswith("#")], None
@@ -47,7 +62,7 @@ def read_prompts(file: Path, columns: str | None = None) -> tuple[list[str], lis
     return prompts, [_weight(file, row, weights) for row in found] if weights else None
 
 
-def _only_column(file: Path, rows: list[dict[str, Any]]) -> str:
+def _only_column(file: Path, rows: list[dict[Any, Any]]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row))
     if _USUAL in names or not names:
         return _USUAL
@@ -59,7 +74,7 @@ def _only_column(file: Path, rows: list[dict[str, Any]]) -> str:
     return str(names[0])
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+def read_rows(file: Path) -> list[Any]:
     """The rows of a table as dicts by column. Raises `UserError` if the file is not a table."""
     if file.suffix in _SEPARATORS:
         text = io.StringIO(read_text(file), newline="")
@@ -77,14 +92,14 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
         raise UserError(f"{file} is not valid JSON lines ({error}); download it again") from error
 
 
-def _parquet(file: Path) -> list[dict[str, Any]]:
+def _parquet(file: Path) -> list[Any]:
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import read_table
     except ImportError:
         raise UserError(f"{file.name} needs pyarrow; pip install 'nabla_gfn_jax[prompts]'") from None
     try:
-        rows: list[dict[str, Any]] = read_table(file).to_pylist()
+        rows: list[Any] = read_table(file).to_pylist()
     except (ArrowException, OSError) as error:
         raise UserError(f"{file} is not a parquet file ({str(error).splitlines()[0]}); download it again") from error
     return rows
@@ -98,12 +113,12 @@ def cell(file: Path, row: Any, column: str) -> str:
     return row[column]
 
 
-def _weight(file: Path, row: dict[str, Any], column: str) -> float:
+def _weight(file: Path, row: dict[Any, Any], column: str) -> float:
     try:
         weight = float(row[column])
         if not (math.isfinite(weight) and weight >= 0):
             raise ValueError
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         found = repr(row[column]) if column in row else f"no such column; it has {', '.join(map(str, row))}"
         raise UserError(f"{file}: a weight in column {column!r} is not a number of 0 or more: {found}") from None
     return weight
@@ -122,6 +137,10 @@ def read_text(file: Path) -> str:
     try:
         contents = file.read_bytes()
         marked = contents.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-        return contents.decode("utf-16" if marked else "utf-8-sig")
+        text = contents.decode("utf-16" if marked else "utf-8-sig")
+        if "\0" in text:
+            line = text.count("\n", 0, text.index("\0")) + 1
+            raise UserError(f"{file} is no text: line {line} has a NUL; save it in UTF-8")
+        return text
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read as text ({error}); save it in UTF-8") from error

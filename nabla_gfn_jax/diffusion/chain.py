@@ -156,7 +156,7 @@ def stable_diffusion_chain(
         UserError: an argument is out of range or the noise schedule is not implemented.
     """
     kind = config.get("prediction_type", "epsilon")
-    if kind not in _PREDICTIONS:
+    if not isinstance(kind, str) or kind not in _PREDICTIONS:
         raise UserError(
             f"scheduler_config.json: prediction_type {kind!r} is not supported; {' or '.join(_PREDICTIONS)} is"
         )

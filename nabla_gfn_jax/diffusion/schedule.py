@@ -47,7 +47,10 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Float[np.ndarray, "1000"]:
     said = _DEFAULTS | dict(config)
     if said["num_train_timesteps"] != 1000:
         raise UserError(_unsupported("num_train_timesteps", said["num_train_timesteps"], "1000"))
-    betas = np.asarray(_betas(said), np.float64)
+    try:
+        betas = np.asarray(_betas(said), np.float64)
+    except (TypeError, ValueError, OverflowError):
+        betas = np.zeros(0)
     if betas.shape != (1000,) or not ((betas > 0) & (betas < 1)).all():
         raise UserError("scheduler_config.json: the betas are not 1000 numbers between 0 and 1; it is damaged")
     signal = np.cumprod(1 - betas)
@@ -64,6 +67,8 @@ def _betas(said: Mapping[str, Any]) -> Any:
     for field in ("beta_start", "beta_end"):
         if field not in said:
             raise UserError(f"scheduler_config.json: {field} is missing; Stable Diffusion's files state it")
+        if type(said[field]) not in (int, float) or not 0 < said[field] < 1:
+            raise UserError(_unsupported(field, said[field], "a number between 0 and 1"))
     if said["beta_schedule"] not in _SCHEDULES:
         raise UserError(_unsupported("beta_schedule", said["beta_schedule"], " or ".join(_SCHEDULES)))
     power = 2 if said["beta_schedule"] == "scaled_linear" else 1

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from nabla_gfn_jax.checkpoints.files import read_json
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.models.tokenizer import check_vocabulary
 
 _PADDING, _UNKNOWN, _START, _END, _MASK = "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"
 _ADDED = ("[DEC]", "[ENC]")  # the next ids after BERT's
@@ -52,7 +53,7 @@ def load_bert_tokenizer(file: Path, max_length: int) -> BertTokenizer:
 def _read_vocabulary(file: Path) -> dict[str, int]:
     try:
         if file.suffix == ".json":
-            return dict(read_json(file)["model"]["vocab"])
+            return check_vocabulary(read_json(file)["model"]["vocab"])
         lines = file.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from nabla_gfn_jax.models.attention import attend
 from nabla_gfn_jax.models.clip import ACTIVATIONS, CLIPEncoderLayer, LayerNames
-from nabla_gfn_jax.models.config import read_fields
+from nabla_gfn_jax.models.config import check_divides, read_fields
 from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
 from nabla_gfn_jax.models.parameters import parameter
 from nabla_gfn_jax.models.vision_transformer import PatchEmbedding, VisionConfig
@@ -53,7 +53,9 @@ class BertConfig:
             "add_cross_attention": (True,),
             "position_embedding_type": ("absolute",),
         }
-        return read_fields(cls, fields, only=only, source=source)
+        found = read_fields(cls, fields, only=only, source=source)
+        check_divides(source, "num_attention_heads", found.num_attention_heads, [found.hidden_size], "hidden_size")
+        return found
 
 
 class BLIPVision(nn.Module):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from nabla_gfn_jax.models.attention import attend
-from nabla_gfn_jax.models.config import read_fields
+from nabla_gfn_jax.models.config import check_divides, read_fields
 from nabla_gfn_jax.models.layers import Dense, LayerNorm, Tokens
 from nabla_gfn_jax.typing import Context, TokenIds
 
@@ -36,7 +36,10 @@ class CLIPTextConfig:
     def from_json(cls, fields: dict[str, Any]) -> "CLIPTextConfig":
         """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {"hidden_act": tuple(ACTIVATIONS), "model_type": ("clip_text_model",)}
-        return read_fields(cls, fields, only=only, source="text_encoder/config.json")
+        source = "text_encoder/config.json"
+        found = read_fields(cls, fields, only=only, source=source)
+        check_divides(source, "num_attention_heads", found.num_attention_heads, [found.hidden_size], "hidden_size")
+        return found
 
 
 @runtime_checkable

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -15,6 +16,8 @@ from nabla_gfn_jax.errors import UserError
 START, END = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 READER = "the text encoder"
+_SHORTEST, _LONGEST = 3, 4096  # tokens of a prompt
+_LARGEST_ID = 2**24
 # Contractions, runs of letters, single digits, runs of other characters (released files of Radford et al. 2021).
 _WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
@@ -53,13 +56,18 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
     older = folder / "special_tokens_map.json"
     if older.is_file() and "added_tokens_decoder" not in settings:  # the older file then takes precedence
         settings |= read_json(older)
-    padding = settings.get("pad_token", END)
-    padding = padding["content"] if isinstance(padding, dict) else padding
+    padding: Any = settings.get("pad_token", END)
+    padding = padding.get("content") if isinstance(padding, dict) else padding
+    length = settings.get("model_max_length", 77)
+    if type(length) is not int or not _SHORTEST <= length <= _LONGEST:
+        raise UserError(
+            f"{folder}/tokenizer_config.json: model_max_length = {str(length)[:40]} is not allowed; it must be a whole "
+            f"number from {_SHORTEST} to {_LONGEST}"
+        )
     vocabulary, merges = read_vocabulary(folder)
-    if not all(token in vocabulary for token in (START, END, padding)):
+    if not all(isinstance(token, str) and token in vocabulary for token in (START, END, padding)):
         raise UserError(f"{folder}: the vocabulary lacks {START}, {END} or {padding}; download the model again")
-    encoder = make_encoder(vocabulary, merges, [START, END])
-    return CLIPTokenizer(encoder, int(settings.get("model_max_length", 77)), vocabulary[padding], reader=READER)
+    return CLIPTokenizer(make_encoder(vocabulary, merges, [START, END]), length, vocabulary[padding], reader=READER)
 
 
 def make_encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]], special: list[str]) -> Tokenizer:
@@ -81,17 +89,36 @@ def read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]
     try:
         if not others:
             model = read_json(file)["model"]
-            vocabulary, pairs = model["vocab"], model["merges"]
+            vocabulary, pairs = check_vocabulary(model["vocab"]), model["merges"]
         else:
-            vocabulary = read_json(file)
+            vocabulary = check_vocabulary(read_json(file))
             (file,) = others
             lines = file.read_text(encoding="utf-8").splitlines()
             pairs = [line for line in lines if line and not line.startswith("#version")]
         merges = [(left, right) for left, right in (p.split(" ") if isinstance(p, str) else p for p in pairs)]
         # CLIP's released merges.txt has more lines than its vocabulary uses.
-        return vocabulary, [pair for pair in merges if "".join(pair) in vocabulary]
+        used = [pair for pair in merges if "".join(pair) in vocabulary]
+        unknown = next((token for pair in used for token in pair if token not in vocabulary), None)
+        if unknown is not None:
+            raise ValueError(f"it merges {unknown!r}, which is no token")
+        return vocabulary, used
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} cannot be read ({error}); download the model again") from error
+
+
+def check_vocabulary(found: Any) -> dict[str, int]:
+    """`found` if it has the ids of tokens. Raises `ValueError` if not."""
+    if not isinstance(found, dict):
+        raise ValueError("the vocabulary is no JSON object")
+    for token, number in found.items():
+        if type(number) is not int or not 0 <= number < _LARGEST_ID or not _is_text(token):
+            raise ValueError(f"the id of the token {token!r} is {str(number)[:40]}")
+    return found
+
+
+def _is_text(token: str) -> bool:
+    """Whether the text can be encoded. JSON can write halves of characters (surrogates), which cannot."""
+    return not any("\ud800" <= c <= "\udfff" for c in token)
 
 
 def vocabulary_files(folder: Path) -> tuple[Path, ...]:

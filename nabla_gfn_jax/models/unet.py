@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from nabla_gfn_jax.models.config import read_fields
+from nabla_gfn_jax.models.config import check_divides, check_levels, read_fields
 from nabla_gfn_jax.models.layers import (
     Attention,
     Conv,
@@ -23,6 +23,8 @@ from nabla_gfn_jax.models.layers import (
 )
 from nabla_gfn_jax.models.pair import Pair, Paired, linear, nonlinear
 from nabla_gfn_jax.typing import Context, Timesteps
+
+_SOURCE = "unet/config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +53,7 @@ class UNetConfig:
     def from_json(cls, fields: dict[str, Any]) -> "UNetConfig":
         """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {
+            "_class_name": ("UNet2DConditionModel",),
             "act_fn": ("silu",),
             "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
             "mid_block_type": ("UNetMidBlock2DCrossAttn",),
@@ -77,7 +80,14 @@ class UNetConfig:
             "conv_out_kernel": (3,),
             "upcast_attention": (False, True),
         }
-        return read_fields(cls, fields, only=only, source="unet/config.json")
+        found = read_fields(cls, fields, only=only, source=_SOURCE)
+        check_levels(_SOURCE, found, "block_out_channels", "down_block_types", "up_block_types", "attention_head_dim")
+        check_divides(_SOURCE, "norm_num_groups", found.norm_num_groups, found.block_out_channels, "block_out_channels")
+        for level, (heads, width) in enumerate(zip(found.heads, found.block_out_channels, strict=True)):
+            kinds = found.down_block_types[level], found.up_block_types[-1 - level]
+            if level == len(found.heads) - 1 or any(kind.startswith("CrossAttn") for kind in kinds):
+                check_divides(_SOURCE, "attention_head_dim", heads, [width], "block_out_channels")
+        return found
 
     @property
     def latent_size(self) -> tuple[int, int]:

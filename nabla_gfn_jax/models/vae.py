@@ -6,7 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from nabla_gfn_jax.models.config import read_fields
+from nabla_gfn_jax.models.config import check_divides, read_fields
 from nabla_gfn_jax.models.layers import (
     Attention,
     Conv,
@@ -38,6 +38,7 @@ class VAEConfig:
     def from_json(cls, fields: dict[str, Any]) -> "VAEConfig":
         """The config from the parsed file. Raises `UserError` for a value that this model does not implement."""
         only = {
+            "_class_name": ("AutoencoderKL",),
             "act_fn": ("silu",),
             "down_block_types": ("DownEncoderBlock2D",),
             "up_block_types": ("UpDecoderBlock2D",),
@@ -47,7 +48,10 @@ class VAEConfig:
             "latents_mean": (None,),
             "latents_std": (None,),
         }
-        return read_fields(cls, fields, only=only, source="vae/config.json")
+        source = "vae/config.json"
+        found = read_fields(cls, fields, only=only, source=source)
+        check_divides(source, "norm_num_groups", found.norm_num_groups, found.block_out_channels, "block_out_channels")
+        return found
 
     @property
     def downscale(self) -> int:

@@ -27,12 +27,13 @@ def append(workdir: Path, row: Mapping[str, Any]) -> None:
 
 
 def read(workdir: Path) -> list[dict[str, Any]]:
-    """All rows, except those that a crash cut short."""
+    """All rows, except those that a crash cut short or that are damaged."""
     rows = []
     file = workdir / NAME
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
             continue
+        rows += [row] if isinstance(row, dict) else []
     return rows

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from nabla_gfn_jax.checkpoints import hashes
-from nabla_gfn_jax.checkpoints.files import plain, write_json
+from nabla_gfn_jax.checkpoints.files import plain, reason_of, write_json
 from nabla_gfn_jax.checkpoints.hub import revision_of
 from nabla_gfn_jax.errors import UserError
 
@@ -71,11 +71,13 @@ def read(workdir: Path) -> Manifest:
         known = {f.name for f in fields(Manifest)}
         found = Manifest(**{name: value for name, value in contents.items() if name in known})
         # JSON has no infinity, see `files.plain`.
-        return Manifest(**{**vars(found), "starts": tuple(found.starts), "beta": _number(found.beta)})
+        found = Manifest(**{**vars(found), "starts": tuple(found.starts), "beta": _number(found.beta)})
+        dict(found.config), found.versions, found.devices, found.about_lora(0)  # of the right types
+        return found
     except FileNotFoundError:
         raise UserError(f"{workdir} holds no run: it has no {NAME}; name the --workdir of a training run") from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); restore it, or choose another --workdir") from error
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError, OverflowError) as error:
+        raise UserError(f"{file} is damaged ({reason_of(error)}); restore it, or choose another --workdir") from error
 
 
 def _number(value: float | str | None) -> float | None:
