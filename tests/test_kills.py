@@ -30,7 +30,7 @@ def run(model: Path, workdir: Path, kill_at: str) -> tuple[int, str]:
         "KILL_AT": kill_at,
     }
     command = [sys.executable, str(HERE / "killed_process.py"), str(workdir), *flags(model, workdir), *MORE]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     return ended.returncode, ended.stderr
 
 
