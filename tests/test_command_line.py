@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from nabla_gfn_jax import __main__, command_line, config_files, options, plan, pretrain, report, sample, train
+from nabla_gfn_jax import (
+    __main__,
+    command_line,
+    config_files,
+    options,
+    plan,
+    pretrain,
+    report,
+    reproduce,
+    sample,
+    train,
+)
 from nabla_gfn_jax.command_line import default_workdir, load_config, load_settings, parse, parse_run
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import Checked, leaves, option
@@ -207,7 +218,7 @@ def printed_help(main, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [train, sample, report, plan, pretrain])
+@pytest.mark.parametrize("command", [train, sample, report, reproduce, plan, pretrain])
 def test_help_lists_every_option(command, capsys):
     text = printed_help(command.main, capsys)
     assert max(map(len, text.splitlines())) <= 100

@@ -27,8 +27,10 @@ from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import check_heads
 
 COMMANDS = {
-    name: f"nabla_gfn_jax.{name}:Options" for name in ("train", "sample", "evaluate", "report", "plan", "pretrain")
+    name: f"nabla_gfn_jax.{name}:Options"
+    for name in ("train", "sample", "evaluate", "report", "reproduce", "plan", "pretrain")
 }
+COMMANDS |= {f"grid {name}": f"nabla_gfn_jax.reproduction.grid:{name.title()}" for name in ("shared", "base", "method")}
 COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
@@ -101,7 +103,8 @@ def test_no_dataclass_of_options_is_left_out():
     for module in pkgutil.walk_packages(nabla_gfn_jax.__path__, "nabla_gfn_jax."):
         if not module.name.endswith("__main__") and ".configs" not in module.name:
             importlib.import_module(module.name)
-    walked = {*map(options_of, COMMANDS), *ALGORITHMS.values(), *groups(Settings), *groups(Pretraining)}
+    walked = {*ALGORITHMS.values(), *groups(Settings), *groups(Pretraining)}
+    walked = walked.union(*(groups(options_of(command)) for command in COMMANDS))
     bases = {base for cls in walked for base in cls.__mro__}  # what commands share
     assert {cls for cls in subclasses(Checked) if cls.__module__.startswith("nabla_gfn_jax")} <= walked | bases
 
@@ -139,6 +142,7 @@ def test_a_pretraining_refuses():
 def test_a_command_refuses(command):
     folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "microscope")}
     folders |= {"bench2d": {"out": "out.jsonl"}, "uptake": {"out": "out", "lora": __file__}}
+    folders |= {"grid shared": {"updates": 1, "evaluation": {}, "tuning": {}}, "grid base": {"config": "emoji"}}
     given = folders.get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():
         for value in values:

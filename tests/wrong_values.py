@@ -217,6 +217,28 @@ WRONG_FLAGS = {
         "fit": SWITCH,
         "full_effort": SWITCH,
     },
+    "reproduce": {
+        "grid": ("emoji", (3,)),
+        "out": PATH,
+        "plan": SWITCH,
+        "collect": SWITCH,
+        "topology": (3,),
+    },
+    "grid shared": {
+        "seeds": ((-1,), (), 0),
+        "updates": COUNT,
+        "evaluation.num": (1, *COUNT),
+        "evaluation.base_num": NATURAL,
+        "evaluation.metrics": (("beauty",), "fid"),
+        "tuning.figure": TEXT,
+        "tuning.best": ("least", ""),
+    },
+    "grid base": {"config": TEXT, "label": (3,)},
+    "grid method": {
+        **dict.fromkeys(("config", "variant", "label"), (3,)),
+        "rates": ((0.0,), (1e-3, math.nan), 1e-3),
+        "updates": COUNT,
+    },
     "pretrain": {"config": TEXT, "workdir": PATH},
     "mixture2d": {
         "out": ("", *PATH),

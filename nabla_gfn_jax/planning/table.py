@@ -5,7 +5,7 @@ import jax
 from nabla_gfn_jax.planning.chips import GIB
 from nabla_gfn_jax.planning.phases import Phase, Plan
 
-_ASSUMED_SHARE = 0.4  # of the peak rate, if the compiler has no estimate
+ASSUMED_SHARE = 0.4  # of the peak rate, if the compiler has no estimate
 
 
 def show(plan: Plan, phases: dict[str, Phase | str], title: str) -> str:
@@ -69,8 +69,8 @@ def _work(plan: Plan, phase: Phase) -> str:
 def _run_time(plan: Plan, phases: list[Phase]) -> str:
     estimates = [plan.estimated_seconds(phase) for phase in phases]
     if None in estimates:
-        seconds = sum(plan.least_seconds(phase) for phase in phases) / _ASSUMED_SHARE
-        source = f"assuming {_ASSUMED_SHARE:.0%} of the peak rate"
+        seconds = sum(plan.least_seconds(phase) for phase in phases) / ASSUMED_SHARE
+        source = f"assuming {ASSUMED_SHARE:.0%} of the peak rate"
     else:
         seconds, source = sum(s for s in estimates if s), "by the compiler's cost model"
     updates = plan.config.training.updates_per_epoch
