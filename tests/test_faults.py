@@ -1,6 +1,7 @@
 """A run on a tiny model that is stopped, whose newest checkpoint is damaged, or whose disk is full, loses nothing."""
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from safetensors import SafetensorError
@@ -20,6 +22,7 @@ from tiny_run import flags
 
 from nabla_gfn_jax.checkpoints import files
 from nabla_gfn_jax.runs import loras, metrics_log
+from nabla_gfn_jax.runs.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.thorough
 
@@ -75,6 +78,38 @@ def test_the_checkpoint_before_a_damaged_one_is_used_without_being_asked(command
     assert (copy / LAST).read_bytes() == (whole / LAST).read_bytes()
     assert list(map(without_time, rows(copy))) == list(map(without_time, rows(whole)))
     assert rows(copy)[3]["device_hours"] > hours  # of all starts
+
+
+def test_a_checkpoint_of_another_version_is_named_and_nothing_is_lost(command, copy, capsys):
+    shutil.rmtree(copy / "checkpoints")
+    with Checkpoints(copy / "checkpoints") as saves:
+        saves.save(2, {"weights": np.zeros(3)})
+    log = copy / "metrics.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:-1]))  # killed before its last epoch
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file() and file.name != "manifest.json"}
+    with pytest.raises(SystemExit) as stop:
+        command(copy, CREDIT)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert "checkpoints/2 is of another version of the program" in line
+    assert line.endswith("; choose another --workdir")
+    assert {file: file.read_bytes() for file in before} == before
+
+
+def test_a_clock_that_jumps_changes_nothing(command, tmp_path, whole, monkeypatch):
+    """It goes a year ahead or back with every question, also between a run and its resume."""
+    turn, year, real = itertools.count(), 365 * 86400, time.time
+    jumping = lambda: real() + (year, -year, 0, 3 * year)[next(turn) % 4]  # noqa: E731
+    monkeypatch.setattr(time, "time", jumping)
+    monkeypatch.setattr(time, "time_ns", lambda: int(jumping() * 1e9))
+    command(tmp_path, CREDIT, "--config.training.num_epochs=2")
+    command(tmp_path, CREDIT)
+    same_results(tmp_path, whole)
+    assert next(turn) > 10
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
+    hours = [row["device_hours"] for row in rows(tmp_path)]
+    assert hours == sorted(hours)
+    assert all(0 < row["seconds"] < 3600 for row in rows(tmp_path))
 
 
 def full(*_: object, **__: object) -> None:
@@ -207,11 +242,11 @@ def test_a_run_that_is_told_to_stop_saves_ends_in_15_s_and_goes_on_to_the_same_n
     )
     whole, workdir = tmp_path / "whole", tmp_path / "run"
     process = start(tiny_model, whole, *more)
-    _, error = process.communicate(timeout=900)
+    _, error = process.communicate(timeout=3600)
     assert process.returncode == 0, error
     for number, code, at_least in ((signal.SIGTERM, 143, 3), (signal.SIGINT, 130, 6)):
         process = start(tiny_model, workdir, *more)
-        deadline = time.monotonic() + 900
+        deadline = time.monotonic() + 3600
         while not (workdir / "metrics.jsonl").exists() or len(rows(workdir)) < at_least:
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline
@@ -227,6 +262,6 @@ def test_a_run_that_is_told_to_stop_saves_ends_in_15_s_and_goes_on_to_the_same_n
         assert f"--workdir={workdir}" in last
         assert (workdir / f"checkpoints/{len(rows(workdir)) - 1}").is_dir()
     process = start(tiny_model, workdir, *more)
-    _, error = process.communicate(timeout=900)
+    _, error = process.communicate(timeout=3600)
     assert process.returncode == 0, error
     same_results(workdir, whole)
