@@ -1,4 +1,4 @@
-"""HPSv2.1: layout, score and gradient, compared with transformers' CLIP with the same weights."""
+"""HPSv2.1 and 2.0: layout, score and gradient, compared with transformers' CLIP with the same weights."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from nabla_gfn_jax.checkpoints import hub
 from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
-from nabla_gfn_jax.rewards import hps, load_reward
+from nabla_gfn_jax.rewards import REWARDS, SCALES, hps, load_reward, scale_of
 
 
 @pytest.fixture(scope="module")
@@ -119,14 +119,42 @@ def test_weights_that_do_not_fit(case, tmp_path):
         hps.from_files(tmp_path / "HPS.pt", case.folder, CLIP)
 
 
-def test_the_released_files_are_looked_for(monkeypatch):
+@pytest.mark.parametrize(("reward", "file"), [("hps", "HPS_v2.1_compressed.pt"), ("hps_v2", "HPS_v2_compressed.pt")])
+def test_the_released_files_are_looked_for(monkeypatch, reward, file):
     asked = []
 
     def find(name, file, *, repo, revision="main"):
-        asked.append((file, repo))
+        asked.append((name, file, repo))
         return Path(file)
 
     monkeypatch.setattr(hub, "find", find)
     with pytest.raises(UserError, match=r"(does not exist|missing|cannot be read)"):
-        load_reward("hps")
-    assert asked == [("HPS_v2.1_compressed.pt", "xswu/HPSv2"), ("tokenizer.json", "openai/clip-vit-large-patch14")]
+        load_reward(reward)
+    assert asked == [("hps", file, "xswu/HPSv2"), ("hps", "tokenizer.json", "openai/clip-vit-large-patch14")]
+
+
+@pytest.mark.parametrize(("wanted", "there"), [("hps", "hps_v2"), ("hps_v2", "hps")])
+def test_a_file_of_the_other_version_is_not_taken(monkeypatch, tmp_path, wanted, there):
+    """The tensors of both have the same names and shapes; the file's name alone tells the version."""
+    (tmp_path / "hps").mkdir()
+    (tmp_path / "hps" / hps.FILES[there]).write_bytes(b"weights")
+    monkeypatch.setenv(hub.FOLDER, str(tmp_path))
+    monkeypatch.setattr(hub, "hf_hub_download", lambda *_, **__: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setattr(hub, "_listing", lambda *_: (_ for _ in ()).throw(OSError("no network")))
+    with pytest.raises(UserError) as caught:
+        load_reward(wanted)
+    (line,) = str(caught.value).splitlines()
+    assert line.startswith(
+        f"{tmp_path / 'hps' / hps.FILES[there]} is the reward {there}, another version than {wanted}"
+    )
+    assert f"{hps.FILES[wanted]} of xswu/HPSv2 is not here" in line
+
+
+def test_every_score_says_its_version_and_unit():
+    assert SCALES.keys() == REWARDS.keys()
+    assert scale_of("hps") == "HPSv2.1, cosine"
+    assert scale_of("hps_v2") == "HPSv2.0, cosine"
+    assert (
+        scale_of("hps:0.5+jpeg") == "0.5 x (HPSv2.1, cosine) + 1 x (minus the kilobytes of a JPEG file of quality 95)"
+    )
+    assert scale_of("https://server/score:2") == "2 x (https://server/score)"

@@ -57,10 +57,9 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
     within seconds if the file cannot be found; the error says how to get it.
     """
     revision = revision or PINNED.get(repo, "main")
-    if os.environ.get(FOLDER):
-        own = Path(os.environ[FOLDER]) / name / Path(file).name
-        if own.is_file():
-            return own
+    own = own_file(name, file)
+    if own is not None:
+        return own
     where: dict[str, Any] = {"revision": revision, "repo_type": repo_type}
     cached = None
     with suppress(Exception):  # an error is reported below
@@ -79,6 +78,12 @@ def find(name: str, file: str, *, repo: str, revision: str | None = None, repo_t
             f"{file} --revision {revision}{kind}` where there is a network, or put it at "
             f"${FOLDER}/{name}/{Path(file).name}"
         ) from error
+
+
+def own_file(name: str, file: str) -> Path | None:
+    """The path of `file` of the model `name` in the user's folder; None if it is not there."""
+    own = Path(os.environ.get(FOLDER, "")) / name / Path(file).name
+    return own if os.environ.get(FOLDER) and own.is_file() else None
 
 
 def model_folder(model: str) -> Path | None:

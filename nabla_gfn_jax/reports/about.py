@@ -6,6 +6,7 @@ from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from nabla_gfn_jax.reports.source import Run
+from nabla_gfn_jax.rewards import scale_of
 from nabla_gfn_jax.runs.manifest import Manifest, flatten
 
 HIDDEN = "(hidden)"
@@ -67,6 +68,8 @@ def _last(path: re.Match[str]) -> str:
 
 def _described(about: Manifest) -> dict[tuple[str, str], str]:
     found = {("run", name): shown(name, getattr(about, name)) for name in ("algorithm", "reward", "prompts", "model")}
+    if about.reward is not None:
+        found["run", "log R"] = shown("reward", scale_of(about.reward))
     found |= {("config", name): shown(name, value) for name, value in flatten(about.config).items()}
     for name, given in about.inputs.items():
         kept = [given.get("sha256", "")[:12], *(f"{n} {given[n]}" for n in ("texts", "revision") if n in given)]

@@ -1,7 +1,8 @@
 """Rewards by name: a shipped reward, a user's function, a server, or a weighted sum of them.
 
 A name is one term, or several joined by "+". Each term is `REWARD` or `REWARD:WEIGHT`, where REWARD is a key of
-`REWARDS`, `FILE.py:FUNCTION` (`own`), or the URL of a server (`remote`). A new shipped reward is a line in `REWARDS`.
+`REWARDS`, `FILE.py:FUNCTION` (`own`), or the URL of a server (`remote`). A new shipped reward is a line in
+`REWARDS` and one in `SCALES`.
 """
 
 import math
@@ -13,13 +14,14 @@ from nabla_gfn_jax.rewards import aesthetic, clip_score, emoji, hps, image_rewar
 from nabla_gfn_jax.rewards.reward import TOTAL, Reward
 from nabla_gfn_jax.rewards.sums import weighted_sum
 
-__all__ = ["ABSTRACT", "NAMES", "REWARDS", "TOTAL", "Reward", "RewardNames", "load_reward", "terms"]
+__all__ = ["ABSTRACT", "NAMES", "REWARDS", "TOTAL", "Reward", "RewardNames", "load_reward", "scale_of", "terms"]
 
 REWARDS: dict[str, Callable[[], Reward]] = {
     "valence": emoji.valence,
     "recognisability": emoji.recognisability,
     "aesthetic": aesthetic.aesthetic,
     "hps": hps.hps,
+    "hps_v2": hps.hps_v2,
     "image_reward": image_reward.image_reward,
     "pick_score": clip_score.pick_score,
     "clip": clip_score.clip,
@@ -30,10 +32,24 @@ REWARDS: dict[str, Callable[[], Reward]] = {
 ABSTRACT: dict[str, Callable[[], Reward]] = {
     "aesthetic": aesthetic.abstract,
     "hps": hps.abstract,
+    "hps_v2": hps.abstract,
     "image_reward": image_reward.abstract,
     "pick_score": lambda: clip_score.abstract(clip_score.VIT_H),
     "clip": lambda: clip_score.abstract(clip_score.VIT_L),
     "clip_h": lambda: clip_score.abstract(clip_score.VIT_H),
+}
+# The version of each reward and the unit of its log R.
+SCALES = {
+    "valence": "tanh of the predicted sentiment, -1 to 1",
+    "recognisability": "log probability of the prompt's animal",
+    "aesthetic": "LAION's aesthetic predictor as in DDPO, about 1 to 10",
+    "hps": "HPSv2.1, cosine",
+    "hps_v2": "HPSv2.0, cosine",
+    "image_reward": "ImageReward v1.0, standardised",
+    "pick_score": "PickScore v1, cosine times its scale, about 16 to 26",
+    "clip": "OpenAI's CLIP ViT-L/14, cosine",
+    "clip_h": "LAION's CLIP ViT-H/14, cosine",
+    "jpeg": "minus the kilobytes of a JPEG file of quality 95",
 }
 _URL = ("http://", "https://")
 
@@ -73,17 +89,31 @@ NAMES = RewardNames()
 
 def terms(name: str) -> list[Term] | None:
     """The parts of a reward's name; None if a part is not a reward. Raises `UserError` if a file does not exist."""
-    parts = [_term(text.strip()) for text in name.split("+")]
-    found = [part for part in parts if part is not None]
-    if len(found) < len(parts):  # the whole may be a file whose path contains "+"
-        whole = _term(name)
-        found = [whole] if whole else []
+    found = _parsed(name)
     for term in found:
         file = own.split(term.reward)
         if file is not None and not file[0].is_file():
             raise UserError(f"reward = {term.reward!r}: there is no file {file[0]}")
     labels = [term.label for term in found]
     return [t._replace(label=t.reward) if labels.count(t.label) > 1 else t for t in found] or None
+
+
+def scale_of(name: str) -> str:
+    """The version and the unit of a reward, or of each part of a sum with its weight; of a user's reward, its name."""
+    found = [(term, SCALES.get(term.reward, term.reward)) for term in _parsed(name)]
+    if len(found) == 1 and found[0][0].weight == 1.0:
+        return found[0][1]
+    return " + ".join(f"{term.weight:g} x ({scale})" for term, scale in found)
+
+
+def _parsed(name: str) -> list[Term]:
+    """The parts of a reward's name; none if a part is not a reward."""
+    parts = [_term(text.strip()) for text in name.split("+")]
+    found = [part for part in parts if part is not None]
+    if len(found) < len(parts):  # the whole may be a file whose path contains "+"
+        whole = _term(name)
+        found = [whole] if whole else []
+    return found
 
 
 def _term(text: str) -> Term | None:

@@ -1,4 +1,8 @@
-"""Human Preference Score v2.1 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP ViT-H-14 finetuned on human choices."""
+"""Human Preference Score v2.1 and v2.0 (Wu et al. 2023, arXiv 2306.09341): OpenCLIP ViT-H-14 tuned on human choices.
+
+The released files of the two versions have the same tensors in the same shapes. Only the name of a file tells its
+version, so each version is read from a file of its own name.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +14,7 @@ from jaxtyping import Array, Int
 
 from nabla_gfn_jax.checkpoints import hub, weights
 from nabla_gfn_jax.checkpoints.torch_layout import from_state_dict
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.models.open_clip import VIT_H_14, Embeddings, OpenCLIPConfig, OpenCLIPText, OpenCLIPVision
 from nabla_gfn_jax.models.open_clip_tokenizer import load_open_clip_tokenizer
 from nabla_gfn_jax.models.preprocess import clip_normalise, fit_longer_side
@@ -19,14 +24,30 @@ from nabla_gfn_jax.rewards.reward import Reward, abstract_reward
 from nabla_gfn_jax.typing import Images, Params, PerSample, Resized
 
 _UNUSED = "logit_scale"
+FILES = {"hps": "HPS_v2.1_compressed.pt", "hps_v2": "HPS_v2_compressed.pt"}  # of the rewards for v2.1 and v2.0
 
 
 def hps() -> Reward:
-    """log R = cosine of the features of image and prompt, -1 to 1, with the released weights.
+    """log R = cosine of the features of image and prompt, -1 to 1, with the released weights of v2.1.
 
     Raises `UserError` that names a missing file and says how to get it.
     """
-    file = hub.find("hps", "HPS_v2.1_compressed.pt", repo="xswu/HPSv2")
+    return _released("hps", other="hps_v2")
+
+
+def hps_v2() -> Reward:
+    """The same with the released weights of v2.0."""
+    return _released("hps_v2", other="hps")
+
+
+def _released(name: str, other: str) -> Reward:
+    try:
+        file = hub.find("hps", FILES[name], repo="xswu/HPSv2")
+    except UserError as error:
+        there = hub.own_file("hps", FILES[other])
+        if there is None:
+            raise
+        raise UserError(f"{there} is the reward {other}, another version than {name}; {error}") from error
     words = hub.find("hps", "tokenizer.json", repo="openai/clip-vit-large-patch14")
     return from_files(file, words.parent)
 
