@@ -1,6 +1,7 @@
 """Sampling of images in batches on the tiny model: what an image depends on, and what it does not depend on."""
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 
 from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.inference import batch_size, sampling
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling, all_images, scaled
 from nabla_gfn_jax.models.lora import init_lora
 
@@ -109,3 +111,69 @@ def test_pictures_have_256_levels(sampled, sampler, lora):
     pictures = all_images(sampler.images(lora, 3, nats=True))
     assert pictures.dtype == np.uint8
     np.testing.assert_allclose(pictures / 255.0, sampled[0], atol=0.51 / 255)
+
+
+def full_above(monkeypatch, most):
+    """Makes devices report that they have no memory for a batch of more images, when its results are fetched."""
+    gather = sampling.gather
+
+    def fetch(array, mesh):
+        if len(array) > most:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 34.0GiB.")
+        return gather(array, mesh)
+
+    monkeypatch.setattr(sampling, "gather", fetch)
+
+
+@pytest.mark.thorough
+def test_a_batch_that_does_not_fit_is_halved(model, lora, sampled, monkeypatch, capsys):
+    """Nothing else changes, and the next images begin with the batch that was found."""
+    full_above(monkeypatch, 8)
+    sampler = ImageSampler(model, PROMPTS, HOW, batch=32)
+    found = joined(sampler.images(lora, 8, nats=True))
+    rows = np.flatnonzero(np.arange(24) % 8 < 3)
+    for mine, theirs in zip(found, sampled, strict=True):
+        np.testing.assert_allclose(mine[rows], theirs, rtol=1e-4, atol=1e-5)
+    assert capsys.readouterr().err == ("24 images at once do not fit into memory; going on with 8\n")
+    assert [len(batch.images) for batch in sampler.images(None, 8)] == [8, 8, 8]
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.thorough
+def test_a_single_image_on_each_device_that_does_not_fit_is_one_line(model, monkeypatch):
+    full_above(monkeypatch, 0)
+    with pytest.raises(UserError, match="8 images at once do not fit into memory; use --model_dtype=bfloat16"):
+        next(ImageSampler(model, PROMPTS, HOW, batch=8).images(None, 3))
+    monkeypatch.setattr(sampling, "gather", lambda *_: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: x")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+        next(ImageSampler(model, PROMPTS, HOW, batch=8).images(None, 3))
+
+
+@pytest.mark.thorough
+def test_on_a_cpu_a_batch_takes_no_more_than_the_free_memory(model, sampled, lora, monkeypatch, capsys):
+    """What a batch needs is read from its compiled program: a batch of 16 on 8 devices needs more than one of 8."""
+    needed = []
+    real = batch_size.fits
+    monkeypatch.setattr(sampling, "fits", lambda compiled, devices: needed.append(compiled) or real(compiled, devices))
+    monkeypatch.setattr(batch_size, "free_memory", lambda: None)
+    ImageSampler(model, PROMPTS, HOW, batch=16).images(None, 6).__next__()
+    sizes = needed.pop().memory_analysis()
+    bytes_of_16 = 8 * (sizes.temp_size_in_bytes + sizes.output_size_in_bytes)
+    assert bytes_of_16 > 16 * 8 * 8 * 3 * 4  # the images alone
+    for free, batch in ((bytes_of_16 / 0.8 + 1, 16), (bytes_of_16 / 0.8 - 1, 8)):
+        monkeypatch.setattr(batch_size, "free_memory", lambda free=free: free)
+        batches = list(ImageSampler(model, PROMPTS, HOW, batch=16).images(None, 6))
+        assert len(batches[0].images) == batch
+        assert ("16 images at once do not fit" in capsys.readouterr().err) == (batch == 8)
+
+
+def test_the_free_memory_is_the_smaller_of_machine_and_container(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_size, "_CGROUP", tmp_path)
+    machine = batch_size.free_memory()
+    if Path("/proc/meminfo").exists():
+        assert 2**20 < machine < 2**50
+    (tmp_path / "memory.max").write_text("3000000\n")
+    (tmp_path / "memory.current").write_text("1000000\n")
+    assert batch_size.free_memory() == 2_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert batch_size.free_memory() is not None or machine is None

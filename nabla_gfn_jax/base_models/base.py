@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import PyTree
+import numpy as np
+from jaxtyping import Int, PyTree
 
 from nabla_gfn_jax.diffusion.chain import Chain, Level
 from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange
@@ -17,6 +18,14 @@ from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.typing import Images, Latents, Params, PerSample, PRNGKey, PromptIds
 
 Table: TypeAlias = PyTree[Any]  # arrays with the features of prompts for a network; a prompt's id is its row
+
+FEW_PROMPTS = 2048  # so many have the features of all in memory; of more, those of the prompts in use are encoded
+
+
+def window(ids: Int[np.ndarray, " n"], size: int) -> tuple[Int[np.ndarray, " size"], Int[np.ndarray, " n"]]:
+    """The different prompt ids, filled up to `size` of them, and the place among them of each of `ids`."""
+    rows, places = np.unique(ids, return_inverse=True)
+    return np.pad(rows, (0, size - len(rows)), mode="edge"), places.astype(np.int32)
 
 
 @runtime_checkable

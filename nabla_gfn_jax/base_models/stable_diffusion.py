@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import flax.struct
@@ -77,13 +78,16 @@ class StableDiffusion:
         """Encodes each different prompt once, a few at a time. Repeated prompts have equal rows."""
         unique = list(dict.fromkeys([negative, *prompts]))
         rows = {prompt: row for row, prompt in enumerate(unique)}
-        apply = jax.jit(self.text_encoder.apply)
         together = min(_ENCODED_TOGETHER, len(unique))
         ids = np.asarray(self.tokenizer(unique + [""] * (-len(unique) % together)))
         variables = {"params": self.params["text_encoder"], "lora": lora or {}}
-        parts = [apply(variables, ids[start : start + together]) for start in range(0, len(ids), together)]
+        parts = [self._encode(variables, ids[start : start + together]) for start in range(0, len(ids), together)]
         features = np.concatenate([np.asarray(part) for part in parts])
         return TextFeatures(context=features[[rows[prompt] for prompt in prompts]], negative=features[0])
+
+    @cached_property
+    def _encode(self) -> Callable[..., Any]:
+        return jax.jit(self.text_encoder.apply)
 
     def abstract_table(self, num_prompts: int) -> TextFeatures:
         text = self.text_encoder

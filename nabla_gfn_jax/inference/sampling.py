@@ -1,7 +1,8 @@
 """Samples images from a base model, with or without a LoRA, in batches of bounded memory."""
 
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,12 +14,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
-from nabla_gfn_jax.base_models.base import BaseModel, Table, change_predictor, predictor
+from nabla_gfn_jax.base_models.base import FEW_PROMPTS, BaseModel, Table, change_predictor, predictor, window
 from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.diffusion.chain import Level
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.images import levels
+from nabla_gfn_jax.inference.batch_size import fits, is_out_of_memory
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics.base import Batch, PathStatistics
 from nabla_gfn_jax.parallel import EVERYWHERE, SPLIT, all_devices, gather, place, split
@@ -70,22 +72,27 @@ class Sampling:
 
 
 class ImageSampler:
-    """Samples images of some prompts, which are encoded once.
+    """Samples images of some prompts. If these are not very many, they are encoded once.
 
     An image depends only on the model, the seed, the place of its prompt in the list, and its number. Raises
     `UserError` if the model does not support the sampling options.
     """
 
     def __init__(self, model: BaseModel, prompts: Sequence[str], how: Sampling, batch: int = 0):
-        """`batch`: images sampled together on all devices; 0: as many as are likely to fit."""
+        """`batch`: images sampled together on all devices; 0: as many as are likely to fit.
+
+        A batch that does not fit into memory is halved.
+        """
         self.prompts, self.chain = tuple(prompts), model.chain(how.steps, sampler=how.sampler, eta=how.eta)
         self.how, self._mesh = how, all_devices()
         self._model = model.on(self._mesh.devices.flat[0].platform, remat=False)
         self._batch = -(-(batch or self._likely_batch()) // self._mesh.size) * self._mesh.size
         self._params = place(model.frozen_params, self._mesh)
-        self._table, self._lora_steps = self._encode(None), how.lora_steps
+        self._table = None if len(self.prompts) > FEW_PROMPTS else self._encode(None, self.prompts)
+        self._lora_steps = how.lora_steps
         inputs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
         self._programs = {nats: split(self._program(nats), self._mesh, inputs, SPLIT) for nats in (False, True)}
+        self._compiled: dict[Hashable, Any] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -111,24 +118,75 @@ class ImageSampler:
         each = np.arange(first, num)
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
         number = np.tile(each, len(self.prompts))
-        text = (lora or {}).get(TEXT_ENCODER)
-        tables = (self._table, self._encode(text) if text else self._table)
-        lora = place(lora, self._mesh)
-        size = min(self._batch, -(-len(prompt) // self._mesh.size) * self._mesh.size)
+        seeing, lora = self._seeing((lora or {}).get(TEXT_ENCODER)), place(lora, self._mesh)
+        start = 0
         with tqdm(total=len(prompt), desc=progress, disable=progress is None, unit=" images") as bar:
-            for start in range(0, len(prompt), size):
+            while start < len(prompt):
+                size = min(self._batch, -(-len(prompt) // self._mesh.size) * self._mesh.size)
                 count = min(size, len(prompt) - start)
                 rows = start + np.minimum(np.arange(size), count - 1)  # pads the last batch
-                keys = image_keys(self.how.seed, prompt[rows], number[rows])
-                program = self._programs[nats and lora is not None]
-                given = place((keys, prompt[rows].astype(np.int32)), self._mesh, SPLIT)
-                results = program(self._params, lora, tables, *given)
-                images, *paths = (gather(result, self._mesh)[:count] for result in results)
+                tables, places = seeing(prompt[rows])
+                given = place((image_keys(self.how.seed, prompt[rows], number[rows]), places), self._mesh, SPLIT)
+                results = self._run(nats and lora is not None, self._params, lora, tables, *given)
+                if results is None:
+                    continue  # with a smaller batch
+                images, *paths = (result[:count] for result in results)
                 yield Batch(images, prompt[rows][:count], PathStatistics(*paths) if paths else None)
+                start += count
                 bar.update(count)
 
-    def _encode(self, lora: Params | None) -> Table:
-        return place(self._model.encode_prompts(self.prompts, negative=self.how.negative, lora=lora), self._mesh)
+    def _run(self, nats: bool, *inputs: Any) -> list[np.ndarray] | None:
+        """The results of the program on a batch. None if they do not fit into memory; `_batch` is then half.
+
+        Raises `UserError` if a batch cannot be smaller.
+        """
+        size, smallest = len(inputs[-1]), self._mesh.size
+        leaves, structure = jax.tree.flatten(inputs)
+        key = (nats, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        try:
+            if key not in self._compiled:
+                compiled = self._programs[nats].lower(*inputs).compile()
+                on_cpu = self._mesh.devices.flat[0].platform == "cpu"
+                if on_cpu and size > smallest and not fits(compiled, smallest):
+                    self._halve(size)
+                    return None
+                self._compiled[key] = compiled
+            return [gather(result, self._mesh) for result in self._compiled[key](*inputs)]
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error) or jax.process_count() > 1:  # other processes may have had enough
+                raise
+            if size == smallest:
+                raise UserError(
+                    f"{size} images at once do not fit into memory; use --model_dtype=bfloat16 or smaller images"
+                ) from error
+            self._halve(size)
+            return None
+
+    def _halve(self, size: int) -> None:
+        self._batch = max(1, size // 2 // self._mesh.size) * self._mesh.size
+        print(f"{size} images at once do not fit into memory; going on with {self._batch}", file=sys.stderr)
+
+    def _encode(self, lora: Params | None, prompts: Sequence[str]) -> Table:
+        return place(self._model.encode_prompts(prompts, negative=self.how.negative, lora=lora), self._mesh)
+
+    def _seeing(
+        self, text: Params | None
+    ) -> Callable[[Int[np.ndarray, " n"]], tuple[tuple[Table, Table], Int[np.ndarray, " n"]]]:
+        """A function from prompt ids to the tables of base model and policy, and the rows of the prompts in them.
+
+        `text` is the text encoder's LoRA. Of very many prompts, the tables have those that are asked for.
+        """
+        if self._table is not None:
+            tables = (self._table, self._encode(text, self.prompts) if text else self._table)
+            return lambda prompt: (tables, prompt.astype(np.int32))
+
+        def see(prompt: Int[np.ndarray, " n"]) -> tuple[tuple[Table, Table], Int[np.ndarray, " n"]]:
+            ids, rows = window(prompt, len(prompt))
+            prompts = [self.prompts[i] for i in ids]
+            base = self._encode(None, prompts)
+            return (base, self._encode(text, prompts) if text else base), rows
+
+        return see
 
     def _likely_batch(self) -> int:
         on_each = int(np.clip(_PIXELS // self._pixels(), 1, _MOST))

@@ -44,7 +44,7 @@ class SubjectOptions(Checked):
         None, "classifier-free guidance scale; 1: no guidance [the run's, or 5]", minimum=0, maximum=100
     )
     seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
-    batch: int = option(0, "images sampled together; 0: as many as are likely to fit", minimum=0)
+    batch: int = option(0, "most images sampled together; 0: as many as are likely to fit", minimum=0)
 
 
 @dataclass(frozen=True)
