@@ -29,7 +29,7 @@ from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
-from nabla_gfn_jax.rewards import Reward, RewardNames, load_reward, terms
+from nabla_gfn_jax.rewards import Reward, RewardNames, load_reward, scale_of, terms
 from nabla_gfn_jax.runs import evaluations
 
 
@@ -102,6 +102,8 @@ def main(argv: list[str]) -> None:
         if options.workdir:
             evaluations.append(options.workdir, {"model": name, "beta": beta} | what | to_json(found[name]))
     print_evaluations(found)
+    for name in [reward_name] * (reward is not None) + list(options.cross_rewards):
+        print(f"log R of {name}: {scale_of(name)}")
     if options.out:
         write_json(options.out, what | {name: to_json(evaluation) for name, evaluation in found.items()})
 

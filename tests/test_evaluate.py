@@ -78,7 +78,7 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     printed = capsys.readouterr()
     first = printed.out.splitlines()[0]
     assert first == "not measured: coverage (only drawings of 64 x 64 are known, and the images are 8 x 8)"
-    for text in ("gap, β = 30", "lora/00004", "lora/00008", "efficiency", "spent, from the first steps"):
+    for text in ("gap, β = 30", "lora/00004", "lora/00008", "efficiency", "spent, from the first steps", "log R of "):
         assert text in printed.out
     assert "as given" not in printed.err
     assert sampled == [(False, 0, 5), (True, 0, 5), (True, 0, 5)]
