@@ -210,7 +210,7 @@ def test_a_logger_never_stops_or_slows_a_run(tmp_path, capsys, monkeypatch, how)
             raise RuntimeError("the network is unreachable")
         return write, lambda: None
 
-    monkeypatch.setattr(metrics_log, "_wandb", opened)
+    monkeypatch.setattr("nabla_gfn_jax.runs.sinks.wandb", opened)
     start = time.monotonic()
     log = metrics_log.MetricsLog(tmp_path, 0, run_id="a", config={}, wandb=True)
     for epoch in range(1000):
