@@ -218,7 +218,7 @@ def test_the_plan_counts_what_the_runs_log(whole, grid, monkeypatch):
     text = cost.show(read(str(grid)), whole[0], "v5e:2x4")
     assert "3 runs = 1 configs × 2 methods × (learning rates + 0 more seeds); 2 are done" in text
     (line,) = [line for line in text.splitlines() if line.startswith("| bright | draft |")]
-    assert line.startswith("| bright | draft | 2 | 4 | 48 |")  # 3 epochs of 16 trajectories, the last only samples
+    assert line.startswith("| bright | draft | 2 | 4 | 32 |")  # 2 epochs of 16 trajectories
 
 
 @pytest.mark.thorough
