@@ -36,6 +36,7 @@ def test_few_samples_have_their_lowest():
     assert left_cvar(values, np.ones(3), Strata(np.zeros(3, int))) == 1.0
 
 
+@pytest.mark.thorough
 def test_the_standard_error_is_that_of_repeated_draws():
     rng = np.random.default_rng(2)
     prompt = np.repeat([0, 1], 100)

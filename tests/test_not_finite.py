@@ -95,6 +95,7 @@ def distance(tree, other):
     return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
+@pytest.mark.thorough
 def test_the_state_before_is_not_overwritten(programs):
     """A signal saves it while the update runs."""
     made, state, sampled = programs

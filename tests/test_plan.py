@@ -112,6 +112,7 @@ def test_shapes_of_a_folder_are_those_of_its_weights():
     assert shapes == loaded
 
 
+@pytest.mark.thorough
 def test_the_largest_micro_batch_is_found_by_bisection(monkeypatch):
     """Of the divisors of a device's 8 trajectories, 4 is the largest that fits; 3 compilations find it."""
     planned = here(settings("emoji", trajectories=64, micro_batches=2))
