@@ -14,7 +14,6 @@ and judged on held-out base paths. In nats, state by state, where state 0 is the
   model until this state has lost it for good. At state 0 every policy loses it, because all start from the same noise.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.paths import clean_samples
@@ -37,7 +36,7 @@ from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise, tilt_to
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.rewards import load_reward
-from nabla_gfn_jax.studies.images import ImageOptions, Images
+from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _FITTED, _HELD_OUT = 0, 1  # streams of random numbers
@@ -82,7 +81,7 @@ def base_paths(images: Images, stream: int, count: int, together: int, *, guess:
     """Samples `count` base paths, some at a time."""
 
     @jax.jit
-    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, Latents, PerSample]:
+    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, Array, PerSample]:
         model = images.model(frozen)
         path = sample(model.predict, None, model.chain, keys, images.base.latent_shape, ids)
         reward = model.log_reward(path.samples, ids)
@@ -167,10 +166,7 @@ def main(argv: list[str]) -> None:
     fit = Fit.of(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(prompts))
     rows = judge(fit.values(memory, held.states, held.prompt_id), held, o.beta, o.seed)
-    o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / "foresight.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
-    (o.out / "foresight.md").write_text(as_table(rows))
-    print(as_table(rows), end="")
+    write_results(o.out, "foresight", rows, as_table(rows))
 
 
 if __name__ == "__main__":

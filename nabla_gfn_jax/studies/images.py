@@ -1,7 +1,11 @@
 """A base model with its reward and its prompts, as the studies on images use them."""
 
 import functools
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +64,12 @@ class Images:
         numbers = jnp.arange(start, start + count)
         key = jax.random.fold_in(jax.random.key(self.options.seed), stream)
         return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)
+
+
+def write_results(folder: Path, name: str, rows: Sequence[NamedTuple], table: str) -> None:
+    """Writes a line of JSON for each row to NAME.jsonl and the table to NAME.md in `folder`, and prints the table."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines: list[dict[str, Any]] = [row._asdict() for row in rows]
+    (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / f"{name}.md").write_text(table)
+    print(table, end="")

@@ -16,7 +16,6 @@ For each part of the path the table has
   policy does too little there; below 1, too much.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +38,7 @@ from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.rewards import load_reward
-from nabla_gfn_jax.studies.images import ImageOptions, Images
+from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _PATHS = 0  # stream of random numbers
@@ -153,10 +152,7 @@ def main(argv: list[str]) -> None:
     found, reward, ids = sampled_products(images, lora, o.paths, o.together)
     found = Products(*(a[: o.until_step] for a in found))
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, o.parts)
-    o.out.mkdir(parents=True, exist_ok=True)
-    (o.out / "uptake.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows))
-    (o.out / "uptake.md").write_text(as_table(rows))
-    print(as_table(rows), end="")
+    write_results(o.out, "uptake", rows, as_table(rows))
 
 
 if __name__ == "__main__":
