@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
     c.training.clip = 1e6
 
     c.logging = _logging()
+    c.evaluation = _evaluation()
     return c
 
 
@@ -88,8 +89,18 @@ def _logging() -> ConfigDict:
     c.keep_checkpoints = 2  # how many of the newest
     c.keep_every = 0  # epochs between checkpoints that are kept for ever; 0: none
     c.keep_loras = 0  # how many of the newest LoRA files to keep; 0: all
-    c.judged_images = 0  # images of each held-out prompt to measure saved LoRAs in nats (docs/nats.md)
     c.tensorboard = False
     c.wandb = False
     c.trackio = False
+    return c
+
+
+def _evaluation() -> ConfigDict:
+    c = ConfigDict()
+    c.images = 0  # images of each held-out prompt to measure the policy in nats (docs/nats.md); 0: none
+    c.every_updates = 0  # interval between measurements; 0: every saved LoRA
+    c.cross_rewards = ()  # other rewards to measure, such as ("jpeg",)
+    c.metrics = ()  # metrics that need a network, such as ("clip",)
+    c.best = ""  # figure by which lora/best is chosen; none: gap, or log_reward without a β
+    c.stop_on_alarm = False
     return c

@@ -25,6 +25,7 @@ from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints import lora_file
 from nabla_gfn_jax.command_line import default_workdir, load_settings
 from nabla_gfn_jax.inference.evaluation import Evaluation, Evaluator
+from nabla_gfn_jax.inference.extras import load_extras
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling
 from nabla_gfn_jax.metrics.base import Batch
 from nabla_gfn_jax.metrics.reward import LogReward
@@ -88,16 +89,19 @@ def evaluate(
     lora: Params,
     num: int = 512,
     beta: float | None = None,
+    cross_rewards: Sequence[str] = (),
+    metrics: Sequence[str] = (),
     **how: Any,
 ) -> Evaluation:
     """Compares a LoRA with the base model on `num` images of each prompt, sampled from the same noise.
 
-    The result has `figures` and a `certificate` in nats. `beta` is the exponent of the target P_base · R^β; `how` is as
-    in `sample`.
+    The result has `figures` and a `certificate` in nats. `beta` is the exponent of the target P_base · R^β,
+    `cross_rewards` and `metrics` are those of `nabla-gfn evaluate` (docs/metrics.md), and `how` is as in `sample`.
     """
-    evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), load_reward(reward), beta)
-    base = evaluator.base_states(num, None, {})
-    return evaluator.evaluate(evaluator.states(lora, num), base)
+    extras = load_extras(cross_rewards, metrics, reward)
+    evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), load_reward(reward), beta, extras.metrics)
+    base = evaluator.base_states(evaluator.base_images(num), None, {})
+    return evaluator.evaluate(evaluator.states(lora, num), base, num)
 
 
 def finetune(

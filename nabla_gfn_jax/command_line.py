@@ -130,7 +130,8 @@ def _tree(settings: type, config: str) -> dict[str, Any]:
     for old, new in getattr(settings, "RENAMED", {}).items():
         group, name = _group(tree, old)
         if name in group:
-            group[new.rpartition(".")[2]] = group.pop(name)
+            into, present = _group(tree, new)
+            into[present] = group.pop(name)
     return tree
 
 

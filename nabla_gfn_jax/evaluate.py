@@ -11,25 +11,25 @@ WORKDIR/base_samples for later evaluations.
 """
 
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
+from nabla_gfn_jax.checkpoints import csv_file
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
-from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, EVERY_CONCEPT, Evaluator, describe, prompts_to_judge
+from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, EVERY_CONCEPT, Evaluator, Split, describe, prompts_to_judge
+from nabla_gfn_jax.inference.extras import load_extras
 from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
 from nabla_gfn_jax.metrics.registry import METRICS
-from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
-from nabla_gfn_jax.rewards import Reward, RewardNames, load_reward, scale_of, terms
+from nabla_gfn_jax.rewards import RewardNames, load_reward, scale_of
 from nabla_gfn_jax.runs import evaluations
 
 
@@ -41,7 +41,8 @@ class Options(SubjectOptions):
         (), "a LoRA file, instead of the run's LoRAs", repeated=True, empty=True, file="existing"
     )
     lora_scale: tuple[float, ...] = option((1.0,), "strengths at which to measure each LoRA", minimum=-100, maximum=100)
-    prompts: str | None = option(None, f"a set, for its held-out prompts, or {EVERY_CONCEPT} [the run's, or a_face]")
+    prompts: str | None = option(None, f"a set of prompts, or {EVERY_CONCEPT} [the run's, or a_face]")
+    split: Split = option("held_out", "which prompts of the set: those held out from training, or those of training")
     num_prompts: int = option(0, "number of prompts to use; 0: all", minimum=0)
     num: int = option(512, "images for each prompt", minimum=1)
     base_num: int = option(0, "images of the base model for each prompt, if more than num", minimum=0)
@@ -56,6 +57,7 @@ class Options(SubjectOptions):
     )
     beta: float | None = option(None, "β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
     out: Path | None = option(None, "JSON file for all figures", file="output")
+    csv: Path | None = option(None, "CSV file, with a line for each model", file="output", endings=(".csv",))
 
 
 @exit_on_user_error
@@ -65,11 +67,11 @@ def main(argv: list[str]) -> None:
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
     subject = find_subject(options, options.lora)
-    prompts = prompts_to_judge(options.prompts or subject.prompts or "a_face", options.num_prompts, options.seed)
+    prompt_set = options.prompts or subject.prompts or "a_face"
+    prompts = prompts_to_judge(prompt_set, options.num_prompts, options.seed, options.split)
     reward_name = options.reward or subject.reward or "valence"
     reward = None if reward_name == "none" else load_reward(reward_name)
-    others = load_cross_rewards(options.cross_rewards, reward_name)
-    released = [METRICS[name]() for name in dict.fromkeys(options.metrics)]
+    extras = load_extras(options.cross_rewards, options.metrics, reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
     loras = {
         name: load_lora(file, model.params["unet"], model.params["text_encoder"])
@@ -78,13 +80,10 @@ def main(argv: list[str]) -> None:
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
     beta = subject.beta if options.beta is None else options.beta
-    more = [*(LogReward(other, label) for label, other in others.items()), *(metric for metric, _ in released)]
-    evaluator = Evaluator(sampler, reward, beta, more)
+    evaluator = Evaluator(sampler, reward, beta, extras.metrics)
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
-    files = {"reward": reward.files if reward else ()} | {f"reward_{label}": r.files for label, r in others.items()}
-    files |= {metric.name: read for metric, read in released}
-    hashes = hashes_of(subject.model, files)
+    hashes = hashes_of(subject.model, {"reward": reward.files if reward else ()} | extras.files)
     what = describe(subject.model, subject.model_dtype, sampler, reward_name, hashes)
     warn_of_another_base(subject, hashes)
     kept = options.workdir / BASE_SAMPLES if options.workdir else None
@@ -100,27 +99,16 @@ def main(argv: list[str]) -> None:
         states = base if lora is None else evaluator.states(lora, options.num, progress=name)
         found[name] = evaluator.evaluate(states, base, options.num)
         if options.workdir:
-            evaluations.append(options.workdir, {"model": name, "beta": beta} | what | to_json(found[name]))
+            row = {"model": name, "beta": beta, "cross_rewards": extras.cross_rewards} | what | to_json(found[name])
+            evaluations.append(options.workdir, row)
     print_evaluations(found)
     for name in [reward_name] * (reward is not None) + list(options.cross_rewards):
         print(f"log R of {name}: {scale_of(name)}")
+    if options.csv:
+        rows = [{"model": name, "beta": beta} | evaluations.figures(to_json(its)) for name, its in found.items()]
+        csv_file.write(options.csv, rows)
     if options.out:
         write_json(options.out, what | {name: to_json(evaluation) for name, evaluation in found.items()})
-
-
-def load_cross_rewards(names: Sequence[str], reward: str) -> dict[str, Reward]:
-    """The rewards by their labels in the table. Raises `UserError` if one has a weight or has the label of another."""
-    labels = [term.label for term in terms(reward) or ()]
-    found: dict[str, Reward] = {}
-    for name in names:
-        parts = terms(name) or []
-        term = parts[0]
-        if len(parts) > 1 or term.weight != 1.0:
-            raise UserError(f"--cross_rewards={name} is a sum; give its parts without weights and with commas between")
-        if term.label in (*labels, *found):
-            raise UserError(f"--cross_rewards={name} is measured already; leave it out")
-        found[term.label] = load_reward(name)
-    return found
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ class Leaf(NamedTuple):
             value = float(value)
         allowed = type(value) is self.kind
         if value == "":
-            allowed = allowed and self.option.empty
+            allowed = allowed and self.option.empty and not self.many
         elif self.choices:
             allowed = allowed and value in self.choices
         if not allowed or (isinstance(value, int | float) and not self._within_bounds(value)):

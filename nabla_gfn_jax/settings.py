@@ -7,9 +7,11 @@ from typing import Any, ClassVar, Literal
 from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, check_divisors, one_of, option
 from nabla_gfn_jax.rewards import NAMES
+from nabla_gfn_jax.runs.best import Criterion
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,12 +114,6 @@ class Logging(Checked):
         0, "interval between checkpoints that are kept for ever; 0: none", unit="epochs", minimum=0, free=True
     )
     keep_loras: int = option(0, "how many of the newest LoRA files to keep; 0: all", minimum=0, free=True)
-    judged_images: int = option(
-        0,
-        "images of each held-out prompt on which every saved LoRA is measured in nats; 0: no measurement",
-        minimum=0,
-        free=True,
-    )
     tensorboard: bool = option(False, "also log to WORKDIR/tensorboard", free=True)
     wandb: bool = option(False, "also log to Weights & Biases", free=True)
     trackio: bool = option(False, "also log to trackio", free=True)
@@ -132,6 +128,37 @@ class Logging(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Evaluation(Checked):
+    """How the run measures its policy while it trains."""
+
+    images: int = option(
+        0,
+        "images of each held-out prompt on which the policy is measured in nats; 0: no measurement",
+        minimum=0,
+        free=True,
+    )
+    every_updates: int = option(
+        0,
+        "interval between measurements, each of a LoRA that is then saved; 0: every saved LoRA",
+        unit="updates",
+        minimum=0,
+        free=True,
+    )
+    cross_rewards: tuple[str, ...] = option(
+        (), "other rewards, which show whether the gain is the reward's alone", choices=NAMES, empty=True, free=True
+    )
+    metrics: tuple[str, ...] = option(
+        (), "more metrics; each needs a network (docs/metrics.md)", choices=METRICS, empty=True, free=True
+    )
+    best: Criterion | None = option(
+        None,
+        "the figure by which lora/best, a copy of the best LoRA, is chosen [gap, or log_reward without a β]",
+        free=True,
+    )
+    stop_on_alarm: bool = option(False, "end the run after an alarm", free=True)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Settings(Checked):
     """The settings of a finetuning run. `RENAMED` maps fields of older configs to their present names."""
 
@@ -139,6 +166,7 @@ class Settings(Checked):
         "flow": "correction",
         "training.weight_decay_flow": "training.weight_decay_correction",
         "algorithm.flow_gradient_from_forward": "algorithm.correction_from_forward",
+        "logging.judged_images": "evaluation.images",
     }
 
     seed: int = option(0, "seed of every random number of the run", minimum=0, maximum=LARGEST_SEED)
@@ -159,10 +187,17 @@ class Settings(Checked):
     correction: Correction
     training: Training
     logging: Logging
+    evaluation: Evaluation
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm.validate(self.sampling.num_steps)
+        every, updates = self.evaluation.every_updates, self.training.updates_per_epoch
+        if every % updates:
+            raise UserError(
+                f"evaluation.every_updates = {every} is no multiple of training.updates_per_epoch = {updates}; "
+                "choose a multiple, or 0"
+            )
         until = self.sampling.lora_until_step
         if until is not None and not getattr(self.algorithm, "takes_any_steps", False):
             name = next(n for n, kind in ALGORITHMS.items() if isinstance(self.algorithm, kind))

@@ -111,7 +111,8 @@ def finetune(
             stopping or Stopping(),
             Showing(workdir, prompts_of(settings)),
             profile=profile,
-            judge=Judge(settings, trainer, workdir) if settings.logging.judged_images else None,
+            judge=Judge(settings, trainer, workdir) if settings.evaluation.images else None,
+            stop_on_alarm=settings.evaluation.stop_on_alarm,
             on_epoch=on_epoch,
         )
         with closing(outputs):

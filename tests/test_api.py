@@ -64,9 +64,9 @@ def test_finetune_calls_back_and_goes_on(run):
 def test_load_lora_and_evaluate(model, run):
     where, _, reward, _ = run
     lora = api.load_lora(where / "lora/00002", model)
-    found = api.evaluate(model, PROMPTS, reward=reward, lora=lora, num=4, steps=3, guidance=2.0)
+    found = api.evaluate(model, PROMPTS, reward=reward, lora=lora, num=4, cross_rewards=["jpeg"], steps=3, guidance=2.0)
     assert found.certificate.spent.value > 0
-    assert "log_reward" in found.figures
+    assert {"log_reward", "log_reward_jpeg"} <= found.figures.keys()
     changed = api.sample(model, PROMPTS, lora=lora, steps=3, guidance=2.0)
     assert np.abs(changed - api.sample(model, PROMPTS, steps=3, guidance=2.0)).max() > 0
 

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 
+from nabla_gfn_jax.data.prompts import PROMPT_SETS, PromptSet
 from nabla_gfn_jax.emoji import drawings as emoji
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.evaluation import EVERY_CONCEPT, prompts_to_judge
 from nabla_gfn_jax.metrics import coverage
 from nabla_gfn_jax.metrics.base import Batch, NotAvailable, Samples, Weighting
@@ -80,6 +82,14 @@ def test_every_concept_has_a_caption_that_describes_it():
     known = coverage.atlas()
     for number, caption in enumerate(coverage.concept_captions()):
         assert number in known.captioned(caption)
+
+
+def test_each_split_of_a_set(monkeypatch):
+    monkeypatch.setitem(PROMPT_SETS, "poems", lambda: PromptSet(train=("an ode", "a sonnet"), held_out=("a haiku",)))
+    assert prompts_to_judge("poems", 0, 0) == ["a haiku"]
+    assert prompts_to_judge("poems", 0, 0, "train") == ["an ode", "a sonnet"]
+    with pytest.raises(UserError, match="--num_prompts=2, but poems has 1"):
+        prompts_to_judge("poems", 2, 0)
 
 
 def test_some_of_all_captions_are_the_same_for_a_seed():

@@ -1,5 +1,6 @@
 """`evaluate` and `sample` on runs and LoRA files of the tiny model: which settings they use, and what they write."""
 
+import csv
 import hashlib
 import json
 
@@ -74,7 +75,7 @@ def picture(file):
 @pytest.mark.thorough
 def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     out = tmp_path / "out.json"
-    evaluate.main(["evaluate", f"--workdir={run}", "--num=5", f"--out={out}"])
+    evaluate.main(["evaluate", f"--workdir={run}", "--num=5", f"--out={out}", f"--csv={tmp_path}/out.csv"])
     printed = capsys.readouterr()
     first = printed.out.splitlines()[0]
     assert first == "not measured: coverage (only drawings of 64 x 64 are known, and the images are 8 x 8)"
@@ -94,6 +95,10 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
     assert sum(large["spent_by_step"]) == pytest.approx(large["spent"]["value"], rel=1e-5)
     assert large["at_beta"]["beta"] == 30.0
     assert json.loads(out.read_text())["lora/00008"]["certificate"] == large
+    of_base, _, of_large = csv.DictReader((tmp_path / "out.csv").read_text().splitlines())
+    assert (of_base["model"], of_large["model"]) == ("base", "lora/00008")
+    assert float(of_large["spent"]) == pytest.approx(large["spent"]["value"], rel=1e-5)
+    assert float(of_large["gap_se"]) == pytest.approx(large["at_beta"]["gap"]["std_error"], rel=1e-5)
     curve = page.contents(source.read([run]))["plane"]["frontier"]  # of the base samples that the workdir kept
     assert curve["samples"] == 10
     for model in (small, large):
@@ -110,10 +115,11 @@ def test_a_run_is_judged_as_it_was_trained(run, tmp_path, capsys, sampled):
 
 @pytest.mark.thorough
 def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeypatch, sampled):
-    fields = {"logging.judged_images": 3, "training.num_epochs": 1, "algorithm.beta": 7.0}
+    fields = {"evaluation.images": 3, "training.num_epochs": 1, "algorithm.beta": 7.0}
     command(tmp_path, *(f"--config.{name}={value}" for name, value in fields.items()))
-    (row,) = evaluations.read(tmp_path)
-    assert row["model"] == "lora/00002"
+    base, row = evaluations.read(tmp_path)
+    assert (base["model"], row["model"]) == ("base", "lora/00002")
+    assert base["certificate"]["spent"]["value"] == 0.0
     assert row["certificate"]["at_beta"]["beta"] == 7.0
     assert sampled == [(False, 0, 3), (True, 0, 3)]
     monkeypatch.setitem(REWARDS, "1.0", lambda: brightness(1.0))

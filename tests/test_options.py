@@ -215,7 +215,7 @@ def test_what_changes_no_number():
     assert free == {
         *("training.num_epochs", "training.micro_batches", "training.remat", "training.images_at_once"),
         "training.skipped_updates",
-        *(f"logging.{name}" for name in EMOJI["logging"]),
+        *(f"{group}.{name}" for group in ("logging", "evaluation") for name in EMOJI[group]),
     }
 
 

@@ -19,12 +19,12 @@ from nabla_gfn_jax import reproduce
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling
-from nabla_gfn_jax.reproduction import cost, figures, records, tables
+from nabla_gfn_jax.reproduction import cost, figures, tables
 from nabla_gfn_jax.reproduction.cells import planned
 from nabla_gfn_jax.reproduction.grid import read
 from nabla_gfn_jax.reproduction.reading import load
 from nabla_gfn_jax.rewards import REWARDS
-from nabla_gfn_jax.runs import loras, metrics_log, pictures
+from nabla_gfn_jax.runs import evaluations, loras, metrics_log, pictures
 
 HERE = Path(__file__).parent
 PROMPTS = ["a sonnet", "an ode"]
@@ -279,7 +279,7 @@ def test_the_figures_of_an_evaluation_have_plain_names():
         "tilted_base": {"drawing_entropy": {"value": 1.6, "std_error": 0.1}},
         "sampling": {"steps": 10},
     }
-    found = records.figures(row)
+    found = evaluations.figures(row)
     assert found.pop("exponent") == np.inf
     assert np.isnan(found.pop("exponent_se"))
     assert found == {

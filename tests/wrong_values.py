@@ -52,10 +52,15 @@ WRONG = {
     "logging.keep_checkpoints": COUNT,
     "logging.keep_every": (*NATURAL, 3),
     "logging.keep_loras": NATURAL,
-    "logging.judged_images": NATURAL,
     "logging.tensorboard": SWITCH,
     "logging.wandb": SWITCH,
     "logging.trackio": SWITCH,
+    "evaluation.images": NATURAL,
+    "evaluation.every_updates": (*NATURAL, 3),
+    "evaluation.cross_rewards": ("jpeg", ("beauty",), (1,)),
+    "evaluation.metrics": ("clip", ("FID",), ("",)),
+    "evaluation.best": ("reward", "Gap", 1),
+    "evaluation.stop_on_alarm": SWITCH,
 }
 ADVANTAGES = {"advantage_clip": POSITIVE_OR_INF, "buffer_size": COUNT, "min_count": COUNT}
 BALANCE = {
@@ -201,6 +206,7 @@ WRONG_FLAGS = {
         "lora": ("file", (3,), ("",)),
         "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
         "prompts": (3,),
+        "split": ("test", "", 1),
         "num_prompts": NATURAL,
         "base_num": NATURAL,
         "reward": ("beauty", 1),
@@ -208,6 +214,7 @@ WRONG_FLAGS = {
         "metrics": ("fid", ("fidd",), (1,)),
         "beta": (1e30, *NUMBERS),
         "out": PATH,
+        "csv": PATH,
     },
     "report": {"workdir": ("file", (3,), ("",)), "out": PATH, "draw": SWITCH, "batch": NATURAL},
     "plan": {

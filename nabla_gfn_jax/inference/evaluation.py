@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -29,6 +29,7 @@ BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model
 EVERY_CONCEPT = "every_concept"  # the name of a prompt set: one caption for each concept of the emoji model
 DESCRIBED = ("base_model", "model_dtype", "sampling", "prompts", "reward", "inputs")
 AnyMetric = Metric | Comparison
+Split = Literal["held_out", "train"]
 States = dict[str, Samples]  # by the metric's name
 Figures = dict[str, Estimate]
 
@@ -199,12 +200,15 @@ def _read_states(file: Path) -> States:
         return {}
 
 
-def prompts_to_judge(name: str, number: int, seed: int) -> list[str]:
-    """The held-out prompts of a set, or, if `number` is not 0, `number` of them drawn without replacement.
+def prompts_to_judge(name: str, number: int, seed: int, split: Split = "held_out") -> list[str]:
+    """The prompts of a set's split or, if `number` is not 0, `number` of them drawn without replacement.
 
     Raises `UserError` if there is no such set or it has fewer prompts.
     """
-    known = concept_captions() if name == EVERY_CONCEPT else list(prompt_set(name).held_out)
+    if name == EVERY_CONCEPT:
+        known = concept_captions()
+    else:
+        known = list(prompt_set(name).held_out if split == "held_out" else prompt_set(name).train)
     if number > len(known):
         raise UserError(f"--num_prompts={number}, but {name} has {len(known)}")
     return known if number == 0 else list(np.random.default_rng(seed).choice(known, number, replace=False))

@@ -112,9 +112,14 @@ def hashes_of(model: str, others: Mapping[str, Iterable[Path]] | None = None) ->
 
     `others` has files by the first part of their names, such as "reward".
     """
-    files: dict[str, Path | Sequence[str]] = {f"model/{name}": file for name, file in model_files(model).items()}
-    files |= {f"{name}/{file.name}": file for name, its in (others or {}).items() for file in its}
-    return {name: described["sha256"] for name, described in manifest.describe_inputs(files).items()}
+    found = manifest.describe_inputs({f"model/{name}": file for name, file in model_files(model).items()})
+    return {name: described["sha256"] for name, described in found.items()} | file_hashes(others or {})
+
+
+def file_hashes(files: Mapping[str, Iterable[Path]]) -> dict[str, str]:
+    """The SHA-256 of files by their names in the manifest, whose first parts are the keys of `files`."""
+    found = manifest.describe_inputs({f"{name}/{file.name}": file for name, its in files.items() for file in its})
+    return {name: described["sha256"] for name, described in found.items()}
 
 
 def warn_of_another_base(subject: Subject, files: Mapping[str, str]) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 
 from nabla_gfn_jax.algorithms import ALGORITHMS
 from nabla_gfn_jax.metrics.tilt import Estimate
-from nabla_gfn_jax.reports.evaluated import Evaluated, estimate
+from nabla_gfn_jax.reports.evaluated import Evaluated
 from nabla_gfn_jax.reports.source import Row, Run
+from nabla_gfn_jax.runs.evaluations import estimate
 from nabla_gfn_jax.runs.metrics_log import COLUMNS, POLICY, Column
 
 RESULTS, TRAINING = "Reward, nats and diversity", "Training"  # the sections

@@ -1,16 +1,11 @@
 """The measurements of a run's saved LoRAs, from its `evaluations.jsonl`."""
 
 import json
-import math
-import re
 from dataclasses import dataclass
-from typing import Any
 
 from nabla_gfn_jax.inference.evaluation import DESCRIBED
-from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.reports.source import Row
-
-_LORA = re.compile(r"lora/(\d{5,})")
+from nabla_gfn_jax.runs.evaluations import updates_of
 
 
 @dataclass(frozen=True)
@@ -32,34 +27,14 @@ def evaluated(rows: list[Row], starts_from_lora: bool) -> Evaluated | None:
     certificate are taken or, if no row has one, those like the newest row. If the run starts from a LoRA, update 0 is
     not the base model, which is then left out.
     """
-    known = [(updates, row) for row in rows if (updates := _updates(row, starts_from_lora)) is not None]
+    known = [(updates, row) for row in rows if (updates := updates_of(row)) is not None]
+    if starts_from_lora:
+        known = [(updates, row) for updates, row in known if updates > 0]
     if not known:
         return None
     newest = next((row for _, row in reversed(known) if row.get("certificate")), known[-1][1])
     alike = {updates: row for updates, row in known if _key(row) == _key(newest)}
     return Evaluated(_what(newest), dict(sorted(alike.items())))
-
-
-def estimate(row: Row, *names: str) -> Estimate | None:
-    """The figure under nested names, such as ("certificate", "spent"); None if it does not exist or is not finite."""
-    found: Any = row
-    for name in names:
-        found = found.get(name) if isinstance(found, dict) else None
-    if not isinstance(found, dict):
-        return None
-    try:
-        value, error = float(found["value"]), float(found["std_error"])
-    except (KeyError, TypeError, ValueError):
-        return None
-    return Estimate(value, error) if math.isfinite(value) else None
-
-
-def _updates(row: Row, starts_from_lora: bool) -> int | None:
-    model = row.get("model")
-    if model == "base":
-        return None if starts_from_lora else 0
-    lora = _LORA.fullmatch(model) if isinstance(model, str) else None
-    return int(lora[1]) if lora else None
 
 
 def _what(row: Row) -> Row:

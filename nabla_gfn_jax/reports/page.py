@@ -47,6 +47,11 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
             {"name": run.name, "summary": about.summary(run.manifest), "group": group}
             for run, group in zip(runs, groups, strict=True)
         ],
+        "alarms": [
+            (f"{run.name}, " if len(runs) > 1 else "") + f"after {alarm.updates} updates: {alarm.text}"
+            for run in runs
+            for alarm in run.alarms
+        ],
         "notes": _notes(runs, groups, measured),
         "charts": [_short(asdict(chart)) for chart in charts(runs, groups, measured)],
         "plane": None if tradeoff is None else _short(asdict(tradeoff)),

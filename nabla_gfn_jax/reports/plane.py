@@ -7,9 +7,10 @@ import numpy as np
 
 from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, kept_base_states
 from nabla_gfn_jax.metrics.tilt import FEW, Strata, Values, log_z_of, normalise
-from nabla_gfn_jax.reports.evaluated import Evaluated, estimate
+from nabla_gfn_jax.reports.evaluated import Evaluated
 from nabla_gfn_jax.reports.source import Run
 from nabla_gfn_jax.rewards import TOTAL
+from nabla_gfn_jax.runs.evaluations import estimate
 
 _POINTS = 240  # of the curve, before those outside the picture are left out
 _LARGEST = 1e3  # the largest |b| · (standard deviation of log R)

@@ -7,7 +7,8 @@ from typing import Any
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import leaves
-from nabla_gfn_jax.runs import evaluations, manifest, metrics_log, pictures
+from nabla_gfn_jax.runs import alarms, evaluations, manifest, metrics_log, pictures
+from nabla_gfn_jax.runs.alarms import Alarm
 from nabla_gfn_jax.runs.manifest import Manifest
 from nabla_gfn_jax.runs.pictures import Pictures
 from nabla_gfn_jax.settings import Settings
@@ -28,6 +29,7 @@ class Run:
     evaluations: list[Row]
     pictures: dict[int, Pictures]  # by the number of updates, in ascending order
     base: Pictures | None  # of the base model
+    alarms: list[Alarm]
 
 
 def read(paths: Sequence[Path]) -> list[Run]:
@@ -42,7 +44,7 @@ def _read(path: Path, name: str) -> Run:
     shown = {updates: those for updates, those in found.items() if those is not None}
     base = pictures.read(pictures.place(path, pictures.BASE)) if starts_from_lora(about) else shown.get(0)
     measured = [row for row in evaluations.read(path) if isinstance(row, dict)]
-    return Run(path, name, about, metrics_log.read(path), measured, shown, base)
+    return Run(path, name, about, metrics_log.read(path), measured, shown, base, alarms.read(path))
 
 
 def starts_from_lora(about: Manifest) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nabla_gfn_jax.checkpoints import csv_file
 from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, States, kept_base_states
 from nabla_gfn_jax.metrics.base import NotAvailable
 from nabla_gfn_jax.metrics.coverage import Coverage
@@ -49,7 +50,7 @@ def collect(workdirs: Sequence[Path], out: Path, start: tables.Start) -> None:
         rows += [row | own for row in found.rows if row["method"] != tables.BASE_MODEL]
         curves += [row | own for row in found.curves]
     for file, table in ((tables.RESULTS, rows), (tables.CURVES, curves), (tables.FRONTIER, frontier)):
-        tables.write_csv(out / file, table)
+        csv_file.write(out / file, table, tables.LEADING)
     firsts = {(run.base, run.method): run.path for run in reversed(runs)}
     thumbnails.write(firsts, out / thumbnails.FOLDER)
     done = [f"{run.method} on {run.base}, seed {_seed(run.path)}" for run in runs]

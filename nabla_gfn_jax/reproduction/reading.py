@@ -133,7 +133,7 @@ def _of_run(workdir: Path) -> Results:
     of_base = [row for row in evaluations.read(workdir) if row.get("model") == "base"][-1:]
     rows = [
         {"base": base, "base_label": base, "method": tables.BASE_MODEL, "label": "base model", "updates": 0}
-        | records.figures(row)
+        | evaluations.figures(row)
         for row in of_base
     ]
     rows += [named | row for row in records.results(workdir)]

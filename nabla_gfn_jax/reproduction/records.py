@@ -1,20 +1,16 @@
 """What a cell leaves behind, as rows of tables: its cost and results after each saved LoRA, and its log."""
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nabla_gfn_jax.checkpoints.files import append
-from nabla_gfn_jax.metrics.tilt import FEW
 from nabla_gfn_jax.reports.evaluated import evaluated
 from nabla_gfn_jax.runs import evaluations, manifest, metrics_log
 
 CPU = "cpu_seconds.jsonl"
-_DROPPED = ("figures", "certificate", "at_beta")  # groups whose figures keep their own name
-_LEFT_OUT = ("at_exponent", "log_z", "spent_by_step", "spent_by_step_error", "warnings")
 
 Record = dict[str, Any]
 
@@ -61,7 +57,7 @@ def results(workdir: Path) -> list[Record]:
     found = []
     for updates, row in {} if measured is None else measured.of.items():
         cost = spent.get(updates // each, Cost(cpu_seconds=None))
-        found.append({"updates": updates} | _shown(cost) | figures(row))
+        found.append({"updates": updates} | _shown(cost) | evaluations.figures(row))
     return found
 
 
@@ -73,30 +69,6 @@ def curve(workdir: Path) -> Iterator[Record]:
         before = spent.get(row["epoch"] - 1, Cost())
         numbers = {name: row[name] for name in ("reward_mean", "reward_std", "loss", "lost_samples") if name in row}
         yield {"updates": row["step"], "epoch": row["epoch"], "samples": samples} | _shown(before) | numbers
-
-
-def figures(row: Mapping[str, Any]) -> Record:
-    """All figures of a row of evaluations.jsonl by name, with their standard errors. Other groups begin the name."""
-    found: Record = {}
-
-    def walk(tree: Mapping[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            if name in _LEFT_OUT or not isinstance(value, Mapping):
-                continue
-            if "value" in value and "std_error" in value:
-                found[prefix + name], found[f"{prefix}{name}_se"] = _float(value["value"]), _float(value["std_error"])
-            else:
-                walk(value, prefix if name in _DROPPED else f"{prefix}{name}_")
-
-    walk({name: value for name, value in row.items() if isinstance(value, Mapping) and name != "sampling"}, "")
-    certificate = row.get("certificate") or {}
-    for name in ("samples", "base_samples"):
-        if name in certificate:
-            found[name] = certificate[name]
-    effective = ((certificate.get("at_beta") or {}).get("log_z") or {}).get("effective")
-    if effective is not None:
-        found["gap_is_bound"] = float(effective) < FEW
-    return found
 
 
 def _shown(cost: Cost) -> Record:
@@ -114,7 +86,3 @@ def _cpu_seconds(workdir: Path) -> dict[int, float]:
         except (ValueError, KeyError, TypeError):  # a kill has cut the line short
             continue
     return found
-
-
-def _float(value: Any) -> float:
-    return math.nan if value is None else float(value)

@@ -1,17 +1,16 @@
 """The results of a grid: `results.csv`, `curves.csv`, `frontier.csv`, `thumbnails/` and `manifest.json`."""
 
-import csv
-import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nabla_gfn_jax.checkpoints.files import replace_contents, write_json
+from nabla_gfn_jax.checkpoints import csv_file
+from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.reproduction import measuring, records, thumbnails
 from nabla_gfn_jax.reproduction.cells import Cell, best_rate, in_order
@@ -23,7 +22,7 @@ FOLDER = "results"  # in the folder of a grid
 RESULTS, CURVES, FRONTIER, MANIFEST = "results.csv", "curves.csv", "frontier.csv", "manifest.json"
 STATE = "cell.json"  # in a cell's workdir
 DONE, FAILED, MISSING = "done", "failed", "missing"
-_LEADING = (
+LEADING = (
     *("base", "base_label", "method", "label", "config", "learning_rate", "seed", "stage", "chosen", "status", "error"),
     *("updates", "epoch", "trajectories", "tflop", "seconds", "cpu_seconds", "log_reward", "log_reward_se"),
 )
@@ -79,9 +78,10 @@ def write(folder: Path, grid: Grid, start: Start) -> None:
     best = _best(folder, grid)
     about = {cell: _about(grid, cell) | {"chosen": cell.rate == best[cell.base, cell.method]} for cell in cells}
     rows = [*_of_bases(folder, grid), *(about[cell] | row for cell in cells for row in _of_cell(folder, cell))]
-    write_csv(out / RESULTS, rows)
-    write_csv(out / CURVES, [about[cell] | row for cell in logged for row in records.curve(folder / cell.folder)])
-    write_csv(out / FRONTIER, list(_frontiers(folder, grid)))
+    csv_file.write(out / RESULTS, rows, LEADING)
+    logs = [about[cell] | row for cell in logged for row in records.curve(folder / cell.folder)]
+    csv_file.write(out / CURVES, logs, LEADING)
+    csv_file.write(out / FRONTIER, list(_frontiers(folder, grid)), LEADING)
     done = [cell for cell in logged if status(folder, cell) == DONE]
     shown = [cell for cell in done if cell.seed == grid.shared.seeds[0] and about[cell]["chosen"]]
     thumbnails.write({(cell.base, cell.method): folder / cell.folder for cell in shown}, out / thumbnails.FOLDER)
@@ -99,7 +99,7 @@ def _of_bases(folder: Path, grid: Grid) -> Iterator[Record]:
         rows = [row for row in evaluations.read(folder / "bases" / base) if row.get("model") == measuring.BASE]
         if rows:
             named = {"base": base, "base_label": about.label or base, "method": BASE_MODEL, "label": "base model"}
-            yield named | {"status": DONE, "updates": 0, "trajectories": 0} | records.figures(rows[-1])
+            yield named | {"status": DONE, "updates": 0, "trajectories": 0} | evaluations.figures(rows[-1])
 
 
 def _of_cell(folder: Path, cell: Cell) -> Iterator[Record]:
@@ -152,19 +152,3 @@ def write_manifest(file: Path, about: Mapping[str, Any], start: Start) -> None:
     here |= {"versions": manifest.versions(), "devices": manifest.devices()}
     total = round(sum(one["cpu_seconds"] for one in earlier) + cpu, 1)
     write_json(file, {**about, "cpu_seconds": total, "starts": [*earlier, here]})
-
-
-def write_csv(file: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes the rows with the columns of all: first those of `_LEADING`, the others in the order of appearance."""
-    listed = list(rows)
-    found = dict.fromkeys(name for row in listed for name in row)
-    columns = [*(name for name in _LEADING if name in found), *(name for name in found if name not in _LEADING)]
-    contents = io.StringIO()
-    writer = csv.DictWriter(contents, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([{name: _cell(value) for name, value in row.items()} for row in listed])
-    replace_contents(file, contents.getvalue().encode())
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else value

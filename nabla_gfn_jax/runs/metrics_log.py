@@ -45,6 +45,12 @@ COLUMNS = (
     Column("updates", "updates", EPOCH, "number of updates when the epoch ends"),
     Column("reward_mean", "log R", POLICY, "mean over the epoch's samples, not multiplied by β"),
     Column("reward_std", "log R", POLICY, "standard deviation over the samples"),
+    Column(
+        "reward_std_prompt",
+        "log R",
+        POLICY,
+        "root of the mean variance over the samples of a prompt, if a prompt has two or more samples",
+    ),
     Column("reward_mean_PART", "log R", POLICY, "mean of each part of a reward that is a sum, without its weight"),
     Column("lost_samples", "samples", EPOCH, "samples left out because a number of theirs is not finite"),
     Column("skipped_updates", "updates", EPOCH, "updates left out because a number is not finite"),

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int, PyTree
+from jaxtyping import Float, Int, PyTree
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import image_keys
@@ -67,6 +67,9 @@ class Outputs(Protocol):
 
     def save(self, epoch: int, updates: int, progress: Progress) -> None:
         """Saves the policy, and the state from which a resume continues after this epoch."""
+
+    def measure(self, updates: int, progress: Progress) -> None:
+        """Measures the policy, if this is due, after an epoch that is not saved."""
 
     def begins(self, epoch: int) -> None:
         """Is called before an epoch."""
@@ -192,6 +195,8 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
         stop_if_not_finite(epoch, progress, plan, row["lost_samples"])
         if not last and epoch > 0 and (epoch == plan.epochs or epoch % plan.save_every == 0):
             outputs.save(epoch, per_epoch * epoch, progress)
+        elif not last:
+            outputs.measure(per_epoch * epoch, progress)
         outputs.ends(epoch, per_epoch * min(epoch, plan.epochs), None if last else progress)
 
 
@@ -236,6 +241,7 @@ def weighed(
     for name in (name for name in scalars if name == TOTAL or name.startswith(f"{TOTAL}_")):
         numbers[f"reward_mean{name.removeprefix(TOTAL)}"] = mean(scalars[name][whole])
     numbers["reward_std"] = float(scalars[TOTAL][whole].std()) if whole.any() else np.nan
+    numbers |= spread_of_prompts(scalars[TOTAL][whole], prompt_id[whole])
     if lost:
         tell(f"epoch {epoch} loses {(~whole).sum()} of {len(whole)} samples; not finite: {describe_lost(lost)}")
     if not whole.any():
@@ -247,6 +253,13 @@ def weighed(
         scalars = {name: value[chosen] for name, value in scalars.items()}
     weight, stats = trainer.algorithm.weigh(stats, scalars, prompt_id)
     return data, weight, stats, numbers
+
+
+def spread_of_prompts(reward: Float[np.ndarray, " n"], prompt_id: Int[np.ndarray, " n"]) -> Row:
+    """The log row's `reward_std_prompt`: √ of the mean variance within a prompt; {} if no prompt has two samples."""
+    values = [reward[prompt_id == prompt] for prompt in np.unique(prompt_id)]
+    variances = [its.var(ddof=1) for its in values if len(its) > 1]
+    return {"reward_std_prompt": float(np.sqrt(np.mean(variances)))} if variances else {}
 
 
 def stop_if_not_finite(epoch: int, progress: Progress, plan: Plan, lost_samples: float) -> None:

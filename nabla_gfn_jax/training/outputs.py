@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.processes import greatest, is_first
+from nabla_gfn_jax.processes import greatest, is_first, tell
+from nabla_gfn_jax.runs import alarms
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
 from nabla_gfn_jax.runs.metrics_log import MetricsLog, read
 from nabla_gfn_jax.runs.workdir import Workdir
@@ -21,6 +22,7 @@ from nabla_gfn_jax.training.profiling import Clock, Trace
 from nabla_gfn_jax.training.showing import Showing
 
 _PATIENCE = 5.0  # seconds that a signal waits for a logger
+_GO_ON = "The same command goes on"
 _SHOWN_PIXELS = 128  # smaller images are enlarged in the grid
 
 
@@ -50,11 +52,14 @@ class WorkdirOutputs:
         *,
         profile: bool = False,
         judge: Judge | None = None,
+        stop_on_alarm: bool = False,
         on_epoch: Callable[[Row], None] | None = None,
     ):
         self._workdir, self._log, self._checkpoints, self._keep = workdir, log, checkpoints, plan.keep_loras
         self._showing, self._judge, self._on_epoch = showing, judge, on_epoch
         self._clock, self._stopping = clock, stopping
+        self._stop_on_alarm, self._alarmed = stop_on_alarm, False
+        self._rows: list[Row] = [row for row in read(workdir.path) if row["epoch"] < first]
         self._whole: tuple[int, int, Progress] | None = None  # the last whole epoch, its updates and progress
         self._trace = Trace(workdir.path, first, plan.epochs, wanted=profile)
         self._bar = tqdm(total=plan.epochs + 2, unit="epoch", dynamic_ncols=True, disable=not is_first())
@@ -77,15 +82,31 @@ class WorkdirOutputs:
             requested = greatest(self._stopping.requested)
             if requested:
                 self._stopping.end(requested)
+        if self._stop_on_alarm and greatest(int(self._alarmed)) and progress is not None:
+            self.save_whole()
+            file = self._workdir.path / alarms.NAME
+            raise UserError(f"an alarm ends the run after {updates} updates, which are saved; see {file}. {_GO_ON}")
 
     def row(self, row: Row) -> None:
         row = row | {"device_hours": self._clock.device_hours}
         with self._stopping.writing:
             self._log.write(row)
+            self._alarmed |= self._raise_alarms(row)
         shown = {"reward": row["reward_mean"]} | {name: row[name] for name in ("loss",) if name in row}
         self._bar.set_postfix({name: f"{value:.3g}" for name, value in shown.items()})
         if self._on_epoch is not None:
             self._on_epoch(row)
+
+    def _raise_alarms(self, row: Row) -> bool:
+        """Writes the alarms of the log up to this row that are not there yet. Returns whether there is one."""
+        self._rows.append(row)
+        if not is_first():
+            return False
+        try:
+            return bool(alarms.add(self._workdir.path, alarms.of_log(self._rows), tell))
+        except OSError as error:
+            tell(f"an alarm cannot be written ({error}); the run goes on")
+            return False
 
     def images(self, updates: int, images: np.ndarray, scores: Mapping[str, np.ndarray]) -> None:
         if is_first():
@@ -102,8 +123,16 @@ class WorkdirOutputs:
         with self._stopping.writing:
             self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
             self._checkpoints.save(epoch, progress.tree(), self._about(progress))
-        if self._judge is not None:
-            self._judge(updates, progress.state.policy)
+        self.measure(updates, progress, saved=True)
+
+    def measure(self, updates: int, progress: Progress, *, saved: bool = False) -> None:
+        """Saves the LoRA and measures the policy, if a measurement is due. All processes must call it."""
+        if self._judge is None or not self._judge.is_due(updates):
+            return
+        if not saved:
+            with self._stopping.writing:
+                self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
+        self._alarmed |= self._judge(updates, progress.state.policy)
 
     def save_whole(self) -> str:
         """Saves the state after the last whole epoch, unless a checkpoint has it, and returns what it did."""
@@ -124,8 +153,11 @@ class WorkdirOutputs:
         updates = int(progress.state.step)
         if updates > 0 and updates not in self._workdir.loras():
             self._workdir.save_lora(updates, progress.state.policy, keep=self._keep)
-        if updates > 0 and self._judge is not None and self._judge.lacks(updates):
-            self._judge(updates, progress.state.policy)
+        if self._judge is not None and self._judge.is_due(updates):
+            if self._judge.lacks(updates):
+                self._judge(updates, progress.state.policy)
+            elif self._workdir.writes:
+                self._judge.conclude(updates)
 
     def finished(self) -> None:
         """Is called when the run has ended. Raises `UserError` if rows of the log could not be written."""

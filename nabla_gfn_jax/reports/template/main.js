@@ -7,6 +7,11 @@ dark.addEventListener("change", () => (root.dataset.theme = dark.matches ? "dark
 
 const toggleTheme = () => (root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark");
 
+function alarms() {
+  const items = data.alarms.map((alarm) => el("li", {}, el("b", {}, "Alarm "), alarm));
+  return el("ul", { class: "alarms", role: "alert" }, items);
+}
+
 function header() {
   const written = `Written ${data.written} by nabla_gfn_jax ${data.version}`;
   const theme = el("button", { type: "button", id: "theme", onclick: toggleTheme, title: "Key D" }, "Light / dark");
@@ -15,6 +20,7 @@ function header() {
   return [
     el("header", {}, el("div", {}, el("h1", {}, data.title), el("p", { class: "muted small" }, written)), theme),
     el("ul", { class: "runs" }, runs),
+    ...(data.alarms.length === 0 ? [] : [alarms()]),
     el(
       "ul",
       { class: "notes" },
