@@ -6,31 +6,49 @@ its distance to P_base · R^β (docs/nats.md), the mean log R of its worst sampl
 that you name. With --metrics it also measures the diversity of the images and their distance from the base model's
 (docs/metrics.md). If the drawings of the prompts are known, it also prints how many images show their prompt and the
 entropies over vendors and over drawings. Diversity is compared with that of the base model tilted to the same mean log
-R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the measurements of the base model's samples in
-WORKDIR/base_samples for later evaluations.
+R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the measurements of all samples in
+WORKDIR/base_samples and WORKDIR/lora_samples: the same command, if it was cut off, goes on with the next model.
 """
 
+import itertools
+import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
+from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints import csv_file
 from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
-from nabla_gfn_jax.inference.evaluation import BASE_SAMPLES, EVERY_CONCEPT, Evaluator, Split, describe, prompts_to_judge
+from nabla_gfn_jax.images import levels, save_each
+from nabla_gfn_jax.inference.evaluation import (
+    BASE_SAMPLES,
+    EVERY_CONCEPT,
+    LORA_SAMPLES,
+    Evaluation,
+    Evaluator,
+    Split,
+    States,
+    describe,
+    prompts_to_judge,
+)
 from nabla_gfn_jax.inference.extras import load_extras
-from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, scaled
-from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
+from nabla_gfn_jax.inference.recipes import recipes
+from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, digest, scaled
+from nabla_gfn_jax.inference.subject import Subject, SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
+from nabla_gfn_jax.metrics.base import Batch
 from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import use_cpu_cores
 from nabla_gfn_jax.rewards import RewardNames, load_reward, scale_of
 from nabla_gfn_jax.runs import evaluations
+from nabla_gfn_jax.typing import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +75,7 @@ class Options(SubjectOptions):
     )
     beta: float | None = option(None, "β of the target P_base · R^β [the run's]", minimum=-1e9, maximum=1e9)
     out: Path | None = option(None, "JSON file for all figures", file="output")
+    images: Path | None = option(None, "folder for all images as PNG files, in a folder for each model", file="folder")
     csv: Path | None = option(None, "CSV file, with a line for each model", file="output", endings=(".csv",))
 
 
@@ -73,10 +92,7 @@ def main(argv: list[str]) -> None:
     reward = None if reward_name == "none" else load_reward(reward_name)
     extras = load_extras(options.cross_rewards, options.metrics, reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
-    loras = {
-        name: load_lora(file, model.params["unet"], model.params["text_encoder"])
-        for name, file in subject.loras.items()
-    }
+    candidates = list(candidates_of(subject, model, options.lora_scale))
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
     beta = subject.beta if options.beta is None else options.beta
@@ -86,21 +102,23 @@ def main(argv: list[str]) -> None:
     hashes = hashes_of(subject.model, {"reward": reward.files if reward else ()} | extras.files)
     what = describe(subject.model, subject.model_dtype, sampler, reward_name, hashes)
     warn_of_another_base(subject, hashes)
-    kept = options.workdir / BASE_SAMPLES if options.workdir else None
     base_num = max(evaluator.base_images(options.num), options.base_num)
-    base = evaluator.base_states(base_num, kept, what, progress="base")
-    models = {"base": None} | {
-        name + f" x {scale:g}" * (scale != 1): scaled(lora, scale)
-        for name, lora in loras.items()
-        for scale in options.lora_scale
-    }
-    found = {}
-    for name, lora in models.items():
-        states = base if lora is None else evaluator.states(lora, options.num, progress=name)
-        found[name] = evaluator.evaluate(states, base, options.num)
+    found: dict[str, Evaluation] = {}
+    base: States = {}
+    for each in candidates:
+        num, folder = (base_num, BASE_SAMPLES) if each.lora is None else (options.num, LORA_SAMPLES)
+        cache = options.workdir / folder if options.workdir else None
+        key = what if each.lora is None else what | {"lora": digest(each.lora)}
+        keep = keeper(options.images, each, subject, prompts, num, model.image_shape) if options.images else None
+        states = evaluator.kept_states(each.lora, num, cache, key, each.name, keep)
+        if each.lora is None:
+            base = states
+        else:  # the folder may have more
+            states = {metric: state.numbers(0, num) for metric, state in states.items()}
+        found[each.name] = evaluator.evaluate(states, base, options.num)
         if options.workdir:
-            row = {"model": name, "beta": beta, "cross_rewards": extras.cross_rewards} | what | to_json(found[name])
-            evaluations.append(options.workdir, row)
+            row = {"model": each.name, "beta": beta, "cross_rewards": extras.cross_rewards} | what
+            evaluations.append(options.workdir, row | to_json(found[each.name]))
     print_evaluations(found)
     for name in [reward_name] * (reward is not None) + list(options.cross_rewards):
         print(f"log R of {name}: {scale_of(name)}")
@@ -109,6 +127,44 @@ def main(argv: list[str]) -> None:
         csv_file.write(options.csv, rows)
     if options.out:
         write_json(options.out, what | {name: to_json(evaluation) for name, evaluation in found.items()})
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to measure: the base model, or the LoRA `file` at strength `scale`."""
+
+    name: str
+    lora: Params | None = None
+    file: str = ""
+    scale: float = 0.0
+
+    @property
+    def strengths(self) -> dict[str, float]:
+        """The strength of its LoRA by the LoRA's name."""
+        return {self.file: self.scale} if self.file else {}
+
+
+def candidates_of(subject: Subject, model: StableDiffusion, scales: Sequence[float]) -> Iterator[Candidate]:
+    """The base model, and then each LoRA at each strength. Raises `UserError` if a LoRA does not load."""
+    yield Candidate(evaluations.BASE)
+    for name, file in subject.loras.items():
+        lora = load_lora(file, model.params["unet"], model.params["text_encoder"])
+        for scale in scales:
+            yield Candidate(name + f" x {scale:g}" * (scale != 1), scaled(lora, scale), name, scale)
+
+
+def keeper(
+    folder: Path, model: Candidate, subject: Subject, prompts: Sequence[str], num: int, size: Sequence[int]
+) -> Callable[[Batch], None]:
+    """A function that writes the images of each batch to a folder of the model, as 0000.png and so on."""
+    place = folder / re.sub(r"[^\w.-]+", "_", model.name)
+    texts, count = recipes(subject.model, model.strengths, subject.how, prompts, num, size), itertools.count()
+
+    def keep(batch: Batch) -> None:
+        for image in levels(batch.images):
+            save_each(place, image[None], [next(texts)], first=next(count))
+
+    return keep
 
 
 if __name__ == "__main__":

@@ -51,15 +51,17 @@ def save_grid(
 
 
 def save_each(
-    folder: Path, images: UInt8[np.ndarray, "count height width 3"], texts: Iterable[Mapping[str, str]]
+    folder: Path, images: UInt8[np.ndarray, "count height width 3"], texts: Iterable[Mapping[str, str]], first: int = 0
 ) -> None:
-    """Writes the images as `folder`/0000.png, 0001.png, … `texts` has the text fields of each PNG by keyword.
+    """Writes the images as `folder`/0000.png, 0001.png, …, from number `first` on.
+
+    `texts` has the text fields of each PNG by keyword.
 
     Raises `UserError` if a file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for number, (image, text) in enumerate(zip(images, texts, strict=True)):
+        for number, (image, text) in enumerate(zip(images, texts, strict=True), first):
             info = PngInfo()
             for keyword, value in text.items():
                 info.add_itxt(keyword, value)

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from tiny_run import brightness
 from nabla_gfn_jax import evaluate, sample
 from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
+from nabla_gfn_jax.inference.evaluation import Evaluator
 from nabla_gfn_jax.inference.sampling import ImageSampler
 from nabla_gfn_jax.inference.subject import hashes_of
 from nabla_gfn_jax.inference.table import show
@@ -130,6 +132,44 @@ def test_a_run_judges_itself_as_the_command_judges_it(command, tmp_path, monkeyp
         name: row[name] for name in ("inputs", "prompts", "sampling")
     }
     assert again["certificate"]["spent"]["value"] == pytest.approx(row["certificate"]["spent"]["value"], rel=1e-4)
+
+
+@pytest.mark.thorough
+def test_an_evaluation_that_was_cut_off_goes_on(run, tmp_path, monkeypatch, sampled):
+    copy, images = tmp_path / "run", tmp_path / "images"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("*_samples", "evaluations.jsonl"))
+    states = Evaluator.states
+
+    def cut(self, lora, num, **options):
+        if options.get("progress") == "lora/00008":
+            raise KeyboardInterrupt
+        return states(self, lora, num, **options)
+
+    flags = ["evaluate", f"--workdir={copy}", "--num=3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Evaluator, "states", cut)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.main(flags)
+    assert [row["model"] for row in evaluations.read(copy)] == ["base", "lora/00004"]
+    sampled.clear()
+    evaluate.main(flags)
+    assert sampled == [(True, 0, 3)]  # only the last LoRA
+    small, again = (row for row in evaluations.read(copy) if row["model"] == "lora/00004")
+    assert small == again
+
+    evaluate.main([*flags, f"--images={images}"])
+    assert sampled[1:] == [(False, 0, 3), (True, 0, 3), (True, 0, 3)]
+    assert sorted(folder.name for folder in images.iterdir()) == ["base", "lora_00004", "lora_00008"]
+    assert [file.name for file in sorted((images / "base").iterdir())] == [f"{i:04d}.png" for i in range(6)]
+    sample.main(["sample", f"--workdir={copy}", "--num=3", f"--out={tmp_path}/x.png", f"--each={tmp_path}/each"])
+    for number in range(6):  # the run's last LoRA, the same prompts and noise
+        name = f"{number:04d}.png"
+        of_evaluation, of_sample = picture(images / "lora_00008" / name), picture(tmp_path / "each" / name)
+        assert np.abs(of_evaluation.astype(int) - of_sample).max() <= 1
+        with Image.open(images / "lora_00008" / name) as one:
+            recipe = json.loads(one.text["nabla_gfn_jax"])
+        assert (recipe["prompt_number"], recipe["image_number"]) == divmod(number, 3)
+        assert recipe["loras"] == {"lora/00008": 1.0}
 
 
 @pytest.mark.thorough

@@ -215,6 +215,7 @@ WRONG_FLAGS = {
         "beta": (1e30, *NUMBERS),
         "out": PATH,
         "csv": PATH,
+        "images": PATH,
     },
     "report": {"workdir": ("file", (3,), ("",)), "out": PATH, "draw": SWITCH, "batch": NATURAL},
     "plan": {

@@ -3,7 +3,7 @@
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from nabla_gfn_jax.checkpoints.files import WriteError, write_whole
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.inference.sampling import ImageSampler
-from nabla_gfn_jax.metrics.base import Comparison, Metric, NotAvailable, Samples, Weighting
+from nabla_gfn_jax.metrics.base import Batch, Comparison, Metric, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.certificate import Certificate
 from nabla_gfn_jax.metrics.coverage import SHAPE as DRAWN_SHAPE
 from nabla_gfn_jax.metrics.coverage import Coverage, concept_captions
@@ -26,6 +26,7 @@ from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.typing import Params
 
 BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
+LORA_SAMPLES = "lora_samples"  # and those of LoRAs, so that an evaluation that was cut off goes on
 EVERY_CONCEPT = "every_concept"  # the name of a prompt set: one caption for each concept of the emoji model
 DESCRIBED = ("base_model", "model_dtype", "sampling", "prompts", "reward", "inputs")
 AnyMetric = Metric | Comparison
@@ -64,26 +65,49 @@ class Evaluator:
         """
         return 2 * num if any(isinstance(metric, Comparison) for metric in self.metrics) else num
 
-    def states(self, lora: Params | None, num: int, *, first: int = 0, progress: str | None = None) -> States:
-        """The metrics' states for the images number `first` to `num` − 1 of each prompt."""
+    def states(
+        self,
+        lora: Params | None,
+        num: int,
+        *,
+        first: int = 0,
+        progress: str | None = None,
+        keep: Callable[[Batch], None] | None = None,
+    ) -> States:
+        """The metrics' states for the images number `first` to `num` − 1 of each prompt. `keep` gets each batch."""
         states: States = {}
         wants_nats = any(isinstance(metric, Nats) for metric in self.metrics)
         for batch in self._sampler.images(lora, num, first=first, nats=wants_nats, progress=progress):
+            if keep is not None:
+                keep(batch)
             for metric in self.metrics:
                 state = metric.update(batch)
                 states[metric.name] = states[metric.name].merge(state) if metric.name in states else state
         return states
 
     def base_states(self, num: int, cache: Path | None, key: Mapping[str, Any], progress: str | None = None) -> States:
-        """The states for at least `num` images of each prompt from the base model.
+        """The states for at least `num` images of each prompt from the base model, as `kept_states`."""
+        return self.kept_states(None, num, cache, key, progress)
 
-        States in the folder `cache` are used again. `key` has everything that the images and their rewards depend on.
+    def kept_states(
+        self,
+        lora: Params | None,
+        num: int,
+        cache: Path | None,
+        key: Mapping[str, Any],
+        progress: str | None = None,
+        keep: Callable[[Batch], None] | None = None,
+    ) -> States:
+        """The states for at least `num` images of each prompt.
+
+        States in the folder `cache` are used again, unless `keep` wants the images. `key` has everything that the
+        images and their rewards depend on.
         """
         file = None if cache is None else cache / kept_name(key, [metric.name for metric in self.metrics])
-        states = _read_states(file) if file is not None and file.is_file() else {}
+        states = _read_states(file) if file is not None and file.is_file() and keep is None else {}
         have = min((int(np.bincount(s.prompt).min()) for s in states.values()), default=0)
         if have < num:
-            more = self.states(None, num, first=have, progress=progress)
+            more = self.states(lora, num, first=have, progress=progress, keep=keep)
             states = {name: states[name].merge(more[name]) for name in states} or more
             if file is not None:
                 with suppress(WriteError):  # on a full disk they are sampled again
@@ -174,9 +198,9 @@ def describe(
 
 
 def kept_name(key: Mapping[str, Any], metrics: Sequence[str]) -> str:
-    """The name of the file with the base model's states of the metrics."""
+    """The name of the file with the states of the metrics."""
     digest = hashlib.sha256((json.dumps(key, sort_keys=True) + json.dumps(metrics)).encode()).hexdigest()
-    return f"base-{digest[:16]}.npz"
+    return f"{'lora' if 'lora' in key else 'base'}-{digest[:16]}.npz"
 
 
 def _write_states(file: Path, states: States) -> None:

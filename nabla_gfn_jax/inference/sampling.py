@@ -1,5 +1,6 @@
 """Samples images from a base model, with or without a LoRA, in batches of bounded memory."""
 
+import hashlib
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -230,6 +231,15 @@ def image_keys(seed: int, prompt: Int[np.ndarray, " n"], number: Int[np.ndarray,
     """The keys of the noise of image number `number` of each prompt. `prompt` is its place in the list of prompts."""
     noise = prompt.astype(np.int64) * _PER_PROMPT + number
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), noise)
+
+
+def digest(lora: Params) -> str:
+    """A hash of all names and numbers of a LoRA."""
+    found = hashlib.sha256()
+    for path, array in sorted(flatten_dict(lora).items()):
+        found.update(repr((path, array.shape)).encode())
+        found.update(np.asarray(array).tobytes())
+    return found.hexdigest()
 
 
 def scaled(lora: Params, strength: float) -> Params:
