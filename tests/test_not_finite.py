@@ -40,8 +40,7 @@ def programs(tiny_model, tmp_path_factory):
         trainer = build(config)
     state = parallel.place(trainer.first_state(0, config.lora.rank), trainer.mesh)
     made = Programs(trainer, length(config), state)
-    keys, ids, _ = made.given(0)
-    return made, state, made.rollout(state.params, keys, ids)
+    return made, state, made.rollout(0, state.params)[0]
 
 
 def host(tree):
@@ -63,8 +62,8 @@ def test_an_update_that_is_not_finite_is_not_applied_and_names_term_and_samples(
     made, state, sampled = programs
     weight = np.ones(16, np.float32)
     data = host(sampled.data)
-    good, _ = made.update(state, sampled.data, weight)
-    after, steps = made.update(state, put(made, spoil(data, 5, 1)), weight)
+    good, _ = made.update(0, state, sampled.data, weight)
+    after, steps = made.update(0, state, put(made, spoil(data, 5, 1)), weight)
     assert np.asarray(steps.applied).tolist() == [True, False]
     finite = np.asarray(steps.finite)
     assert finite.shape == (2, 16)
@@ -73,7 +72,7 @@ def test_an_update_that_is_not_finite_is_not_applied_and_names_term_and_samples(
     text = faults.describe_skipped(steps.metrics, np.asarray(steps.applied), finite, 16)
     assert {"grad_norm_lora", "loss"} <= set(text.removesuffix(" of sample 5").split(", "))
     assert distance(good.params, after.params) > 0  # the second update of the good data moved it
-    again, steps = made.update(state, put(made, spoil(spoil(data, 5, 1), 3, 0)), weight)
+    again, steps = made.update(0, state, put(made, spoil(spoil(data, 5, 1), 3, 0)), weight)
     assert not np.asarray(steps.applied).any()
     for name in ("params", "optimizer"):
         same(getattr(again, name), getattr(state, name))
@@ -100,7 +99,7 @@ def test_the_state_before_is_not_overwritten(programs):
     """A signal saves it while the update runs."""
     made, state, sampled = programs
     before = host(state)
-    made.update(state, sampled.data, np.ones(16, np.float32))
+    made.update(0, state, sampled.data, np.ones(16, np.float32))
     same(state, before)
 
 
@@ -109,7 +108,7 @@ def test_a_weight_that_is_not_finite_spoils_the_update(programs):
     made, state, sampled = programs
     weight = np.ones(16, np.float32)
     weight[9] = np.nan
-    after, steps = made.update(state, sampled.data, weight)
+    after, steps = made.update(0, state, sampled.data, weight)
     assert not np.asarray(steps.applied).any()
     same(after.params, state.params)
     finite = np.asarray(steps.finite)
@@ -125,8 +124,7 @@ def test_the_samples_of_a_rollout_are_looked_at_one_by_one(programs):
         found = np.asarray(faults.finite_rows(spoil(data, sample, 1), 1))
         assert np.flatnonzero(~found).tolist() == [sample]
     broken = jax.tree.map(lambda a: jnp.full_like(a, jnp.inf), state.params)  # a policy whose samples are none
-    keys, ids, _ = made.given(0)
-    assert not np.asarray(made.rollout(broken, keys, ids).finite["latents"]).any()
+    assert not np.asarray(made.rollout(0, broken)[0].finite["latents"]).any()
 
 
 def test_another_sample_takes_the_place_of_a_lost_one_on_any_device(programs):

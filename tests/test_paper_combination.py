@@ -108,7 +108,7 @@ class Rows(list):
 
     def images(self, *_): ...
 
-    save = begins = ends = images
+    save = measure = begins = ends = images
 
 
 @contextmanager
@@ -133,13 +133,12 @@ def trained(request, tmp_path_factory):
         trainer = build(settings)
         state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
         programs = loop.Programs(trainer, length(settings), state)
-        keys, ids, prompt_id = programs.given(0)
-        sampled = programs.rollout(state.params, keys, ids)
+        sampled, prompt_id = programs.rollout(0, state.params)
         weight = place(np.ones(len(prompt_id), np.float32), trainer.mesh, loop.SPLIT)
         updates: list[Update] = []
         for _ in range(2):
             params = jax.tree.map(np.array, state.params)
-            state, steps = programs.update(state, sampled.data, weight)
+            state, steps = programs.update(0, state, sampled.data, weight)
             updates.append(Update(params, {name: float(value[0]) for name, value in steps.metrics.items()}))
         state = place(trainer.first_state(settings.seed, settings.lora.rank), trainer.mesh)
         loop.run(programs, length(settings), loop.first_progress(trainer, state), 0, rows := Rows())

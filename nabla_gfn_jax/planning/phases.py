@@ -17,7 +17,7 @@ from nabla_gfn_jax.planning.hlo import Traffic, traffic
 from nabla_gfn_jax.rewards import ABSTRACT, load_reward
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import assemble, prompts_of
-from nabla_gfn_jax.training.prompts import abstract_table
+from nabla_gfn_jax.training.prompts import abstract_table, table_rows
 from nabla_gfn_jax.training.trainer import BY_UPDATE, Trainer
 
 _PROMPTS = 1500  # the size of the largest prompt set of the paper, HPDv2's photos and paintings
@@ -134,5 +134,5 @@ def abstract_trainer(config: Settings, mesh: Mesh) -> Trainer:
     base, reward = abstract_model(config.model, DTYPES[config.model_dtype]), load_reward(config.reward, weights=False)
     # If the reward does not need the prompts, a prompt set on the hub need not be downloaded.
     prompts = ("",) * _PROMPTS if config.reward in ABSTRACT else prompts_of(config)
-    table = abstract_table(base, reward, len(prompts), prompts[0])
+    table = abstract_table(base, reward, table_rows(len(prompts), config.training.trajectories), prompts[0])
     return assemble(config, mesh, base, reward, table, len(prompts))

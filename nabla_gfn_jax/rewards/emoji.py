@@ -78,14 +78,17 @@ def valence() -> Reward:
 def recognisability() -> Reward:
     """log R = log p(the prompt's animal | image) among the 45 animals of `SIMPLE_ANIMALS` and "something else"."""
 
+    def places(prompts: list[str]) -> list[int]:
+        return [_animal(prompt) for prompt in prompts]
+
     def encode(prompts: list[str]) -> Int[Array, " batch"]:
-        return jnp.array([_animal(prompt) for prompt in prompts], jnp.int32)
+        return jnp.array(places(prompts), jnp.int32)
 
     def score(params: Params, images: Images, animal: Int[Array, " batch"]) -> PerSample:
         log_p = jax.nn.log_softmax(_linear(params, images), axis=-1)
         return jnp.take_along_axis(log_p, animal[:, None], axis=-1)[:, 0]
 
-    return Reward(_load_head("recognisability"), encode, score, _files("recognisability"))
+    return Reward(_load_head("recognisability"), encode, score, _files("recognisability"), places)
 
 
 def _animal(prompt: str) -> int:

@@ -1,4 +1,4 @@
-"""Normalised features of prompts from a text tower. Each prompt is encoded once."""
+"""Normalised features of prompts from a text tower. A prompt is encoded once, if there are not very many."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,6 +11,7 @@ from nabla_gfn_jax.models.open_clip import Embeddings
 from nabla_gfn_jax.typing import Params
 
 _ENCODED_TOGETHER = 32  # prompts
+_KEPT = 4096  # prompts whose features are kept; of more, the oldest are encoded again
 
 
 def prompt_encoder(
@@ -38,7 +39,10 @@ def prompt_encoder(
             padded = batch + [""] * (_ENCODED_TOGETHER - len(batch))
             features = np.asarray(run(on_device, tokenize(padded)))
             known.update(zip(batch, features, strict=False))
-        return jnp.stack([known[prompt] for prompt in prompts])
+        found = jnp.stack([known[prompt] for prompt in prompts])
+        for prompt in list(known)[:-_KEPT]:
+            del known[prompt]
+        return found
 
     return encode
 

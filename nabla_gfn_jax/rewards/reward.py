@@ -19,17 +19,20 @@ class Reward:
 
     Attributes:
         params: the parameters of `score`.
-        encode_prompts: prompts → arrays with one row per prompt. It is called once per run, and raises `UserError` for
-            a prompt that the reward cannot judge.
+        encode_prompts: prompts → arrays with one row per prompt. It is called once with all prompts of a run, or, if
+            they are very many, with the prompts of each epoch. It raises `UserError` for a prompt that the reward
+            cannot judge.
         score: (params, images in [0, 1], features of their prompts) → log R of each image, (B,), float32, without β. It
             is pure and, unless the reward says otherwise, differentiable in the images.
         files: the files from which the reward was read.
+        check_prompts: raises the `UserError` of `encode_prompts` without computing features.
     """
 
     params: Params
     encode_prompts: Callable[[list[str]], PyTree[Any]]
     score: Callable[[Params, Images, PyTree[Any]], PerSample]
     files: tuple[Path, ...] = ()
+    check_prompts: Callable[[list[str]], object] = lambda prompts: None
 
     def scores(self, params: Params, images: Images, features: PyTree[Any]) -> dict[str, PerSample]:
         """The result of `score` under the name `TOTAL`, and the parts of a sum under their own names, for the log."""

@@ -28,6 +28,10 @@ def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> SumOfRewards:
     def encode(prompts: list[str]) -> dict[str, Any]:
         return {name: part.encode_prompts(prompts) for name, (_, part) in parts.items()}
 
+    def check(prompts: list[str]) -> None:
+        for _, part in parts.values():
+            part.check_prompts(prompts)
+
     def score(params: Params, images: Images, features: PyTree[Any]) -> PerSample:
         return whole.scores(params, images, features)[TOTAL]
 
@@ -37,6 +41,7 @@ def weighted_sum(parts: Mapping[str, tuple[float, Reward]]) -> SumOfRewards:
         encode_prompts=encode,
         score=score,
         files=tuple(files),
+        check_prompts=check,
         parts=tuple((name, weight, part) for name, (weight, part) in parts.items()),
     )
     return whole

@@ -1,6 +1,6 @@
 """Builds a trainer from settings: finds, checks and loads everything that the settings name."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nabla_gfn_jax.runs.manifest import Input
 from nabla_gfn_jax.runs.metrics_log import check_sinks
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.loop import Plan
-from nabla_gfn_jax.training.prompts import make_table
+from nabla_gfn_jax.training.prompts import make_table, table_rows
 from nabla_gfn_jax.training.state import learning_rate, make_optimizer
 from nabla_gfn_jax.training.trainer import Trainer
 from nabla_gfn_jax.typing import Params
@@ -41,8 +41,13 @@ def build(settings: Settings) -> Trainer:
     with host_memory():
         reward = load_reward(settings.reward)  # first, because its files have not been checked yet
         base = load_model(settings.model, DTYPES[settings.model_dtype])
-        table = make_table(base, reward, found.train)
-    return assemble(settings, mesh, base, reward, table, len(found.train), found.weights)
+        rows = table_rows(len(found.train), settings.training.trajectories)
+        reward.check_prompts(list(found.train))
+        table = make_table(base, reward, found.train[:rows])
+    trainer = assemble(settings, mesh, base, reward, table, len(found.train), found.weights)
+    if rows == len(found.train):
+        return trainer
+    return replace(trainer, encode=lambda ids: make_table(base, reward, [found.train[i] for i in ids]))
 
 
 def free_fields(settings: Settings) -> frozenset[str]:

@@ -106,6 +106,7 @@ class Programs:
     def __init__(self, trainer: Trainer, plan: Plan, state: TrainState):
         self.trainer, self.meter = trainer, Meter()
         self._key, self._count = jax.random.key(plan.seed), plan.samples
+        self._seen: dict[int, tuple[Params, Int[np.ndarray, " all"]]] = {}  # of the last two epochs
         self._prompts = PromptIds(trainer.num_prompts, trainer.prompt_weights)
         traced = trainer.rollout.trace(trainer.frozen, state.params, *self.given(0)[:2])
         self.data = placed(traced.out_info.data, trainer.mesh, BY_UPDATE)
@@ -120,20 +121,31 @@ class Programs:
         meet("compiled")
 
     def given(self, epoch: int) -> tuple[Any, Any, np.ndarray]:
-        """The keys and prompt ids of an epoch's samples on the devices, and the prompt ids on the host."""
+        """The keys and table rows of an epoch's samples on the devices, and their prompt ids on the host."""
         keys = sample_keys(self._key, epoch, self._count)
-        ids = self._prompts.chosen(keys)
-        return (*place((keys, ids), self.trainer.mesh, SPLIT), ids)
+        _, rows = self.seeing(epoch)
+        return (*place((keys, rows), self.trainer.mesh, SPLIT), self._ids(epoch))
 
-    def rollout(self, params: Params, keys: Any, ids: Any) -> Any:
-        """Samples with `params`: a `Sampled`."""
+    def seeing(self, epoch: int) -> tuple[Params, Int[np.ndarray, " all"]]:
+        """The frozen parameters, with a table that has the epoch's prompts, and the row of each sample's prompt."""
+        if epoch not in self._seen:
+            self._seen = {other: seen for other, seen in self._seen.items() if abs(other - epoch) == 1}
+            self._seen[epoch] = self.trainer.seeing(self._ids(epoch))
+        return self._seen[epoch]
+
+    def _ids(self, epoch: int) -> Int[np.ndarray, " all"]:
+        return self._prompts.chosen(sample_keys(self._key, epoch, self._count))
+
+    def rollout(self, epoch: int, params: Params) -> tuple[Any, Int[np.ndarray, " all"]]:
+        """Samples the epoch with `params`: a `Sampled`, and the prompt ids."""
+        keys, rows, ids = self.given(epoch)
         self.meter.call("rollout")
-        return self.compiled["rollout"](self.trainer.frozen, params, keys, ids)
+        return self.compiled["rollout"](self.seeing(epoch)[0], params, keys, rows), ids
 
-    def update(self, state: TrainState, data: Any, weight: Any) -> Any:
-        """Makes the updates of an epoch: the new state and a `Steps`."""
+    def update(self, epoch: int, state: TrainState, data: Any, weight: Any) -> Any:
+        """Makes the updates on the data that the epoch sampled: the new state and a `Steps`."""
         self.meter.call("update")
-        return self.compiled["update"](self.trainer.frozen, state, data, weight)
+        return self.compiled["update"](self.seeing(epoch)[0], state, data, weight)
 
     def images(self, policy: Params) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Samples of the LoRA `policy` for the grid and the report, and their scores.
@@ -142,8 +154,9 @@ class Programs:
         """
         prompt, number = pictures.arranged(self._prompts.number, self._count)
         keys = image_keys(pictures.SEED, prompt, number)
-        placed = place((keys, prompt), self.trainer.mesh, SPLIT)
-        images, scores = self.trainer.images(self.trainer.frozen, {"lora": policy}, *placed)
+        frozen, rows = self.trainer.seeing(prompt)
+        placed = place((keys, rows), self.trainer.mesh, SPLIT)
+        images, scores = self.trainer.images(frozen, {"lora": policy}, *placed)
         mesh = self.trainer.mesh
         return gather(images, mesh), {name: gather(score, mesh) for name, score in scores.items()}
 
@@ -203,15 +216,15 @@ def run(programs: Programs, plan: Plan, progress: Progress, first: int, outputs:
 def one(programs: Programs, epoch: int, params: Params, progress: Progress, *, update: bool) -> tuple[Progress, Row]:
     """Runs one epoch: samples with `params` and, if `update`, trains. Returns the new progress and the log row."""
     trainer, state, steps = programs.trainer, progress.state, None
-    keys, ids, prompt_id = programs.given(epoch)
-    sampled: Sampled = programs.rollout(params, keys, ids)
+    sampled: Sampled
+    sampled, prompt_id = programs.rollout(epoch, params)
     if not trainer.algorithm.on_policy and update and progress.data is not None:
-        state, steps = programs.update(state, progress.data, progress.weight)  # starts while sampling runs
+        state, steps = programs.update(epoch - 1, state, progress.data, progress.weight)  # starts while sampling runs
     meet(f"epoch {epoch}")
     data, host_weight, stats, numbers = weighed(programs, epoch, sampled, prompt_id, progress.stats)
     weight = place(host_weight, trainer.mesh, SPLIT)
     if trainer.algorithm.on_policy and update:
-        state, steps = programs.update(state, data, weight)
+        state, steps = programs.update(epoch, state, data, weight)
     skipped, fault = progress.skipped, progress.fault
     if steps is not None:  # waits for the devices
         applied = np.asarray(steps.applied)

@@ -1,4 +1,4 @@
-"""The prompts of a run: the table of their features, computed once, and the choice of a prompt for each sample."""
+"""The prompts of a run: the table of their features, and the choice of a prompt for each sample."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from nabla_gfn_jax.base_models.base import BaseModel
+from nabla_gfn_jax.base_models.base import FEW_PROMPTS, BaseModel
 from nabla_gfn_jax.rewards import Reward
 from nabla_gfn_jax.streams import stream
 from nabla_gfn_jax.typing import PRNGKeys
@@ -18,6 +18,11 @@ def make_table(base: BaseModel, reward: Reward, prompts: Sequence[str]) -> dict[
     """The features of each prompt for base model and reward, on the host. A prompt's id is its row."""
     features = jax.tree.map(np.asarray, reward.encode_prompts(list(prompts)))
     return {"base": base.encode_prompts(prompts), "reward": features}
+
+
+def table_rows(num_prompts: int, samples: int) -> int:
+    """The rows of a run's table: all prompts, or, if they are very many, as many as an epoch has samples."""
+    return num_prompts if num_prompts <= FEW_PROMPTS else samples
 
 
 def abstract_table(base: BaseModel, reward: Reward, num_prompts: int, example: str = "") -> dict[str, Any]:

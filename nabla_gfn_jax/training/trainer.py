@@ -3,7 +3,7 @@
 They use the protocols of algorithms, rewards and base models, and name none of them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -15,10 +15,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from nabla_gfn_jax.algorithms.base import Algorithm, Metrics, Model, Rollout, Scalars
-from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, change_predictor, predictor
+from nabla_gfn_jax.base_models.base import BaseModel, HeadNetwork, Table, change_predictor, predictor, window
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.models.lora import Layers
@@ -70,7 +70,7 @@ class Trainer:
     reward: Reward
     algorithm: Algorithm
     chain: Chain
-    table: Mapping[str, Table]  # features of the run's prompts for "base" and "reward"
+    table: Mapping[str, Table]  # features of the run's prompts for "base" and "reward"; of so many as it has rows
     num_prompts: int
     guidance: float
     optimizer: optax.GradientTransformation
@@ -84,6 +84,8 @@ class Trainer:
     carry_change: bool = False  # in half precision: carry o_θ − o_# through the network; False: subtract outputs
     lora_steps: int | None = None  # number of first steps with the LoRA; None: all
     average: float = 0.0  # decay of the running mean of the LoRA; 0: no running mean
+    encode: Callable[[Int[np.ndarray, " rows"]], Mapping[str, Table]] | None = None  # the table of these prompts, if
+    # they are too many for one; its number of rows is then that of `table`
 
     @cached_property
     def heads(self) -> dict[str, HeadNetwork]:
@@ -107,6 +109,13 @@ class Trainer:
     def frozen(self) -> Params:
         """`frozen_params` on the devices."""
         return place(self.frozen_params, self.mesh)
+
+    def seeing(self, prompt_id: Int[np.ndarray, " n"]) -> tuple[Params, Int[np.ndarray, " n"]]:
+        """`frozen` with a table that has these prompts, and the row of each."""
+        if self.encode is None:
+            return self.frozen, prompt_id
+        ids, rows = window(prompt_id, len(prompt_id))
+        return self.frozen | {"table": place(dict(self.encode(ids)), self.mesh)}, rows
 
     def told(self, scalars: Mapping[str, Any], samples: int) -> tuple[PyTree[np.ndarray], PyTree[np.ndarray]]:
         """What the algorithm tells each sample after an epoch, and what it then remembers; good for their shapes alone.
