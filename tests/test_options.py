@@ -35,6 +35,7 @@ COMMANDS |= {
     "mixture2d": "nabla_gfn_jax.studies.mixture2d:Options",
     "bank_fit": "nabla_gfn_jax.studies.bank_fit:Options",
     "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
+    "ablations": "nabla_gfn_jax.studies.ablations:Options",
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
     "uptake": "nabla_gfn_jax.studies.uptake:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
@@ -141,7 +142,8 @@ def test_a_pretraining_refuses():
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
     folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "microscope")}
-    folders |= {"bench2d": {"out": "out.jsonl"}, "uptake": {"out": "out", "lora": __file__}}
+    folders |= {name: {"out": "out.jsonl"} for name in ("bench2d", "ablations")}
+    folders |= {"uptake": {"out": "out", "lora": __file__}}
     folders |= {"grid shared": {"updates": 1, "evaluation": {}, "tuning": {}}, "grid base": {"config": "emoji"}}
     given = folders.get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():

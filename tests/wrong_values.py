@@ -263,6 +263,7 @@ WRONG_FLAGS = {
         "rates": ((), (0.0,), (1e-3, math.nan), 1e-3),
         "budget": POSITIVE,
     },
+    "ablations": {"out": ("", *PATH), "budget": POSITIVE},
     "bank_fit": {
         "out": ("", *PATH),
         **dict.fromkeys(("model", "prompts"), TEXT),

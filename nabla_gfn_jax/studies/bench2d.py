@@ -176,11 +176,11 @@ def table(rows: Sequence[Row]) -> str:
 def _line(half: Sequence[Row], whole: Sequence[Row]) -> str:
     per_update = [r["evaluations"] / (r["updates"] * BATCH) for r in whole if r["updates"]]
     cells = [f"{whole[0]['rate']:g}" if per_update else "", f"{per_update[0]:.0f}" if per_update else ""]
-    cells += [_mean(whole, name) for name in FIGURES]
-    return " | ".join([*cells, _mean(half, "gap"), _mean(whole, "gap"), str(len(whole))])
+    cells += [mean_of(whole, name) for name in FIGURES]
+    return " | ".join([*cells, mean_of(half, "gap"), mean_of(whole, "gap"), str(len(whole))])
 
 
-def _mean(rows: Sequence[Row], name: str) -> str:
+def mean_of(rows: Sequence[Row], name: str) -> str:
     """The mean over seeds ± its standard error; "" if there is no such figure."""
     if any(r.get("gap", np.inf) > DIVERGED for r in rows):
         return "diverged"
