@@ -3,10 +3,10 @@
     python -m nabla_gfn_jax.train --config=emoji_exact            the log value is a kernel regression
     python -m nabla_gfn_jax.train --config=emoji_exact:network    the log value is a network: algorithm value_gradient
 
-Hardware: 2 CPU cores without AVX-512, 7 GB. An epoch takes about 2 minutes of both cores while the policy waits, and 3
-minutes afterwards, which makes 100 minutes; this was not run on an idle machine.
-Expect after 15 of the 36 epochs: log R .29, exponent 2.6 of 8, gap .55 nats where the base model's is .94
-(docs/credit.md). The other epochs were not run.
+Hardware: 2 CPU cores without AVX-512, 7 GB. An epoch takes 2 minutes of both cores while the policy waits, and 3 to 4
+minutes afterwards, so the run takes 2 hours; it was not run on an idle machine.
+Expect after 25 of the 36 epochs: log R .31, exponent 3.1 of 8, gap .51 nats where the base model's is .94
+(docs/credit.md). The other epochs were not run; they would change little, because the learning rate is small by then.
 The variant `network` takes 45 s per epoch on two busy cores; docs/credit.md has what 15 of its 160 epochs reached.
 
 Differences from `emoji.py`, and the reasons:
