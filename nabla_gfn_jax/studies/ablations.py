@@ -52,7 +52,7 @@ QUESTIONS: dict[str, Variants] = {
     },
     "The share of a trajectory's transitions that an update uses (guess, γ = 1)": {
         f"{share:g}": _variant(credit="guess", gamma="one", transition_fraction=share)
-        for share in (0.04, 0.1, 0.3, 1.0)
+        for share in (0.04, 0.1, 0.2, 0.5)
     },
     "The weight σ² of the forward term (guess, γ = 1)": {
         "off, the paper's": _variant(credit="guess", gamma="one"),
