@@ -18,7 +18,7 @@ def outputs(cell):
 
 @pytest.mark.thorough
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Jupyter's packages
-@pytest.mark.parametrize("name", ["curves", "table", "pareto", "gallery"])
+@pytest.mark.parametrize("name", ["curves", "table", "pareto", "gallery", "exact_target"])
 def test_a_notebook_shows_what_it_was_committed_with(name):
     committed = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
