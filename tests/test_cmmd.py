@@ -89,6 +89,7 @@ def test_prompts_are_averaged_or_pooled():
     assert compared(np.arange(40), x, y).keys() == {"cmmd_pooled"}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("shift", "most"), [(0.8, 1.2), (0.0, 1.7)])
 def test_no_bias_and_the_standard_error_of_repeated_draws(shift, most):
     """For equal distributions the error may be too large, never too small."""

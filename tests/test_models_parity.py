@@ -18,6 +18,8 @@ from nabla_gfn_jax.base_models.diffusers_folder import load_folder
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.models.lora import init_lora
 
+pytestmark = pytest.mark.thorough
+
 
 @pytest.fixture(scope="module", params=[oracle.SD_1_5, oracle.SD_2_1], ids=["sd-1.5", "sd-2.1"])
 def case(request, tmp_path_factory):

@@ -35,6 +35,7 @@ def test_weights_are_those_of_a_distribution():
     assert mean_distance(of, weighting).value == pytest.approx((together * distance).sum() / together.sum(), rel=1e-9)
 
 
+@pytest.mark.thorough
 def test_the_standard_error_is_that_of_repeated_draws(monkeypatch):
     monkeypatch.setattr(tilt, "REPLICATES", 60)
     rng = np.random.default_rng(2)

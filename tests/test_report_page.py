@@ -9,7 +9,10 @@ from nabla_gfn_jax.reports import page
 EVIL = "</script><script>document.title = 'owned'</script><img src=x onerror=alert(1)> \"a\" 'b'"
 PROGRAM = find()
 
-pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome is installed")
+pytestmark = [
+    pytest.mark.thorough,
+    pytest.mark.skipif(PROGRAM is None, reason="no Chromium or Chrome is installed"),
+]
 
 
 @pytest.fixture(scope="module")
