@@ -91,3 +91,9 @@ def test_the_command_writes_a_line_for_each_part(tiny_model, tmp_path, monkeypat
     assert [row["steps"] for row in rows] == ["1-2", "3-3"]
     assert min(row["spent"] for row in rows) > 0
     assert capsys.readouterr().out == (tmp_path / "uptake.md").read_text()
+
+
+def test_steps_that_are_not_there(capsys):
+    with pytest.raises(SystemExit):
+        uptake.main(["uptake", f"--lora={__file__}", "--out=out", "--num_steps=4", "--until_step=5"])
+    assert "--until_step = 5 is more than --num_steps = 4; lower it" in capsys.readouterr().err

@@ -34,7 +34,7 @@ from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import Trajectory, sample
-from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.rewards import load_reward
@@ -54,6 +54,11 @@ class Options(ImageOptions):
     together: int = option(128, "paths sampled together", minimum=1)
     until_step: int | None = option(None, "last step with the LoRA; later steps are left out", minimum=1)
     parts: int = option(10, "parts of the path, of equally many steps as far as possible", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.until_step or 1) > self.num_steps:
+            raise UserError(f"--until_step = {self.until_step} is more than --num_steps = {self.num_steps}; lower it")
 
 
 class Products(NamedTuple):
