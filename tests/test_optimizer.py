@@ -6,6 +6,7 @@ from safetensors.numpy import load_file
 from test_parallel import without_images
 
 from nabla_gfn_jax.command_line import load_settings
+from nabla_gfn_jax.runs.manifest import compare_configs
 from nabla_gfn_jax.settings import Settings
 from nabla_gfn_jax.training.build import free_fields
 from nabla_gfn_jax.training.state import learning_rate
@@ -37,3 +38,10 @@ def test_a_rate_that_falls_binds_the_number_of_epochs():
     free = free_fields(load_settings(Settings, "emoji"))
     falling = free_fields(load_settings(Settings, "emoji", {"training.decline": "cosine"}))
     assert free - falling == {"training.num_epochs"}
+
+
+def test_a_run_resumes_though_a_free_field_has_another_name_now():
+    free = free_fields(load_settings(Settings, "emoji"))
+    before, now = {"logging": {"judged_images": 3}}, {"evaluation": {"images": 3}}
+    assert compare_configs(before, now, free) == []
+    assert compare_configs({"flow": {"layers_per_block": 1}}, {}, free) != []

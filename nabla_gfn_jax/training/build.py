@@ -53,10 +53,12 @@ def build(settings: Settings) -> Trainer:
 def free_fields(settings: Settings) -> frozenset[str]:
     """The fields that a resume may change, because they change no number of the run.
 
-    A learning rate that declines depends on `num_epochs`, which is then not free.
+    A learning rate that declines depends on `num_epochs`, which is then not free. The older names of free fields, which
+    the manifests of older runs have, are free too.
     """
     counted = frozenset() if settings.training.decline == "constant" else {"training.num_epochs"}
-    return options.free_names(settings) - counted
+    free = options.free_names(settings) - counted
+    return free | {old for old, new in settings.RENAMED.items() if new in free}
 
 
 def length(settings: Settings) -> Plan:
