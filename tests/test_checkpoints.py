@@ -5,8 +5,11 @@ import re
 import resource
 import shutil
 import signal
+import threading
 from contextlib import contextmanager
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -106,6 +109,7 @@ def test_a_damaged_save_is_reported_in_one_line_and_the_one_before_is_used(folde
         assert (step, about, saves.latest) == (2, {"seconds": 3.0}, 2)
         assert same(found, 2)
         saves.save(3, tree(3))  # the run repeats what was lost
+        saves.wait()
         assert same(saves.restore(LIKE).tree, 3)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{folder / '3'} is damaged (")
@@ -177,6 +181,7 @@ def test_a_full_disk_is_one_line_the_saves_before_stay_and_the_next_try_succeeds
     with Checkpoints(folder) as saves:
         with files_of_at_most(size), pytest.raises(WriteError) as caught:
             saves.save(4, tree(4))
+            saves.wait()
         assert re.fullmatch(
             rf"{folder}/4 cannot be written \(File too large\); make space or allow writing, .*", str(caught.value)
         )
@@ -184,6 +189,7 @@ def test_a_full_disk_is_one_line_the_saves_before_stay_and_the_next_try_succeeds
     with Checkpoints(folder) as saves:
         assert saves.restore(LIKE).step == 3
         saves.save(4, tree(4))
+        saves.wait()
         assert same(saves.restore(LIKE).tree, 4)
         assert "files" in json.loads((folder / "4" / ABOUT).read_text())
 
@@ -194,7 +200,64 @@ def test_a_full_disk_when_the_hashes_are_written(folder, monkeypatch):
 
     with monkeypatch.context() as patch, Checkpoints(folder) as saves:
         patch.setattr("nabla_gfn_jax.checkpoints.files.os.replace", full)
+        saves.save(4, tree(4))
         with pytest.raises(WriteError, match="No space left on device"):
-            saves.save(4, tree(4))
+            saves.wait()
     with Checkpoints(folder) as saves:
         assert saves.restore(LIKE).step in (3, 4)
+
+
+@pytest.fixture
+def slow_disk(monkeypatch):
+    """Writing begins when this event is set."""
+    may_write, write = threading.Event(), Checkpoints._write
+
+    def slowly(*given):
+        assert may_write.wait(60)
+        write(*given)
+
+    monkeypatch.setattr(Checkpoints, "_write", slowly)
+    yield may_write
+    may_write.set()
+
+
+def test_training_goes_on_while_a_save_is_written_and_may_change_or_donate_what_is_saved(tmp_path, slow_disk):
+    changed, kept = tree(1), tree(1)
+    donated = jnp.asarray(kept["policy"]["down"])
+    expected = np.array(donated)
+    with Checkpoints(tmp_path) as saves:
+        saves.save(1, {"host": changed, "device": donated})
+        assert not [p for p in tmp_path.iterdir() if p.name == "1"]
+        changed["policy"]["down"] *= 2
+        jax.jit(lambda a: a + 1, donate_argnums=0)(donated).block_until_ready()
+        slow_disk.set()
+        saves.wait()
+        assert (tmp_path / "1" / ABOUT).exists()
+        found = saves.restore({"host": LIKE, "device": np.zeros(10_000, expected.dtype)}).tree
+    assert same(found["host"], 1)
+    np.testing.assert_array_equal(found["device"], expected)
+
+
+def test_saves_are_written_in_turn_and_all_of_them_before_the_end(tmp_path, slow_disk):
+    with Checkpoints(tmp_path) as saves:
+        saves.save(1, tree(1))
+        threading.Timer(0.2, slow_disk.set).start()
+        saves.save(2, tree(2))  # waits for 1
+        assert (tmp_path / "1" / ABOUT).exists()
+    with Checkpoints(tmp_path) as saves:
+        assert same(saves.restore(LIKE).tree, 2)
+
+
+def test_an_error_in_the_background_is_raised_once_by_whatever_asks_next(folder):
+    for ask in (lambda saves: saves.save(5, tree(5)), lambda saves: saves.latest, lambda saves: saves.__exit__(None)):
+        with Checkpoints(folder) as saves, files_of_at_most(200):
+            saves.save(4, tree(4))
+            with pytest.raises(WriteError, match="4 cannot be written"):
+                ask(saves)
+            saves.wait()
+
+
+def test_an_error_that_ends_the_run_is_not_hidden_by_one_in_the_background(folder):
+    with pytest.raises(ZeroDivisionError), files_of_at_most(200), Checkpoints(folder) as saves:
+        saves.save(4, tree(4))
+        raise ZeroDivisionError

@@ -2,6 +2,9 @@
 
 Each save has a file `about.json`, written after it, with the SHA-256 of the save's files and with facts about the run.
 A damaged save is noticed by these hashes, and the save before it is used.
+
+A run of one process copies its arrays and goes on while a thread writes them. Several processes write together, and
+wait for each other.
 """
 
 import json
@@ -9,7 +12,8 @@ import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -40,8 +44,8 @@ class Restored(NamedTuple):
 class Checkpoints:
     """The saves of one tree of arrays under `folder`, by step. An interrupted save is never the latest.
 
-    This is a context manager, which frees Orbax's threads. The newest `keep` saves are kept and, if `keep_every` is not
-    0, those of steps that it divides.
+    This is a context manager, which waits for the save that is being written and frees the threads. The newest `keep`
+    saves are kept and, if `keep_every` is not 0, those of steps that it divides.
     """
 
     def __init__(self, folder: Path, keep: int = 2, keep_every: int = 0):
@@ -52,32 +56,56 @@ class Checkpoints:
         )
         self._folder = folder
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+        self._writer = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            with suppress(UserError if kind else ()):  # an error that is on its way says more
+                self.wait()
+        finally:
+            self._writer.shutdown()
+            self._manager.close()
 
     @property
     def latest(self) -> int | None:
         """The step of the newest save; None if there is none."""
+        self.wait()
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: Any, about: Mapping[str, Any] | None = None) -> None:
-        """Writes `tree`, and the facts `about` the run, unless there is a save of this step or a later one.
+    def wait(self) -> None:
+        """Waits until the last save is on the disk.
 
-        Raises `WriteError` if they cannot be written. The saves before are then whole.
+        Raises `WriteError` if it could not be written. The saves before are then whole.
+        """
+        writing, self._writing = self._writing, None  # an error is raised once
+        if writing is not None:
+            writing.result()
+
+    def save(self, step: int, tree: Any, about: Mapping[str, Any] | None = None) -> None:
+        """Begins to write `tree`, and the facts `about` the run, unless there is a save of this step or a later one.
+
+        The tree may change afterwards: it has been copied. Raises `WriteError` if this save, or the last, cannot be
+        written; a save that is written in the background raises it in `wait`.
         """
         if self.latest is not None and step <= self.latest:
             return
-        state = jax.tree.map(_one_copy, flax.serialization.to_state_dict(tree))
+        state = jax.tree.map(_copy, flax.serialization.to_state_dict(tree))
+        if jax.process_count() > 1:
+            self._write(step, state, about or {})
+        else:
+            self._writing = self._writer.submit(self._write, step, state, dict(about or {}))
+
+    def _write(self, step: int, state: Any, about: Mapping[str, Any]) -> None:
         place = self._folder / str(step)
         try:
             with _without_orbax_log():
                 self._manager.save(step, args=ocp.args.StandardSave(state))
             if is_first():
-                write_json(place / ABOUT, {"files": _hashes(place), **(about or {})})
+                write_json(place / ABOUT, {"files": _hashes(place), **about})
         except jax.errors.JaxRuntimeError:
             raise  # not the disk: another process is gone
         except Exception as error:  # Orbax raises many kinds
@@ -190,6 +218,10 @@ def _without_orbax_log() -> Iterator[None]:
         sys.unraisablehook = hook
 
 
-def _one_copy(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
-    """A host copy of an array that is the same on all devices. One shard per device takes Orbax six times as long."""
-    return np.asarray(array) if isinstance(array, np.ndarray) or array.is_fully_replicated else array
+def _copy(array: jax.Array | np.ndarray) -> jax.Array | np.ndarray:
+    """A copy on the host, unless parts of the array are in other processes.
+
+    Of an array that all devices have, Orbax would write one shard per device, which takes six times as long.
+    """
+    elsewhere = isinstance(array, jax.Array) and not (array.is_fully_replicated or array.is_fully_addressable)
+    return array if elsewhere else np.array(array)

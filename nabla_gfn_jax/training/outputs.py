@@ -88,6 +88,7 @@ class WorkdirOutputs:
             raise UserError(f"an alarm ends the run after {updates} updates, which are saved; see {file}. {_GO_ON}")
 
     def row(self, row: Row) -> None:
+        self._checkpoints.wait()  # the run ends here if the last one could not be written
         row = row | {"device_hours": self._clock.device_hours}
         with self._stopping.writing:
             self._log.write(row)
@@ -142,6 +143,7 @@ class WorkdirOutputs:
         if updates > 0:
             self._workdir.save_lora(updates, progress.state.policy)
         self._checkpoints.save(epoch, progress.tree(), self._about(progress))
+        self._checkpoints.wait()
         self._log.close(_PATIENCE)
         return f"saved: {updates} updates, of {epoch} whole epochs, in {self._workdir.path}"
 
