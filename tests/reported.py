@@ -59,7 +59,10 @@ def write_evaluations(workdir: Path, seed: int = 0, updates=UPDATES, samples: in
         spent = np.full((2 * samples, 5), shift**2 / 5)
         policy = Paths(reward + shift, spent, -spent.sum(1), prompt)
         certificate = certify(base if n == 0 else policy, base, beta=2.0)
-        row = to_json(Evaluation({"entropy_over_vendors": Estimate(1.0 - 0.02 * n, 0.01)}, certificate))
+        figures = {"fid": Estimate(3.0 + n, 0.5), "entropy_over_vendors": Estimate(1.0 - 0.02 * n, 0.01)}
+        tilted = {"entropy_over_vendors": Estimate(0.95 - 0.01 * n, 0.02), "effective_samples": Estimate(90.0)}
+        few = {"entropy_over_vendors": Estimate(0.9 - 0.02 * n, 0.015), "effective_samples": Estimate(90.0)}
+        row = to_json(Evaluation(figures, certificate, *((tilted, few) if n else ())))
         evaluations.append(workdir, {"model": f"lora/{n:05d}" if n else "base", "beta": 2.0} | what | row)
     (workdir / BASE_SAMPLES).mkdir()
     arrays = {"prompt": prompt, "log_reward": reward}

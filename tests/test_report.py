@@ -96,6 +96,23 @@ def test_measurements_are_comparable_or_left_out(workdirs, tmp_path):
     assert evaluated(strange, False) is None
 
 
+def test_figures_stand_beside_those_of_the_tilted_base_model(data):
+    entropy, fid = data["beside"]
+    assert (entropy["name"], entropy["as_few"], fid["name"], fid["as_few"]) == (
+        "entropy_over_vendors",
+        True,
+        "fid",
+        False,
+    )
+    assert [(p["run"], p["updates"]) for p in entropy["points"]] == [(r, u) for r in range(3) for u in UPDATES[1:]]
+    last = entropy["points"][1]
+    assert last["value"] == pytest.approx(0.9 - 0.02 * 8)  # at the effective sample size, not .84
+    assert (last["tilted"], last["tilted_error"]) == (pytest.approx(0.87), 0.02)
+    assert last["reward"] == data["plane"]["points"][2]["reward"]
+    assert [(p["run"], p["updates"]) for p in fid["points"]] == [(r, u) for r in range(3) for u in UPDATES]
+    assert {p["tilted"] for p in fid["points"]} == {None}
+
+
 def test_the_plane_has_what_was_measured(data):
     plane = data["plane"]
     assert [(p["run"], p["updates"]) for p in plane["points"]] == [(r, u) for r in range(3) for u in UPDATES]
@@ -282,7 +299,7 @@ def test_the_command_writes_one_file_and_says_what_is_missing(tmp_path, capsys, 
     monkeypatch.chdir(tmp_path)
     first, second = (write_run(tmp_path / f"runs/seed{seed}", seed) for seed in (0, 1))
     report.main(["report", str(first)])
-    assert capsys.readouterr().out.startswith(f"{first / 'report.html'} (0.0 MB)\n")
+    assert capsys.readouterr().out.startswith(f"{first / 'report.html'} (0.1 MB)\n")
     (second / "pictures/00000.png").write_bytes(b"damaged")
     report.main(["report", str(first), str(second)])
     assert "report.html (0.1 MB); 1 saved models have no pictures yet, --draw draws them" in capsys.readouterr().out

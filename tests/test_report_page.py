@@ -130,6 +130,21 @@ def test_sorting_and_strips(browser, files):
     assert shown[12:] == pytest.approx(everything[-6:], abs=6e-3)
 
 
+def test_a_figure_beside_the_tilted_base_model(browser, files):
+    browser.open(files / "two.html")
+    figure = "document.getElementById('beside')"
+    count = lambda kind: browser.run(f"{figure}.querySelectorAll('circle.{kind}').length")  # noqa: E731
+    browser.until(f"{figure}.querySelector('circle.hollow') !== null")
+    assert count("hollow") == 2 * 2
+    assert "entropy over vendors 0.74 ± 0.015, tilted base model 0.87 ± 0.02" in browser.run(f"{figure}.textContent")
+    browser.key("ArrowLeft")
+    assert "after 4 updates: log R" in browser.run(f"{figure}.textContent")
+    choose = "(s => (s.value = 'fid', s.dispatchEvent(new Event('change', {bubbles: true}))))"
+    browser.run(f"{choose}(document.getElementById('figure'))")
+    assert count("hollow") == 0
+    assert "fid 7 ± 0.5" in browser.run(f"{figure}.textContent")
+
+
 def test_two_runs_stand_side_by_side(browser, files):
     browser.open(files / "two.html")
     assert browser.run("document.querySelectorAll('#pictures .cell').length") == 2 * 8

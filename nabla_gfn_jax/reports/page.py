@@ -16,6 +16,7 @@ from typing import Any
 from nabla_gfn_jax import __version__
 from nabla_gfn_jax.checkpoints.files import plain, write_whole
 from nabla_gfn_jax.reports import about, source
+from nabla_gfn_jax.reports.beside import beside
 from nabla_gfn_jax.reports.curves import charts
 from nabla_gfn_jax.reports.evaluated import Evaluated, evaluated
 from nabla_gfn_jax.reports.gallery import Gallery, gallery
@@ -24,7 +25,7 @@ from nabla_gfn_jax.reports.source import Run
 from nabla_gfn_jax.runs import loras
 
 NAME = "report.html"
-_SCRIPTS = ("kit.js", "charts.js", "pictures.js", "main.js")
+_SCRIPTS = ("kit.js", "charts.js", "beside.js", "pictures.js", "main.js")
 _DIGITS = 5  # significant digits of a number
 _TAG = {"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"}
 
@@ -55,6 +56,7 @@ def contents(runs: Sequence[Run]) -> dict[str, Any]:
         "notes": _notes(runs, groups, measured),
         "charts": [_short(asdict(chart)) for chart in charts(runs, groups, measured)],
         "plane": None if tradeoff is None else _short(asdict(tradeoff)),
+        "beside": [_short(asdict(figure)) for figure in beside(measured)],
         "pictures": None if shown is None else _pictures(shown),
         "manifest": [entry._asdict() for entry in about.table(runs)],
     }

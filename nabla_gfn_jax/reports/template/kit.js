@@ -56,7 +56,7 @@ function lastUpTo(values, limit) {
   return found;
 }
 
-const state = { updates: 0, hover: null, base: false, sort: "noise", show: "all" };
+const state = { updates: 0, hover: null, base: false, sort: "noise", show: "all", figure: data.beside[0]?.name };
 const listeners = [];
 
 function change(part) {

@@ -195,7 +195,7 @@ document.body.append(
     el(
       "main",
       {},
-      ...[...picturesSection(), ...planeSection(), ...curvesSection(), manifestSection()].filter((n) => n !== null),
+      ...[...picturesSection(), ...planeSection(), ...besideSection(), ...curvesSection(), manifestSection()].filter((n) => n !== null),
     ),
   ].filter((node) => node !== null),
 );
