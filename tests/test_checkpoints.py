@@ -179,9 +179,10 @@ def files_of_at_most(size: int):
 def test_a_full_disk_is_one_line_the_saves_before_stay_and_the_next_try_succeeds(folder, capfd, size):
     """With room for nothing, for Orbax's small files alone, and for no array."""
     with Checkpoints(folder) as saves:
-        with files_of_at_most(size), pytest.raises(WriteError) as caught:
+        with files_of_at_most(size):
             saves.save(4, tree(4))
-            saves.wait()
+            with pytest.raises(WriteError) as caught:
+                saves.wait()
         assert re.fullmatch(
             rf"{folder}/4 cannot be written \(File too large\); make space or allow writing, .*", str(caught.value)
         )
@@ -258,6 +259,10 @@ def test_an_error_in_the_background_is_raised_once_by_whatever_asks_next(folder)
 
 
 def test_an_error_that_ends_the_run_is_not_hidden_by_one_in_the_background(folder):
-    with pytest.raises(ZeroDivisionError), files_of_at_most(200), Checkpoints(folder) as saves:
-        saves.save(4, tree(4))
-        raise ZeroDivisionError
+    def run():
+        with files_of_at_most(200), Checkpoints(folder) as saves:
+            saves.save(4, tree(4))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        run()

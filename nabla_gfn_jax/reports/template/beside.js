@@ -26,7 +26,8 @@ function drawBesides(width, height) {
   const parts = [f.axes];
   data.runs.forEach((_, run) => {
     const mine = points.filter((p) => p.run === run);
-    parts.push(svg("path", { class: "run thin", d: at(f, ...["reward", "value"].map((k) => mine.map((p) => p[k]))), colour: run }));
+    const [rewards, values] = [mine.map((p) => p.reward), mine.map((p) => p.value)];
+    parts.push(svg("path", { class: "run thin", d: at(f, rewards, values), colour: run }));
     mine.forEach((p) => parts.push(...drawBeside(f, name, p, p.updates === nearestBeside(points, run))));
   });
   return [...parts, svg("text", { class: "label", x: EDGE.left + 4, y: EDGE.top + 10 }, spaced(name))];

@@ -195,7 +195,13 @@ document.body.append(
     el(
       "main",
       {},
-      ...[...picturesSection(), ...planeSection(), ...besideSection(), ...curvesSection(), manifestSection()].filter((n) => n !== null),
+      ...[
+        ...picturesSection(),
+        ...planeSection(),
+        ...besideSection(),
+        ...curvesSection(),
+        manifestSection(),
+      ].filter((node) => node !== null),
     ),
   ].filter((node) => node !== null),
 );
