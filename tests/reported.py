@@ -27,13 +27,19 @@ def score(updates: int, number: int, seed: int) -> float:
     return 0.1 * (8 - number) + updates * (0.02 * number + 0.01 * seed)
 
 
+def chance(updates: int, number: int) -> float:
+    """The log chance of a base picture: the best pictures of the base model become rarest."""
+    return 0.1 * updates * (number - 4)
+
+
 def write_pictures(workdir: Path, seed: int = 0, prompts=PROMPTS, updates=UPDATES, count: int = 16, side: int = SIDE):
     of = pictures.kept(prompts, count)
     for n in updates:
         images = np.zeros((len(of), side, side, 3), np.uint8)
         images[:] = np.array([colour(n, p.number, seed) for p in of], np.uint8)[:, None, None]
         images[:, : side // 2, : side // 2] = 255  # a corner, so that a picture that is turned or cut differs
-        found = {"log_reward": tuple(score(n, p.number, seed) for p in of), "log_reward_a": (0.5,) * len(of)}
+        found = {} if n == 0 else {pictures.CHANCE: tuple(chance(n, p.number) for p in of)}
+        found |= {"log_reward": tuple(score(n, p.number, seed) for p in of), "log_reward_a": (0.5,) * len(of)}
         pictures.save(pictures.place(workdir, n), Pictures(of, images, found))
 
 

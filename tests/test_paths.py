@@ -78,6 +78,45 @@ def test_it_samples_what_the_sampler_samples_and_its_nats_are_those_of_the_densi
     assert not np.any(unchanged.log_ratio)
 
 
+@pytest.mark.parametrize("paired", [False, True])
+def test_along_the_base_models_paths_the_ratio_is_that_of_the_densities(paired):
+    """The paths are the base model's, and the mean of p_θ/p_# over them is 1."""
+    rng, count = np.random.default_rng(1), 4000
+    matrices = {True: 0.3 * rng.normal(size=(2, 2)), False: 0.02 * rng.normal(size=(2, 2))}
+
+    def change(x, level):
+        return jnp.tanh(x @ jnp.asarray(matrices[False], jnp.float32) + 1e-4 * level.time.astype(jnp.float32)[:, None])
+
+    def predict(lora, x, level, condition):
+        base = jnp.tanh(x @ jnp.asarray(matrices[True], jnp.float32))
+        return base if lora is None else base + 0.2 * change(x, level)
+
+    def predict_change(lora, x, level, condition):
+        return predict(None, x, level, condition), 0.2 * change(x, level)
+
+    active = np.arange(50) < 30
+    how = {"active": active, "predict_change": predict_change if paired else None}
+    keys = keys_of(2, count)
+    paths = sample_paths(predict, {}, CHAIN, keys, (2,), jnp.zeros((count, 0)), along_base=True, **how)
+    trajectory = sample(predict, None, CHAIN, keys, (2,), jnp.zeros((count, 0)))
+    np.testing.assert_allclose(paths.latents, trajectory.samples, rtol=1e-5, atol=1e-5)
+    on_x, on_eps, sigma = coefficients(CHAIN)
+    states, times = np.asarray(trajectory.latents, np.float64), np.asarray(CHAIN.at.time)
+    log_ratio = np.zeros(count)
+    for k in np.flatnonzero(active):
+        base = np.tanh(states[k] @ matrices[True])
+        policy = base + 0.2 * np.tanh(states[k] @ matrices[False] + 1e-4 * times[k])
+        log_p = [
+            -((states[k + 1] - on_x[k] * states[k] - on_eps[k] * eps) ** 2).sum(1) / (2 * sigma[k] ** 2)
+            for eps in (base, policy)
+        ]
+        log_ratio += log_p[0] - log_p[1]
+    np.testing.assert_allclose(paths.log_ratio, log_ratio, rtol=2e-3, atol=2e-3)
+    assert log_ratio.std() > 0.05
+    weights = np.exp(-np.asarray(paths.log_ratio, np.float64))
+    assert weights.mean() == pytest.approx(1.0, abs=4 * weights.std() / np.sqrt(count))
+
+
 def gaussian(reward, scale):
     """A Gaussian base, whose steps are linear, and `scale` times its exact drift to P_base · R, log R = reward · x.
 

@@ -2,15 +2,21 @@
 
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import brightness
 
 from nabla_gfn_jax import report
-from nabla_gfn_jax.inference.sampling import ImageSampler
+from nabla_gfn_jax.base_models.base import predictor
+from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.inference.sampling import ImageSampler, image_keys
+from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject
 from nabla_gfn_jax.reports import drawing
 from nabla_gfn_jax.rewards import REWARDS
-from nabla_gfn_jax.runs import pictures
+from nabla_gfn_jax.runs import loras, pictures
 
 pytestmark = pytest.mark.thorough
 
@@ -33,6 +39,27 @@ def reward(monkeypatch):
     monkeypatch.setitem(REWARDS, "1.0", lambda: brightness(1.0))
 
 
+def chances_by_density(run, of):
+    """log p_θ(path)/p_#(path) of the base model's paths, from the two networks' means at the states of the paths."""
+    subject = find_subject(SubjectOptions(workdir=run, seed=pictures.SEED))
+    model = load_model(subject.model)
+    lora = load_lora(loras.folder(run, 2) / loras.DIFFUSERS, model.params["unet"], model.params["text_encoder"])
+    chain = model.chain(subject.how.steps, sampler=subject.how.sampler)
+    place, number = (np.asarray([getattr(picture, name) for picture in of]) for name in ("place", "number"))
+    predict = predictor(model, model.frozen_params, model.encode_prompts(PROMPTS), subject.how.guidance)
+    keys, prompt = image_keys(pictures.SEED, place, number), jnp.asarray(place)
+    states = sample(predict, None, chain, keys, model.latent_shape, prompt).latents
+    found = np.zeros(len(of))
+    for k in range(chain.num_steps):
+        means = [
+            np.asarray(chain[k].mean(predict(which, states[k], chain[k].at.each(len(of)), prompt), states[k]), float)
+            for which in (None, lora)
+        ]
+        squares = [((np.asarray(states[k + 1], float) - mean) ** 2).sum((1, 2, 3)) for mean in means]
+        found += (squares[0] - squares[1]) / (2 * float(chain[k].sigma) ** 2)
+    return found
+
+
 def test_what_is_missing_is_drawn_as_training_draws_it(trained, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
@@ -49,6 +76,10 @@ def test_what_is_missing_is_drawn_as_training_draws_it(trained, tmp_path, capsys
         assert len(ours.of) == 15
         assert np.abs(ours.images.astype(int) - theirs.images.astype(int)).max() <= 1
         assert ours.scores["log_reward"] == pytest.approx(theirs.scores["log_reward"], rel=2e-6)
+    assert pictures.CHANCE not in pictures.read(run / "pictures/00000.png").scores
+    chances = np.asarray(pictures.read(run / "pictures/00002.png").scores[pictures.CHANCE])
+    np.testing.assert_allclose(chances, chances_by_density(run, ours.of), rtol=1e-3, atol=6e-4)
+    assert np.abs(chances).max() > 0.05  # the states are rounded to float32, which is 3e-4 after division by σ
     base, policy = (np.asarray(pictures.read(run / f"pictures/{n:05d}.png").scores["log_reward"]) for n in (0, 2))
     assert np.abs(policy / base - 1).min() > 1e-5  # two updates change little, but more than rounding does
 

@@ -92,7 +92,8 @@ class ImageSampler:
         self._table = None if len(self.prompts) > FEW_PROMPTS else self._encode(None, self.prompts)
         self._lora_steps = how.lora_steps
         inputs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
-        self._programs = {nats: split(self._program(nats), self._mesh, inputs, SPLIT) for nats in (False, True)}
+        kinds = {"images": {"nats": False}, "nats": {"nats": True}, "along_base": {"nats": True, "along_base": True}}
+        self._programs = {kind: split(self._program(**of), self._mesh, inputs, SPLIT) for kind, of in kinds.items()}
         self._compiled: dict[Hashable, Any] = {}
 
     @property
@@ -106,7 +107,14 @@ class ImageSampler:
         return bool(np.all(np.asarray(self.chain.sigma) > 0))
 
     def images(
-        self, lora: Params | None, num: int, *, first: int = 0, nats: bool = False, progress: str | None = None
+        self,
+        lora: Params | None,
+        num: int,
+        *,
+        first: int = 0,
+        nats: bool = False,
+        along_base: bool = False,
+        progress: str | None = None,
     ) -> Iterator[Batch]:
         """Samples the images number `first` to `num` − 1 of each prompt, prompt by prompt, in batches.
 
@@ -114,12 +122,14 @@ class ImageSampler:
             lora: the LoRA; None for the base model. Its part "text_encoder" adapts the text encoder.
             num, first: the range of images. Image i of a prompt has the same noise for every model, `num` and `first`.
             nats: record path statistics; with a LoRA this takes twice the time.
+            along_base: sample the base model, and record the path statistics of the LoRA on its paths.
             progress: the label of a progress bar; None: no bar.
         """
         each = np.arange(first, num)
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
         number = np.tile(each, len(self.prompts))
         seeing, lora = self._seeing((lora or {}).get(TEXT_ENCODER)), place(lora, self._mesh)
+        kind = "images" if lora is None or not (nats or along_base) else "along_base" if along_base else "nats"
         start = 0
         with tqdm(total=len(prompt), desc=progress, disable=progress is None, unit=" images") as bar:
             while start < len(prompt):
@@ -128,7 +138,7 @@ class ImageSampler:
                 rows = start + np.minimum(np.arange(size), count - 1)  # pads the last batch
                 tables, places = seeing(prompt[rows])
                 given = place((image_keys(self.how.seed, prompt[rows], number[rows]), places), self._mesh, SPLIT)
-                results = self._run(nats and lora is not None, self._params, lora, tables, *given)
+                results = self._run(kind, self._params, lora, tables, *given)
                 if results is None:
                     continue  # with a smaller batch
                 images, *paths = (result[:count] for result in results)
@@ -136,17 +146,17 @@ class ImageSampler:
                 start += count
                 bar.update(count)
 
-    def _run(self, nats: bool, *inputs: Any) -> list[np.ndarray] | None:
-        """The results of the program on a batch. None if they do not fit into memory; `_batch` is then half.
+    def _run(self, kind: str, *inputs: Any) -> list[np.ndarray] | None:
+        """The results of the program `kind` on a batch. None if they do not fit into memory; `_batch` is then half.
 
         Raises `UserError` if a batch cannot be smaller.
         """
         size, smallest = len(inputs[-1]), self._mesh.size
         leaves, structure = jax.tree.flatten(inputs)
-        key = (nats, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+        key = (kind, structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
         try:
             if key not in self._compiled:
-                compiled = self._programs[nats].lower(*inputs).compile()
+                compiled = self._programs[kind].lower(*inputs).compile()
                 on_cpu = self._mesh.devices.flat[0].platform == "cpu"
                 if on_cpu and size > smallest and not fits(compiled, smallest):
                     self._halve(size)
@@ -197,7 +207,7 @@ class ImageSampler:
         height, width, _ = self.image_shape
         return height * width
 
-    def _program(self, nats: bool):  # type: ignore[no-untyped-def]
+    def _program(self, nats: bool, along_base: bool = False):  # type: ignore[no-untyped-def]
         model, chain = self._model, self.chain
         active = None if self._lora_steps.all() else self._lora_steps
 
@@ -209,7 +219,7 @@ class ImageSampler:
             def predict(lora: Params | None, x: Latents, level: Level, condition: PromptIds) -> Latents:
                 return (of_base if lora is None else of_policy)(lora, x, level, condition)
 
-            how: dict[str, Any] = {"nats": nats, "active": active}
+            how: dict[str, Any] = {"nats": nats, "along_base": along_base, "active": active}
             if TEXT_ENCODER not in (lora or {}):  # otherwise the two have different contexts; outputs are subtracted
                 how["predict_change"] = change_predictor(model, params, tables[0], self.how.guidance)
             paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, **how)

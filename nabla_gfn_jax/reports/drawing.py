@@ -1,7 +1,14 @@
-"""Draws the pictures of a run's saved LoRAs that have none yet. The workdir keeps them."""
+"""Draws the pictures of a run's saved LoRAs that have none yet. The workdir keeps them.
 
-from collections.abc import Iterator
+It also computes how much more or less probable each LoRA has made the base model's pictures: the ratio of the densities
+of the path that led to the picture. Its mean over the base model's paths is 1.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
@@ -26,14 +33,21 @@ def missing(workdir: Path) -> list[int | str]:
     return [updates for updates in wanted if pictures.read(pictures.place(workdir, updates)) is None]
 
 
+def without_chance(workdir: Path) -> list[int]:
+    """The numbers of updates of saved LoRAs for which the base model's pictures have no chance yet."""
+    found = {updates: pictures.read(pictures.place(workdir, updates)) for updates in loras.saved(workdir)}
+    return [updates for updates, of in found.items() if of is None or pictures.CHANCE not in of.scores]
+
+
 def draw(workdir: Path, batch: int = 0) -> int:
     """Draws and scores the missing pictures as training would, and returns how many policies were drawn.
 
-    `batch`: images sampled together; 0: as many as are likely to fit. Raises `UserError` if the run's model, prompts or
-    reward is not found, or the prompts are no longer those of the run.
+    It adds the chances of the base model's pictures where they are missing and exist: a step without noise has no
+    density. `batch`: images sampled together; 0: as many as are likely to fit. Raises `UserError` if the run's model,
+    prompts or reward is not found, or the prompts are no longer those of the run.
     """
-    wanted = missing(workdir)
-    if not wanted:
+    wanted, bare = missing(workdir), without_chance(workdir)
+    if not wanted and not bare:
         return 0
     subject = find_subject(SubjectOptions(workdir=workdir, seed=pictures.SEED))
     of = _pictures(workdir, subject)
@@ -43,10 +57,23 @@ def draw(workdir: Path, batch: int = 0) -> int:
     sampler = ImageSampler(model, prompts, subject.how, batch)
     reward = LogReward(load_reward(str(subject.reward)))
     reward.prepare(prompts)
+
+    def lora_of(updates: int | str) -> Params | None:
+        if not isinstance(updates, int) or updates == 0:
+            return None
+        file = loras.folder(workdir, updates) / loras.DIFFUSERS
+        return load_lora(file, model.params["unet"], model.params["text_encoder"])
+
     for updates in wanted:
-        file = loras.folder(workdir, updates) / loras.DIFFUSERS if isinstance(updates, int) and updates else None
-        lora = load_lora(file, model.params["unet"], model.params["text_encoder"]) if file else None
-        pictures.save(pictures.place(workdir, updates), _drawn(sampler, reward, lora, of, f"{workdir.name}/{updates}"))
+        drawn = _drawn(sampler, reward, lora_of(updates), of, f"{workdir.name}/{updates}")
+        pictures.save(pictures.place(workdir, updates), drawn)
+    for updates in bare if sampler.has_nats else ():
+        found, lora = pictures.read(pictures.place(workdir, updates)), lora_of(updates)
+        if found is not None and lora is not None:
+            chance = _chances(sampler, lora, found.of, f"{workdir.name}/{updates}, chances")
+            pictures.save(
+                pictures.place(workdir, updates), replace(found, scores=found.scores | {pictures.CHANCE: chance})
+            )
     return len(wanted)
 
 
@@ -71,6 +98,15 @@ def _drawn(
     drawn = tuple(Picture(place, prompt, n) for place, prompt in enumerate(sampler.prompts) for n in range(each))
     scores = {score: tuple(values.tolist()) for score, values in whole.values.items() if score != "images"}
     return Pictures(drawn, whole.values["images"], scores).only(of)
+
+
+def _chances(sampler: ImageSampler, lora: Params, of: Sequence[Picture], name: str) -> tuple[float, ...]:
+    """log p_θ(path)/p_#(path) of the base model's path of each picture."""
+    each = 1 + max(picture.number for picture in of)
+    parts = [batch.paths for batch in sampler.images(lora, each, along_base=True, progress=name)]
+    ratio = np.concatenate([paths.log_ratio for paths in parts if paths is not None]).reshape(-1, each)
+    place = {prompt: row for row, prompt in enumerate(sampler.prompts)}
+    return tuple(-float(ratio[place[picture.prompt], picture.number]) for picture in of)
 
 
 def _scored(batches: Iterator[Batch], reward: LogReward) -> Iterator[Samples]:

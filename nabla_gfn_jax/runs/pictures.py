@@ -23,6 +23,7 @@ from nabla_gfn_jax.images import levels
 
 FOLDER = "pictures"
 BASE = "base"  # the file of the base model, if the run starts from a LoRA, so that update 0 has another policy
+CHANCE = "log_chance"
 SEED = 0  # of the noise, the same for every run
 _PROMPTS, _MOST = 8, 32  # the most prompts, and the most pictures of a policy
 _SIDE = 192  # larger pictures are reduced to this number of pixels
@@ -42,7 +43,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Pictures:
-    """The pictures of one policy. `scores` has log R of each as "log_reward", and the parts of a sum of rewards."""
+    """The pictures of one policy.
+
+    `scores` has log R of each as "log_reward", and the parts of a sum of rewards. With `CHANCE`, it also has
+    log p_θ(path)/p_#(path) of the path that led the base model to its picture of the same noise.
+    """
 
     of: tuple[Picture, ...]
     images: UInt8[np.ndarray, "n height width 3"]

@@ -87,17 +87,23 @@ function bar() {
   const parts = [el("label", { class: "slide" }, output, slider)];
   if (shots) {
     parts.push(holdButton());
-    parts.push(choice("sort", "Sort", { noise: "Sort: noise", reward: "Sort: reward", gain: "Sort: gain" }));
+    parts.push(choice("sort", "Sort", Object.fromEntries(orders.map((order) => [order, `Sort: ${order}`]))));
     parts.push(choice("show", "Show", { all: "Show all", strips: "Worst, best" }));
   }
   return el("nav", { class: "bar" }, parts);
 }
 
+const orders = ["noise", "reward", "gain", ...(hasChances ? ["chance"] : [])];
+
 function picturesSection() {
   if (!shots) return [el("h2", {}, "Pictures"), el("p", { class: "muted" }, "The workdirs hold no pictures yet.")];
   const what =
     "Each picture keeps its noise at every position of the slider. Below it: log R and the gain over the base model's " +
-    "picture of the same noise. A click shows all updates.";
+    "picture of the same noise. A click shows all updates." +
+    (hasChances
+      ? " While B is held, the number below a base picture says how many times as probable finetuning has made its " +
+        "path. Sorted by chance, the base pictures that became more frequent come first, and those that became rarer last."
+      : "");
   const keys = el(
     "p",
     { class: "muted small keys" },
@@ -176,7 +182,7 @@ function pressed(event) {
   if (here.tagName === "SELECT" || (step && here.tagName === "INPUT")) return;
   if (step) change({ updates: stops[Math.max(0, Math.min(stops.length - 1, stops.indexOf(state.updates) + step))] });
   else if (key === "b" && shots) change({ base: true });
-  else if (key === "s" && shots) change({ sort: next(["noise", "reward", "gain"], state.sort) });
+  else if (key === "s" && shots) change({ sort: next(orders, state.sort) });
   else if (key === "w" && shots) change({ show: next(["all", "strips"], state.show) });
   else if (key === "d") toggleTheme();
   else return;

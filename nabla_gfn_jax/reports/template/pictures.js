@@ -3,6 +3,7 @@
 const shots = data.pictures;
 const images = shots ? shots.sheets.map((sheet) => Object.assign(new Image(), { src: sheet.source })) : [];
 const REWARD = "log_reward";
+const CHANCE = "log_chance"; // of the base model's picture under the policy, compared with the base model
 const STRIP = 6; // pictures in a strip
 
 /** The sheet of a run at the slider, or of its base model. */
@@ -42,6 +43,13 @@ function gainOf(run, picture) {
   const [now, before] = [scoreOf(sheetOf(run, false), picture), scoreOf(shots.bases[run], picture)];
   return now === null || before === null ? null : now - before;
 }
+
+const chanceOf = (run, picture) => scoreOf(sheetOf(run, false), picture, CHANCE);
+
+const hasChances = shots !== null && shots.sheets.some((sheet) => CHANCE in sheet.scores);
+
+/** How many times as probable as under the base model, from its logarithm. */
+const times = (log) => (log === null ? "base" : `×${log < 4.6 ? show(Number(Math.exp(log).toPrecision(2))) : "100+"}`);
 
 const mean = (values) => {
   const known = values.filter((value) => value !== null);
@@ -85,7 +93,9 @@ function tile(run, picture) {
     const sheet = sheetOf(run);
     paint(canvas, sheet, picture);
     score.textContent = showScore(scoreOf(sheet, picture));
-    gain.textContent = state.base ? "base" : plusSign(gainOf(run, picture)) + showScore(gainOf(run, picture));
+    gain.textContent = state.base
+      ? times(chanceOf(run, picture))
+      : plusSign(gainOf(run, picture)) + showScore(gainOf(run, picture));
     const { prompt, number } = shots.of[picture];
     node.setAttribute("aria-label", `${data.runs[run].name}, ${prompt}, noise ${number}, log R ${score.textContent}`);
     node.title = `${prompt} · noise ${number}`;
@@ -105,7 +115,7 @@ function add(run, picture) {
 function sorted() {
   const order = shots.of.map((_, picture) => picture);
   if (state.sort === "noise") return order;
-  const score = { reward: (run, p) => scoreOf(sheetOf(run, false), p), gain: gainOf }[state.sort];
+  const score = { reward: (run, p) => scoreOf(sheetOf(run, false), p), gain: gainOf, chance: chanceOf }[state.sort];
   const key = order.map((picture) => mean(runsWith(picture).map((run) => score(run, picture))) ?? -Infinity);
   return order.sort((a, b) => key[b] - key[a]);
 }
@@ -129,7 +139,8 @@ function layoutAll() {
 
 /** Of each run the worst, the middle and the best pictures at the slider, by reward or by gain. */
 function layoutStrips() {
-  const score = state.sort === "gain" ? gainOf : (run, picture) => scoreOf(sheetOf(run, false), picture);
+  const reward = (run, picture) => scoreOf(sheetOf(run, false), picture);
+  const score = { gain: gainOf, chance: chanceOf }[state.sort] ?? reward;
   return data.runs.flatMap((run, number) => {
     const known = shots.of.map((_, p) => p).filter((p) => runsWith(p).includes(number) && score(number, p) !== null);
     const order = known.sort((a, b) => score(number, a) - score(number, b));
@@ -218,7 +229,8 @@ function openFilm(picture) {
 function frameOf(label, sheet, picture) {
   const canvas = el("canvas");
   paint(canvas, sheet, picture);
-  const parts = Object.keys(shots.sheets[sheet].scores).map((name) => {
+  const names = Object.keys(shots.sheets[sheet].scores).filter((name) => name !== CHANCE);
+  const parts = names.map((name) => {
     const value = show(scoreOf(sheet, picture, name));
     return el("span", { class: "score" }, name === REWARD ? value : `${name.replace(`${REWARD}_`, "")} ${value}`);
   });
