@@ -1,10 +1,13 @@
-"""The notebooks run on the committed results, and show what they were committed with."""
+"""The notebooks run on the committed results, and show what they were committed with. The quickstart trains."""
 
+import re
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbclient import NotebookClient
+
+from nabla_gfn_jax.runs import loras
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 LARGEST = 10_000_000  # bytes of committed results
@@ -29,6 +32,34 @@ def test_a_notebook_shows_what_it_was_committed_with(name):
     kinds = {kind for cell in committed.cells for one in outputs(cell) for kind in one}
     assert "text/markdown" in kinds
     assert name == "table" or "image/png" in kinds
+
+
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_the_quickstart_finetunes_and_opens_the_result_in_diffusers(tmp_path):
+    """With one epoch, and with the texts and pictures of the same cells as in the committed notebook."""
+    committed = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
+    notebook = nbformat.read(FOLDER / "quickstart.ipynb", as_version=4)
+    (training,) = [cell for cell in notebook.cells if "api.finetune" in cell.source]
+    length, training.source = (
+        training.source.splitlines()[0],
+        re.sub(r"^epochs, workdir = .*", f"epochs, workdir = 1, Path({str(tmp_path / 'run')!r})", training.source),
+    )
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    assert re.fullmatch(r'epochs, workdir = [5-9], Path\("\.\./runs/quickstart"\)', length)
+    assert list(loras.saved(tmp_path / "run")) == [4]
+    printed = "".join(output.text for output in training.outputs if output.get("name") == "stdout")
+    assert re.fullmatch(
+        r"epoch 1: mean log R 0\.\d{3}\nepoch 2: mean log R 0\.\d{3}\n", printed[: printed.find("done")]
+    )
+    for ours, theirs in zip(notebook.cells, committed.cells, strict=True):
+        kinds = [
+            sum("image/png" in output.get("data", {}) for output in cell.get("outputs", [])) for cell in (ours, theirs)
+        ]
+        assert kinds[0] == kinds[1]
+    assert (
+        sum("image/png" in output.get("data", {}) for cell in notebook.cells for output in cell.get("outputs", [])) == 5
+    )
 
 
 def test_the_committed_results_are_small():

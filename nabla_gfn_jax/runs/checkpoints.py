@@ -13,7 +13,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -64,7 +64,7 @@ class Checkpoints:
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
-            with suppress(UserError if kind else ()):  # an error that is on its way says more
+            with suppress(UserError) if kind else nullcontext():  # an error that is on its way says more
                 self.wait()
         finally:
             self._writer.shutdown()
