@@ -43,7 +43,7 @@ from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatte
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.typing import Latents, Params
+from nabla_gfn_jax.typing import Latents, Params, PerSample
 
 
 @flax.struct.dataclass
@@ -138,10 +138,7 @@ class KernelValue(FitOptions, PolicyAlone):
             now, base_output = flatten(data.now), flatten(data.base_output)
             told = weight[rows, data.now.index].reshape(len(now.y), -1)
             by_clean = told[:, :-1].reshape(now.y.shape)
-            clean, to_y = clean_after(model, now)
-            if self.guess:
-                by_clean = by_clean + expand(told[:, -1], clean) * reward_gradient(model, clean, now.prompt_id)
-            c = expand(model.chain[now.index].sigma, now.x) * to_y(by_clean)
+            c = told_by(model, now, by_clean, told[:, -1] if self.guess else None)
             return regress_steps(
                 model,
                 params["lora"],
@@ -155,3 +152,11 @@ class KernelValue(FitOptions, PolicyAlone):
         # Exact zeros: Adam would make steps of rounding errors.
         nothing = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(learn))
         return jax.lax.cond(jnp.any(weight != 0), learn, lambda: nothing)
+
+
+def told_by(model: Model, now: Transition, by_clean: Latents, by_guess: PerSample | None) -> Latents:
+    """c = σ ∇_y V of transitions (N, …), from ∂V/∂x̂ and ∂V/∂ log R(x̂) at their y; None: V does not see log R(x̂)."""
+    clean, to_y = clean_after(model, now)
+    if by_guess is not None:
+        by_clean = by_clean + expand(by_guess, clean) * reward_gradient(model, clean, now.prompt_id)
+    return expand(model.chain[now.index].sigma, now.y) * to_y(by_clean)
