@@ -1,5 +1,6 @@
 """A run that is killed with SIGKILL again and again ends with the same files as one that was left alone."""
 
+import itertools
 import os
 import random
 import signal
@@ -48,16 +49,18 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(tiny_model, tmp
     `KILLS` is their number, and `SEED` chooses the instants.
     """
     kills, chance = int(os.environ.get("KILLS", "20")), random.Random(int(os.environ.get("SEED", "0")))
-    whole, workdir = tmp_path / "whole", tmp_path / "run"
-    begun = time.monotonic()
-    assert run(tiny_model, whole, "never")[0] == 0
-    duration, killed = time.monotonic() - begun, []
+    whole, begun, killed = tmp_path / "whole", 0.0, []
+    for folder in (tmp_path / "compiles", whole):  # the time of a kill is chosen within a run that compiles nothing
+        begun = time.monotonic()
+        assert run(tiny_model, folder, "never")[0] == 0
+    duration, workdirs = time.monotonic() - begun, (tmp_path / f"run{i}" for i in itertools.count())
+    workdir = next(workdirs)
     while len(killed) < kills:
         when = f"file:{chance.randint(1, 60)}" if len(killed) % 2 else f"time:{chance.uniform(0.2, 1) * duration:.2f}"
         code, error = run(tiny_model, workdir, when)
         if code == 0:  # the run has ended before: another one, from the beginning
             compare(workdir, whole)
-            workdir = tmp_path / f"run{len(killed)}"
+            workdir = next(workdirs)
             continue
         assert code == -signal.SIGKILL, error
         assert "is damaged" not in error

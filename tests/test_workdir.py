@@ -124,6 +124,17 @@ def test_the_lock_is_released_after_an_error_too(tmp_path):
         pass
 
 
+def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
+    folders = [tmp_path / name for name in (".", "samples", "pictures", "lora/00004", "checkpoints/2")]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (".a.png.1f.unfinished", "a.png"):
+            (folder / name).write_text("")
+    with claim(tmp_path, SETTINGS):
+        assert not list(tmp_path.rglob("*.unfinished"))
+        assert all((folder / "a.png").exists() for folder in folders)
+
+
 def test_a_process_reads_the_manifest_while_another_writes_it(tmp_path):
     """This happens if all processes of a run are restarted simultaneously."""
     with claim(tmp_path, SETTINGS):

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from nabla_gfn_jax.checkpoints.files import check_can_write, plain, remove_unfinished
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.runs import loras
+from nabla_gfn_jax.runs import loras, pictures
 from nabla_gfn_jax.runs.manifest import (
     NAME,
     Input,
@@ -145,7 +145,8 @@ def _manifest(
     manifest = replace(found, config=config, **about, starts=(*found.starts, start))
     if write:
         _tell_of_other_versions(found.versions, manifest.versions)
-        for folder in (path, *loras.saved(path).values()):
+        written = (path / name for name in (".", "samples", pictures.FOLDER))
+        for folder in (*written, *loras.saved(path).values(), *(path / "checkpoints").glob("*")):
             remove_unfinished(folder)
         manifest.write(path)
     return manifest
