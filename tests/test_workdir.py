@@ -125,6 +125,8 @@ def test_the_lock_is_released_after_an_error_too(tmp_path):
 
 
 def test_what_a_killed_run_left_half_written_is_removed_and_nothing_else(tmp_path):
+    with claim(tmp_path, SETTINGS):
+        pass
     folders = [tmp_path / name for name in (".", "samples", "pictures", "lora/00004", "checkpoints/2")]
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)

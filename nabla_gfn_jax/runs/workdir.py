@@ -146,7 +146,7 @@ def _manifest(
     if write:
         _tell_of_other_versions(found.versions, manifest.versions)
         written = (path / name for name in (".", "samples", pictures.FOLDER))
-        for folder in (*written, *loras.saved(path).values(), *(path / "checkpoints").glob("*")):
+        for folder in (*written, *(path / "lora").glob("*"), *(path / "checkpoints").glob("*")):
             remove_unfinished(folder)
         manifest.write(path)
     return manifest
