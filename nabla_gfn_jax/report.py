@@ -2,8 +2,9 @@
 
 The report is one HTML file that opens from the disk, without a network: curves, pictures of the same noise over the
 updates and side by side across runs, the trade-off of reward and nats, and the runs' configs (docs/report.md). It shows
-what the workdirs hold. With `--draw`, it first draws the pictures of saved LoRAs that have none yet, which loads the
-base model and the reward. The workdirs keep these pictures.
+what the workdirs hold. With `--draw`, it first draws the pictures of saved LoRAs that have none yet, and measures how
+much more probable each LoRA has made the base model's pictures, which loads the base model and the reward. The workdirs
+keep both.
 """
 
 import sys
@@ -30,7 +31,9 @@ class Options(Checked):
     out: Path | None = option(
         None, "file to write [report.html in the workdir or, of several runs, here]", file="output", endings=(".html",)
     )
-    draw: bool = option(False, "draw the pictures of saved LoRAs that have none yet")
+    draw: bool = option(
+        False, "draw the pictures of saved LoRAs that have none yet, and measure the base pictures' chances"
+    )
     batch: int = option(0, "images drawn together; 0: as many as are likely to fit", minimum=0)
 
 

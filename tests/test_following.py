@@ -45,7 +45,7 @@ def test_a_policy_that_is_the_base_model_and_pure_noise():
     assert row.spent == row.gain == row.gain_error == 0
     assert np.isnan(row.cosine)
     assert np.isnan(row.scale)
-    assert abs(row.signal) < 4 * 4 / np.sqrt(2 * 50 * 50 * 300 / 4)
+    assert abs(row.signal) < 4 * np.sqrt(2 * 4 / (50 * 49 * 300)) / 2  # four standard errors
     assert row.noise == pytest.approx(2.0, rel=0.02)
 
 

@@ -78,8 +78,9 @@ def test_what_is_missing_is_drawn_as_training_draws_it(trained, tmp_path, capsys
         assert ours.scores["log_reward"] == pytest.approx(theirs.scores["log_reward"], rel=2e-6)
     assert pictures.CHANCE not in pictures.read(run / "pictures/00000.png").scores
     chances = np.asarray(pictures.read(run / "pictures/00002.png").scores[pictures.CHANCE])
+    # The densities are of states that are rounded to float32, which makes 3e-4 after the division by σ.
     np.testing.assert_allclose(chances, chances_by_density(run, ours.of), rtol=1e-3, atol=6e-4)
-    assert np.abs(chances).max() > 0.05  # the states are rounded to float32, which is 3e-4 after division by σ
+    assert np.abs(chances).max() > 0.05
     base, policy = (np.asarray(pictures.read(run / f"pictures/{n:05d}.png").scores["log_reward"]) for n in (0, 2))
     assert np.abs(policy / base - 1).min() > 1e-5  # two updates change little, but more than rounding does
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +32,7 @@ _MOST = 32  # the most images sampled together on a device
 _PIXELS = 2**21  # the most pixels sampled together on a device: 8 images of 512 x 512
 _DECODED = 2**19  # the most pixels decoded together on a device: the VAE's activations take 1 kB or more per pixel
 _PER_PROMPT = 2**20  # number of noises reserved for each prompt
+_Kind = Literal["images", "nats", "along_base"]  # of the programs: whether paths are recorded, and whose
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,7 @@ class ImageSampler:
         self._table = None if len(self.prompts) > FEW_PROMPTS else self._encode(None, self.prompts)
         self._lora_steps = how.lora_steps
         inputs = (EVERYWHERE, EVERYWHERE, EVERYWHERE, SPLIT, SPLIT)
-        kinds = {"images": {"nats": False}, "nats": {"nats": True}, "along_base": {"nats": True, "along_base": True}}
-        self._programs = {kind: split(self._program(**of), self._mesh, inputs, SPLIT) for kind, of in kinds.items()}
+        self._programs = {kind: split(self._program(kind), self._mesh, inputs, SPLIT) for kind in get_args(_Kind)}
         self._compiled: dict[Hashable, Any] = {}
 
     @property
@@ -129,7 +129,8 @@ class ImageSampler:
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
         number = np.tile(each, len(self.prompts))
         seeing, lora = self._seeing((lora or {}).get(TEXT_ENCODER)), place(lora, self._mesh)
-        kind = "images" if lora is None or not (nats or along_base) else "along_base" if along_base else "nats"
+        wanted: _Kind = "along_base" if along_base else "nats" if nats else "images"
+        kind: _Kind = "images" if lora is None else wanted
         start = 0
         with tqdm(total=len(prompt), desc=progress, disable=progress is None, unit=" images") as bar:
             while start < len(prompt):
@@ -146,7 +147,7 @@ class ImageSampler:
                 start += count
                 bar.update(count)
 
-    def _run(self, kind: str, *inputs: Any) -> list[np.ndarray] | None:
+    def _run(self, kind: _Kind, *inputs: Any) -> list[np.ndarray] | None:
         """The results of the program `kind` on a batch. None if they do not fit into memory; `_batch` is then half.
 
         Raises `UserError` if a batch cannot be smaller.
@@ -207,8 +208,8 @@ class ImageSampler:
         height, width, _ = self.image_shape
         return height * width
 
-    def _program(self, nats: bool, along_base: bool = False):  # type: ignore[no-untyped-def]
-        model, chain = self._model, self.chain
+    def _program(self, kind: _Kind):  # type: ignore[no-untyped-def]
+        model, chain, nats = self._model, self.chain, kind != "images"
         active = None if self._lora_steps.all() else self._lora_steps
 
         def run(
@@ -219,7 +220,7 @@ class ImageSampler:
             def predict(lora: Params | None, x: Latents, level: Level, condition: PromptIds) -> Latents:
                 return (of_base if lora is None else of_policy)(lora, x, level, condition)
 
-            how: dict[str, Any] = {"nats": nats, "along_base": along_base, "active": active}
+            how: dict[str, Any] = {"nats": nats, "along_base": kind == "along_base", "active": active}
             if TEXT_ENCODER not in (lora or {}):  # otherwise the two have different contexts; outputs are subtracted
                 how["predict_change"] = change_predictor(model, params, tables[0], self.how.guidance)
             paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, **how)

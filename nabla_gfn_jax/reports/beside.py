@@ -42,26 +42,31 @@ class Figure:
 def beside(measured: Sequence[Evaluated | None]) -> list[Figure]:
     """A plane for each figure that a model with a mean log R has; those with a tilted base model come first."""
     names = dict.fromkeys(name for e in measured if e is not None for name in e.figures() if name not in _NO_FIGURES)
-    planes = [Figure(name, _as_few(measured, name), list(_points(measured, name))) for name in names]
-    found = [plane for plane in planes if plane.points]
+    found = [plane for plane in (_plane(measured, name) for name in names) if plane.points]
     return sorted(found, key=lambda plane: all(point.tilted is None for point in plane.points))
 
 
-def _as_few(measured: Sequence[Evaluated | None], name: str) -> bool:
+def _plane(measured: Sequence[Evaluated | None], name: str) -> Figure:
+    """A figure at equal sample sizes: if some models have it at fewer samples, those without that are left out."""
     rows = [row for e in measured if e is not None for row in e.of.values()]
-    return any(estimate(row, "as_few_samples", name) is not None for row in rows)
+    as_few = any(estimate(row, "as_few_samples", name) is not None for row in rows)
+    return Figure(name, as_few, list(_points(measured, name, "as_few_samples" if as_few else "figures")))
 
 
-def _points(measured: Sequence[Evaluated | None], name: str) -> Iterator[Beside]:
-    """Points of equal sample sizes: where other models have the figure at fewer samples, one without it is left out."""
-    group = "as_few_samples" if _as_few(measured, name) else "figures"
+def _points(measured: Sequence[Evaluated | None], name: str, group: str) -> Iterator[Beside]:
     for number, evaluated in enumerate(measured):
         for updates, row in {} if evaluated is None else evaluated.of.items():
             reward, value, tilted = _reward(row), estimate(row, group, name), estimate(row, "tilted_base", name)
             if reward is not None and value is not None:
-                of_tilted = (None, None) if tilted is None else tilted
                 yield Beside(
-                    number, updates, reward.value, value.value, of_tilted[0], reward.error, value.error, of_tilted[1]
+                    run=number,
+                    updates=updates,
+                    reward=reward.value,
+                    value=value.value,
+                    tilted=None if tilted is None else tilted.value,
+                    reward_error=reward.error,
+                    value_error=value.error,
+                    tilted_error=None if tilted is None else tilted.error,
                 )
 
 

@@ -71,9 +71,8 @@ def draw(workdir: Path, batch: int = 0) -> int:
         found, lora = pictures.read(pictures.place(workdir, updates)), lora_of(updates)
         if found is not None and lora is not None:
             chance = _chances(sampler, lora, found.of, f"{workdir.name}/{updates}, chances")
-            pictures.save(
-                pictures.place(workdir, updates), replace(found, scores=found.scores | {pictures.CHANCE: chance})
-            )
+            scores = found.scores | {pictures.CHANCE: chance}
+            pictures.save(pictures.place(workdir, updates), replace(found, scores=scores))
     return len(wanted)
 
 

@@ -23,7 +23,7 @@ from nabla_gfn_jax.images import levels
 
 FOLDER = "pictures"
 BASE = "base"  # the file of the base model, if the run starts from a LoRA, so that update 0 has another policy
-CHANCE = "log_chance"
+CHANCE = "log_chance"  # the name of a score, see `Pictures`
 SEED = 0  # of the noise, the same for every run
 _PROMPTS, _MOST = 8, 32  # the most prompts, and the most pictures of a policy
 _SIDE = 192  # larger pictures are reduced to this number of pixels

@@ -145,8 +145,8 @@ def _manifest(
     manifest = replace(found, config=config, **about, starts=(*found.starts, start))
     if write:
         _tell_of_other_versions(found.versions, manifest.versions)
-        written = (path / name for name in (".", "samples", pictures.FOLDER))
-        for folder in (*written, *(path / "lora").glob("*"), *(path / "checkpoints").glob("*")):
+        several = (*(path / "lora").glob("*"), *(path / "checkpoints").glob("*"))
+        for folder in (path, path / "samples", path / pictures.FOLDER, *several):
             remove_unfinished(folder)
         manifest.write(path)
     return manifest

@@ -34,17 +34,13 @@ from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.credit import adjoint_credit
 from nabla_gfn_jax.algorithms.path_regression import clipped
 from nabla_gfn_jax.algorithms.paths import step_loss
-from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
-from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import TARGETS
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
@@ -217,9 +213,7 @@ def gains(bench: Bench, pairs: Params, held_out: Bank, clip: Array) -> dict[str,
 def main(argv: list[str]) -> None:
     """Samples the bank, and fits and evaluates each kind of layers and rate; writes one line of JSON for each fit."""
     options = parse(argv, Options, __doc__)
-    prompts = prompt_set(options.prompts).train
-    use_compilation_cache()
-    bench = Bench(load_model(options.model, jnp.float32), load_reward(options.reward), prompts, options)
+    bench = Bench.load(options)
     bank, held_out = bench.bank(2, options.paths), bench.bank(3, options.held_out)
     clip = clip_of(bank, options.beta, options.clip_quantile)
     base = certificate.Paths.of_base(np.asarray(bank.log_reward), np.asarray(bank.prompt_id))

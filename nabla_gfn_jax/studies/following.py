@@ -1,13 +1,14 @@
 """Measures how much of what a learned log value tells its steps a policy does, on its own states.
 
-    python -m nabla_gfn_jax.studies.following --lora=runs/exact/lora/00455 --until_step=35 --guess=True \
+    python -m nabla_gfn_jax.studies.following --lora=runs/exact/lora/00250 --until_step=40 --guess=True \
         --out=runs/following
 
 V is fitted to base paths, as `foresight` does. From a state x of the policy, several next states y are drawn. For each,
-c = σ ∇_y V is what `kernel_value` tells the step, and δ = (μ_θ − μ_#)/σ is what the step does. In nats, by step:
+c = σ ∇_y V is what `algorithms/kernel_value.py` tells the step, and δ = (μ_θ − μ_#)/σ is what the step does. In nats,
+by step:
 
-- *signal* ‖E[c|x]‖²/2 is what a step that follows V spends and gains. A policy can do nothing about the rest of c,
-- *noise* E‖c − E[c|x]‖²/2, the chance in y.
+- *signal* ‖E[c|x]‖²/2 is what a step that follows V spends and gains.
+- *noise* E‖c − E[c|x]‖²/2 is the chance in y. No policy can follow it.
 - *spent* ‖δ‖²/2 is what the step spends.
 - *gain* E[δ·c] − ‖δ‖²/2 is how far it lowers the loss of `kernel_value`, at most the signal.
 - *cosine* between δ and E[c|x]: the square root of the part of the signal that a multiple of δ has.
@@ -26,31 +27,26 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from nabla_gfn_jax.algorithms.kernel_value import told_by
+from nabla_gfn_jax.algorithms.paths import clean_after
 from nabla_gfn_jax.algorithms.transitions import Transition
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
-from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
-from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.studies.foresight import base_paths, fit_value
-from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
+from nabla_gfn_jax.studies.images import Images, LoraOptions, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _FITTED, _OWN, _AFTER = 0, 1, 2  # streams of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions, FitOptions):
+class Options(LoraOptions, FitOptions):
     """The LoRA, the states, how V is fitted, and the folder for the results."""
 
     out: Path = option(meaning="folder for following.jsonl and following.md")
-    lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
-    until_step: int | None = option(None, "last step with the LoRA [the last step]", minimum=1)
     steps: tuple[int, ...] = option((), "steps to look at [eight, evenly spaced]", minimum=1, empty=True)
     paths: int = option(1024, "base paths that V is fitted to", minimum=2)
     states: int = option(16, "states of each step", minimum=2)
@@ -60,22 +56,18 @@ class Options(ImageOptions, FitOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        last = self.until_step or self.num_steps
-        if last > self.num_steps:
-            raise UserError(f"--until_step = {last} is more than --num_steps = {self.num_steps}; lower it")
-        late = [step for step in self.steps if step > last]
+        late = [step for step in self.steps if step > self.last_step]
         if late:
-            raise UserError(f"--steps: the policy takes no step {late[0]}; its last is {last}")
+            raise UserError(f"--steps: the policy takes no step {late[0]}; its last is {self.last_step}")
 
     @property
     def chosen(self) -> tuple[int, ...]:
         """The steps to look at, from 1."""
-        last = self.until_step or self.num_steps
-        return self.steps or tuple(sorted({round(step) for step in np.linspace(1, last, 8)}))
+        return self.steps or tuple(sorted({round(step) for step in np.linspace(1, self.last_step, 8)}))
 
 
 class Following(NamedTuple):
-    """One step."""
+    """One step, from 1. `gain_error` is the standard error of the gain over the states."""
 
     step: int
     signal: float
@@ -87,7 +79,9 @@ class Following(NamedTuple):
     scale: float
 
 
-def judge(step: int, c: Float[np.ndarray, "noises states elements"], delta: Float[np.ndarray, "states e"]) -> Following:
+def judge(
+    step: int, c: Float[np.ndarray, "noises states elements"], delta: Float[np.ndarray, "states elements"]
+) -> Following:
     """The figures of a step. ‖E[c|x]‖² is the mean over pairs of different noises, which has no bias."""
     c, delta = np.asarray(c, np.float64), np.asarray(delta, np.float64)
     count, squares = len(c), (c**2).sum(axis=2)
@@ -122,7 +116,7 @@ class Follower:
         self._step, self._pull = jax.jit(self._one_step), jax.jit(self._pull_back)
 
     def states(self, keys: PRNGKeys) -> Latents:
-        """The states (T + 1, B, …) of the policy's paths."""
+        """The states (T + 1, B, …) of the paths of a policy that has the LoRA in every step."""
 
         def run(frozen: Params, lora: Params) -> Latents:
             model = self._images.model(frozen)
@@ -159,9 +153,7 @@ class Follower:
 
         def after(key: PRNGKeys) -> tuple[Latents, Latents, PerSample]:
             y = now.mean(output, x) + now.sigma * jax.random.normal(key, x.shape)
-            level = now.to.each(len(x))
-            clean = now.to.clean(model.predict(None, y, level, self._ids), y)
-            clean = jnp.where(step == model.chain.num_steps - 1, y, clean)  # a sample is its own x̂
+            clean, _ = clean_after(model, self._transition(y, step))
             return y, clean, model.log_reward(clean, self._ids) if self._guess else jnp.zeros(len(x))
 
         return now.mean_o / now.sigma * (output - base), *jax.lax.map(after, keys)
@@ -184,12 +176,12 @@ def as_table(rows: list[Following]) -> str:
 def main(argv: list[str]) -> None:
     """Fits V, samples the policy and judges its steps; writes a line of JSON for each, and the table."""
     o = parse(argv, Options, __doc__)
-    prompts = prompt_set(o.prompts).train
-    use_compilation_cache()
-    images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
+    images = Images.load(o)
     lora = load_lora(o.lora, images.base.params["unet"])
     fit = Fit.of(o, o.paths)
-    memory = fit_value(fit, base_paths(images, _FITTED, o.paths, o.together, guess=o.guess), o.beta, len(prompts))
+    memory = fit_value(
+        fit, base_paths(images, _FITTED, o.paths, o.together, guess=o.guess), o.beta, len(images.prompts)
+    )
     keys, ids = images.keys(_OWN, 0, o.states)
     follower = Follower(images, lora, ids, guess=o.guess)
     states, rows = follower.states(keys), []

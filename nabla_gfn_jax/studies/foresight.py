@@ -27,15 +27,11 @@ from jaxtyping import Array, Float, Int
 from nabla_gfn_jax.algorithms.base import Rollout
 from nabla_gfn_jax.algorithms.paths import clean_samples
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
-from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
-from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise, tilt_to
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
@@ -158,13 +154,11 @@ def as_table(rows: list[Foresight]) -> str:
 def main(argv: list[str]) -> None:
     """Samples the paths, fits V and judges it; writes a line of JSON for each state, and the table."""
     o = parse(argv, Options, __doc__)
-    prompts = prompt_set(o.prompts).train
-    use_compilation_cache()
-    images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
+    images = Images.load(o)
     streams = ((_FITTED, o.paths), (_HELD_OUT, o.held_out))
     fitted, held = (base_paths(images, *of, o.together, guess=o.guess) for of in streams)
     fit = Fit.of(o, o.paths)
-    memory = fit_value(fit, fitted, o.beta, len(prompts))
+    memory = fit_value(fit, fitted, o.beta, len(images.prompts))
     rows = judge(fit.values(memory, held.states, held.prompt_id), held, o.beta, o.seed)
     write_results(o.out, "foresight", rows, as_table(rows))
 

@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,12 @@ from jaxtyping import Array
 
 from nabla_gfn_jax.algorithms.base import Model
 from nabla_gfn_jax.base_models.base import BaseModel, predictor
+from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.compilation import use_compilation_cache
+from nabla_gfn_jax.data.prompts import prompt_set
+from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.rewards import REWARDS, Reward
+from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 
@@ -31,6 +35,24 @@ class ImageOptions(Checked):
     seed: int = option(0, "seed of every random number", minimum=0, maximum=LARGEST_SEED)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(ImageOptions):
+    """A study of a LoRA."""
+
+    lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
+    until_step: int | None = option(None, "last step with the LoRA; later steps are left out", minimum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_step > self.num_steps:
+            raise UserError(f"--until_step = {self.last_step} is more than --num_steps = {self.num_steps}; lower it")
+
+    @property
+    def last_step(self) -> int:
+        """The last step with the LoRA, from 1."""
+        return self.until_step or self.num_steps
+
+
 @dataclass(frozen=True)
 class Images:
     """The base model, its reward and its prompts."""
@@ -39,6 +61,13 @@ class Images:
     reward: Reward
     prompts: tuple[str, ...]
     options: ImageOptions
+
+    @classmethod
+    def load(cls, options: ImageOptions) -> Self:
+        """What the options name, in float32. Raises `UserError` if the prompts, the model or the reward do not load."""
+        prompts = prompt_set(options.prompts).train
+        use_compilation_cache()
+        return cls(load_model(options.model, jnp.float32), load_reward(options.reward), prompts, options)
 
     @functools.cached_property
     def frozen(self) -> Params:

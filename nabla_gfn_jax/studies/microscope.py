@@ -35,15 +35,11 @@ from jaxtyping import Array, Float
 
 from nabla_gfn_jax.algorithms.base import Model, Rollout, reward_gradient
 from nabla_gfn_jax.algorithms.credit import Prediction, adjoint_credit, guess_cotangent, terminal_credit
-from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.command_line import parse
-from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import Trajectory, draw_noise, sample
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.rewards import load_reward
 from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
@@ -202,9 +198,7 @@ def main(argv: list[str]) -> None:
     for k in options.steps:
         if k >= options.num_steps:
             raise UserError(f"--steps has {k}, but the steps are 0 to num_steps - 1 = {options.num_steps - 1}")
-    prompts = prompt_set(options.prompts).train
-    use_compilation_cache()
-    images = Images(load_model(options.model, jnp.float32), load_reward(options.reward), prompts, options)
+    images = Images.load(options)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict[str, float | str]] = []
     with (options.out / "microscope.jsonl").open("w") as file:

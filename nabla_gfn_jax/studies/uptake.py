@@ -22,43 +22,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import Model
-from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
-from nabla_gfn_jax.compilation import use_compilation_cache
-from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import Trajectory, sample
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.metrics.tilt import Strata, normalise
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.rewards import load_reward
-from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
+from nabla_gfn_jax.studies.images import Images, LoraOptions, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _PATHS = 0  # stream of random numbers
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions):
+class Options(LoraOptions):
     """The LoRA, the paths, and the folder for the results."""
 
     out: Path = option(meaning="folder for uptake.jsonl and uptake.md")
-    lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
     paths: int = option(2048, "base paths", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
-    until_step: int | None = option(None, "last step with the LoRA; later steps are left out", minimum=1)
     parts: int = option(10, "parts of the path, of equally many steps as far as possible", minimum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if (self.until_step or 1) > self.num_steps:
-            raise UserError(f"--until_step = {self.until_step} is more than --num_steps = {self.num_steps}; lower it")
 
 
 class Products(NamedTuple):
@@ -150,12 +138,10 @@ def as_table(rows: list[Uptake]) -> str:
 def main(argv: list[str]) -> None:
     """Samples the paths and judges the LoRA; writes a line of JSON for each part, and the table."""
     o = parse(argv, Options, __doc__)
-    prompts = prompt_set(o.prompts).train
-    use_compilation_cache()
-    images = Images(load_model(o.model, jnp.float32), load_reward(o.reward), prompts, o)
+    images = Images.load(o)
     lora = load_lora(o.lora, images.base.params["unet"])
     found, reward, ids = sampled_products(images, lora, o.paths, o.together)
-    found = Products(*(a[: o.until_step] for a in found))
+    found = Products(*(a[: o.last_step] for a in found))
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, o.parts)
     write_results(o.out, "uptake", rows, as_table(rows))
 
