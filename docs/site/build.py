@@ -7,6 +7,7 @@ page is docs/python.md.
 import re
 import sys
 from pathlib import Path
+from posixpath import normpath
 
 from pdoc import pdoc, render
 
@@ -24,14 +25,14 @@ MODULES = (
     "nabla_gfn_jax.base_models.stable_diffusion",
     "nabla_gfn_jax.rewards.reward",
 )
-_LINK = re.compile(r"\[([^]]+)\]\(([\w.]+)(?:#[\w-]+)?\)")  # to another page of the documentation, which is not copied
+_LINK = re.compile(r"\[([^]]+)\]\(([\w./]+)(?:#[\w-]+)?\)")  # to another file of the repository, which is not copied
 
 
 def build(folder: Path) -> None:
     """Writes the pages into the folder."""
     render.configure(docformat="google", template_directory=HERE, footer_text=f"nabla_gfn_jax {__version__}")
     guide = (HERE.parent / "python.md").read_text(encoding="utf-8")
-    render.env.globals["guide"] = _LINK.sub(r"\1 (docs/\2)", guide)
+    render.env.globals["guide"] = _LINK.sub(lambda link: f"{link[1]} ({normpath(f'docs/{link[2]}')})", guide)
     pdoc(*MODULES, output_directory=folder)
 
 
