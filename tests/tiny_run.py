@@ -9,6 +9,7 @@ import pytest
 
 from nabla_gfn_jax import train
 from nabla_gfn_jax.base_models.diffusers_folder import abstract_params, save_folder
+from nabla_gfn_jax.config_files import load_config, split_variant
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.emoji.byte_pairs import train_tokenizer
 from nabla_gfn_jax.models.clip import CLIPTextConfig, CLIPTextModel
@@ -85,9 +86,9 @@ def command(tiny_model):
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(REWARDS, reward, lambda: brightness(float(reward)))
             chosen = [*flags(tiny_model, workdir, reward), *more]
-            without = ("ddpo", "refl", "draft", "nft", "emoji_exact")
-            if any(f"config={name}" in flag for name in without for flag in more):
-                chosen = [flag for flag in chosen if "transition_fraction" not in flag]  # not a field of theirs
+            names = [flag.removeprefix("--config=") for flag in chosen if flag.startswith("--config=")]
+            if "transition_fraction" not in load_config(*split_variant(names[-1])).algorithm:
+                chosen = [flag for flag in chosen if "transition_fraction" not in flag]
             train.main(["train", *last_of_each(chosen)])
 
     return call

@@ -224,7 +224,8 @@ class Trainer:
 
         The gradient is summed over the micro-batches of a device, and then once over the devices.
         """
-        parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, -1, *a.shape[1:]), (data, weight))
+        size = len(weight) // self.micro_batches
+        parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, size, *a.shape[1:]), (data, weight))
 
         def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, tuple[Metrics, Bool[Array, ""]]]:
             (loss, terms), gradient = self.algorithm.value_and_grad(state.params, model, *part)
