@@ -19,18 +19,24 @@ def walks(count, seed):
     random = np.random.default_rng(seed)
     steps = random.normal(size=(count, STATES, 2)) * np.asarray([[0], [1], [1]])
     clean = steps.cumsum(axis=1).astype(np.float32)
-    return Ends(Seen(clean, np.zeros((count, STATES), np.float32)), clean[:, -1, 0], random.integers(0, 2, count))
+    none, ids = np.zeros((count, STATES), np.float32), random.integers(0, 2, count)
+    return Ends(Seen(clean, none), clean[:, -1, 0], ids, Seen(clean - 2 * steps.astype(np.float32), none))
 
 
-def exact(walk):
+def exact(states):
     """V − log Z of a state k: β x − β² k/2, because the rest adds β² (2 − k)/2 and log Z is β²."""
-    return BETA * walk.states.clean[..., 0].astype(np.float64) - BETA**2 * np.arange(STATES) / 2
+    return BETA * states.clean[..., 0].astype(np.float64) - BETA**2 * np.arange(STATES) / 2
+
+
+def judged(value, held):
+    """What `value`, a function of states, says."""
+    return judge(value(held.states), value(held.opposite), held, BETA, 0)
 
 
 def test_figures_of_the_exact_value():
     """States k are N(0, k): the target's are moved by β k, KL β² k/2. Weighted by e^V the end moves as far."""
     held = walks(100_000, 0)
-    for k, row in enumerate(judge(exact(held), held, BETA, 0)):
+    for k, row in enumerate(judged(exact, held)):
         kl = BETA**2 * k / 2
         assert abs(row.known - kl) < 4 * row.known_error + 1e-9
         assert row.known_error < 0.02
@@ -40,16 +46,23 @@ def test_figures_of_the_exact_value():
         np.testing.assert_allclose(row.needed, (BETA * k) ** 2 / 4, atol=0.02)
         if k:
             np.testing.assert_allclose(row.efficiency, k / 2, atol=0.05)
+            np.testing.assert_allclose([row.followed, row.gain], BETA**2 / 2, atol=0.02)
+            assert row.gain_error < 0.01
+        else:
+            assert row.followed == row.gain == 0
 
 
 def test_a_wrong_value_knows_less():
     """Noise in V costs nats and says nothing."""
     held = walks(40_000, 1)
-    noise = np.random.default_rng(2).normal(size=(40_000, STATES))
-    right, wrong = (judge(v, held, BETA, 0) for v in (exact(held), exact(held) + noise))
+    noise = np.random.default_rng(2)
+    right, wrong = judged(exact, held), judged(lambda at: exact(at) + noise.normal(size=(40_000, STATES)), held)
     for one, other in zip(right[1:], wrong[1:], strict=True):
         assert other.known < one.known - 0.3
         assert other.efficiency < 0.8 * one.efficiency
+        # Half the difference of two noises has the variance 1/2, and E_*[d] does not see it.
+        np.testing.assert_allclose(other.followed - one.followed, 0.25, atol=0.02)
+        np.testing.assert_allclose(one.gain - other.gain, 0.25, atol=0.04)
     assert right[0].spent == 0
     assert np.isnan(right[0].efficiency)
 
@@ -58,12 +71,10 @@ def test_the_fitted_value_is_near_the_exact_one():
     fit = Fit(places=4000, components=2, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
     paths, held = walks(4000, 3), walks(20_000, 4)
     memory = fit_value(fit, paths, BETA, 2)
-    found, right = (
-        judge(fit.values(memory, held.states, held.prompt_id), held, BETA, 0),
-        judge(exact(held), held, BETA, 0),
-    )
+    found, right = judged(lambda at: fit.values(memory, at, held.prompt_id), held), judged(exact, held)
     for one, other in zip(found[1:], right[1:], strict=True):
         assert one.known > other.known - 0.02
+        assert one.gain > other.gain - 0.02
 
 
 @pytest.mark.slow
@@ -84,4 +95,6 @@ def test_the_command_writes_a_line_for_each_state(guess, tiny_model, tmp_path, m
     rows = [json.loads(line) for line in (tmp_path / "foresight.jsonl").read_text().splitlines()]
     assert [row["state"] for row in rows] == [0, 1, 2, 3, 4]
     assert rows[-1]["known"] > rows[0]["known"]
+    assert rows[0]["followed"] == 0
+    assert all(row["followed"] > 0 and np.isfinite(row["gain"]) for row in rows[1:])
     assert capsys.readouterr().out == (tmp_path / "foresight.md").read_text()

@@ -17,15 +17,16 @@ and judged on held-out base paths. In nats, state by state, where state 0 is the
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from nabla_gfn_jax.algorithms.base import Rollout
-from nabla_gfn_jax.algorithms.paths import clean_samples
+from nabla_gfn_jax.algorithms.base import Model, Rollout
+from nabla_gfn_jax.algorithms.paths import clean_after, clean_samples
+from nabla_gfn_jax.algorithms.transitions import Transition, take
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.sampler import sample
@@ -57,6 +58,7 @@ class Ends(NamedTuple):
     states: Seen
     log_reward: Float[np.ndarray, " paths"]
     prompt_id: Int[np.ndarray, " paths"]
+    opposite: Seen | None = None  # the states that the opposite noise of the last step would give; state 0 is itself
 
 
 class Foresight(NamedTuple):
@@ -71,26 +73,41 @@ class Foresight(NamedTuple):
     needed: float
     efficiency: float
     lost: float
+    followed: float
+    gain: float
+    gain_error: float
 
 
-def base_paths(images: Images, stream: int, count: int, together: int, *, guess: bool) -> Ends:
+def base_paths(images: Images, stream: int, count: int, together: int, *, guess: bool, opposites: bool = False) -> Ends:
     """Samples `count` base paths, some at a time."""
 
     @jax.jit
-    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[Latents, Array, PerSample]:
+    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[PerSample, tuple[Array, Array], Any]:
         model = images.model(frozen)
         path = sample(model.predict, None, model.chain, keys, images.base.latent_shape, ids)
         reward = model.log_reward(path.samples, ids)
-        clean = clean_samples(model.chain, Rollout(path, reward, ids, keys), path.outputs)
-        seen = jax.lax.map(lambda z: model.log_reward(z, ids), clean) if guess else jnp.zeros(clean.shape[:2])
-        return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), seen.T, reward
+        rollout = Rollout(path, reward, ids, keys)
+
+        def seen(clean: Latents) -> tuple[Array, Array]:
+            log_r = jax.lax.map(lambda z: model.log_reward(z, ids), clean) if guess else jnp.zeros(clean.shape[:2])
+            return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), log_r.T
+
+        steps = jnp.broadcast_to(jnp.arange(model.chain.num_steps)[:, None], (model.chain.num_steps, len(ids)))
+        clean = clean_samples(model.chain, rollout, path.outputs)
+        other = jax.lax.map(lambda step: clean_after(model, mirrored(model, take(step, rollout)))[0], steps)
+        return reward, seen(clean), seen(jnp.concatenate([clean[:1], other])) if opposites else None
 
     parts = []
     for start in range(0, count, together):
         keys, ids = images.keys(stream, start, min(together, count - start))
-        clean, seen, reward = map(np.asarray, part(images.frozen, keys, ids))
-        parts.append(Ends(Seen(clean, seen), reward, np.asarray(ids)))
+        reward, states, other = jax.tree.map(np.asarray, part(images.frozen, keys, ids))
+        parts.append(Ends(Seen(*states), reward, np.asarray(ids), None if other is None else Seen(*other)))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)  # type: ignore[no-any-return]
+
+
+def mirrored(model: Model, now: Transition) -> Transition:
+    """The transitions (N, …) with the next state that the opposite noise gives, 2μ_θ† − y."""
+    return now.replace(y=2 * model.chain[now.index].mean(now.output, now.x) - now.y)  # type: ignore[attr-defined,no-any-return]
 
 
 def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemory:
@@ -113,19 +130,36 @@ def known_nats(
     return float((strata.sums(target.shares * value) - chosen.log_mean).mean())
 
 
-def judge(value: Float[np.ndarray, "paths states"], held: Ends, beta: float, seed: int) -> list[Foresight]:
-    """What V, given at every state of held-out paths, says about their ends."""
+def followed(
+    odd: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"], strata: Strata, counts: Float[np.ndarray, " n"]
+) -> tuple[float, float]:
+    """E_#[d²]/2 and E_*[d] − E_#[d²]/2 of V's odd part d, means over prompts."""
+    target, base = normalise(log_w, strata, counts), normalise(np.zeros(len(odd)), strata, counts)
+    spent = float(strata.sums(base.shares * odd**2).mean()) / 2
+    return spent, float(strata.sums(target.shares * odd).mean()) - spent
+
+
+def judge(
+    value: Float[np.ndarray, "paths states"],
+    opposite_value: Float[np.ndarray, "paths states"],
+    held: Ends,
+    beta: float,
+    seed: int,
+) -> list[Foresight]:
+    """What V, given at every state of held-out paths and at the opposite states, says about their ends."""
     order = np.argsort(held.prompt_id, kind="stable")
     prompt, reward = held.prompt_id[order], np.asarray(held.log_reward, np.float64)[order]
     strata, found = Strata(prompt), []
     rng, even = np.random.default_rng(seed), np.ones(len(reward))
     draws = [rng.poisson(1.0, len(reward)).astype(float) + 1e-9 for _ in range(REPLICATES)]
+    odds = (np.asarray(value, np.float64) - np.asarray(opposite_value, np.float64))[order].T / 2
     for state, v in enumerate(np.asarray(value, np.float64)[order].T):
         chosen = normalise(v, strata)
         spent = float((strata.sums(chosen.shares * v) - chosen.log_mean).mean())
         mean = float(strata.sums(chosen.shares * reward).mean())
         exponent, needed = tilt_to(mean, reward, prompt)
         known = [known_nats(v, beta * reward, strata, counts) for counts in (even, *draws)]
+        gain = [followed(odds[state], beta * reward, strata, counts) for counts in (even, *draws)]
         found.append(
             Foresight(
                 state=state,
@@ -137,6 +171,9 @@ def judge(value: Float[np.ndarray, "paths states"], held: Ends, beta: float, see
                 needed=needed,
                 efficiency=needed / spent if spent > 0 else float("nan"),
                 lost=float((chosen.log_mean - strata.means(v)).mean()),
+                followed=gain[0][0],
+                gain=gain[0][1],
+                gain_error=float(np.std([g for _, g in gain[1:]], ddof=1)),
             )
         )
     return found
@@ -155,11 +192,13 @@ def main(argv: list[str]) -> None:
     """Samples the paths, fits V and judges it; writes a line of JSON for each state, and the table."""
     o = parse(argv, Options, __doc__)
     images = Images.load(o)
-    streams = ((_FITTED, o.paths), (_HELD_OUT, o.held_out))
-    fitted, held = (base_paths(images, *of, o.together, guess=o.guess) for of in streams)
+    fitted = base_paths(images, _FITTED, o.paths, o.together, guess=o.guess)
+    held = base_paths(images, _HELD_OUT, o.held_out, o.together, guess=o.guess, opposites=True)
     fit = Fit.of(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(images.prompts))
-    rows = judge(fit.values(memory, held.states, held.prompt_id), held, o.beta, o.seed)
+    assert held.opposite is not None
+    at, across = (fit.values(memory, states, held.prompt_id) for states in (held.states, held.opposite))
+    rows = judge(at, across, held, o.beta, o.seed)
     write_results(o.out, "foresight", rows, as_table(rows))
 
 
