@@ -1,5 +1,6 @@
 """A run of every algorithm from start to end on the tiny model."""
 
+import jax
 import numpy as np
 import pytest
 from test_parallel import without_images
@@ -35,6 +36,13 @@ RUNS = {
     "terminal": ("terminal:emoji", {}, "loss_forward"),
     "value_gradient": ("emoji_exact:network", {"states": 4}, "loss_steps"),
 }
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """The compiled programs of twenty runs would fill the memory."""
+    yield
+    jax.clear_caches()
 
 
 def test_the_table_has_every_algorithm():
