@@ -2,7 +2,9 @@
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
+from test_training import without_time
 from tiny_run import flags
 
 HERE = Path(__file__).parent
@@ -119,6 +122,36 @@ def test_two_processes_one_is_killed_and_both_resume(tiny_model, command, tmp_pa
         ours, theirs = (np.asarray(Image.open(folder / "samples" / name), np.int16) for folder in (pair, single))
         assert np.abs(ours - theirs).max() <= 1  # of 255: where rounding falls
         assert theirs.std() > 10  # a picture
+
+
+@pytest.mark.slow
+def test_either_of_two_processes_is_killed_at_random_instants_and_the_bits_are_the_same(tiny_model, tmp_path):
+    """Each time the other ends within a minute. `KILLS` is the number of kills, and `SEED` chooses the instants."""
+    kills, chance = int(os.environ.get("KILLS", "10")), random.Random(int(os.environ.get("SEED", "0")))
+    longer, seconds = f"--config.training.num_epochs={2 * EPOCHS}", []
+    whole, workdir = tmp_path / "whole", tmp_path / "killed"
+    for folder in (tmp_path / "compiles", whole):
+        begun = time.monotonic()
+        assert [code for code, _, _ in end(start(tiny_model, folder, longer), COMPILING)] == [0, 0]
+        duration = time.monotonic() - begun
+    while len(seconds) < kills:
+        processes, who = start(tiny_model, workdir, longer), chance.randrange(2)
+        try:
+            processes[who].wait(chance.uniform(0.2, 0.9) * duration)
+        except subprocess.TimeoutExpired:
+            processes[who].send_signal(signal.SIGKILL)
+            begun = time.monotonic()
+            (code, _, error) = end(processes, 60)[1 - who]
+            seconds.append(time.monotonic() - begun)
+            assert code != 0, error
+            print(f"process {who} killed; the other ended after {seconds[-1]:.1f} s", flush=True)
+        else:  # the run had ended before
+            end(processes, 60)
+            shutil.rmtree(workdir)
+    assert [code for code, _, _ in end(start(tiny_model, workdir, longer), COMPILING)] == [0, 0]
+    assert list(map(without_time, rows(workdir))) == list(map(without_time, rows(whole)))
+    for file in (whole / "lora").rglob("*.safetensors"):
+        assert (workdir / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
 @pytest.mark.slow
