@@ -12,16 +12,16 @@ from nabla_gfn_jax.runs.metrics_log import COLUMNS
 
 pytestmark = pytest.mark.thorough
 
-# By name: the config, fields of the algorithm for a path of 10 steps, and a term of its loss.
+# By name: the config, fields of the algorithm for a path of 10 steps, and a column that its updates write.
 RUNS = {
     "awm": ("awm:emoji", {}, "loss_policy"),
     "dag_db": ("dag_db:emoji", {}, "loss_balance"),
-    "ddpo": ("ddpo:emoji", {"min_count": 2}, "loss_policy"),
+    "ddpo": ("ddpo:emoji", {"min_count": 2}, "ratios_clipped"),
     "draft": ("draft:emoji", {"last_steps": 2}, "loss_reward"),
     "draft_1": ("draft:emoji", {"last_steps": 1}, "loss_reward"),
     "draft_lv": ("draft:emoji", {"last_steps": 1, "lv_samples": 2}, "loss_reward"),
     "eam": ("eam:emoji", {}, "loss_adjoint"),
-    "kernel_value": ("emoji_exact", {"after": 0}, "loss_steps"),
+    "kernel_value": ("emoji_exact", {"after": 0, "guess": False}, "loss_steps"),
     "kernel_value_guess": ("emoji_exact", {"after": 0, "guess": True}, "loss_steps"),
     "nabla_db": ("emoji", {}, "loss_forward"),
     "nabla_db_guess": ("emoji", {"credit": "guess"}, "loss_forward"),
@@ -51,21 +51,23 @@ def test_the_table_has_every_algorithm():
 
 @pytest.mark.parametrize("name", RUNS)
 def test_it_trains(command, monkeypatch, tmp_path, name):
-    """A row has its loss and a gradient. An on-policy algorithm has no first epoch that only samples."""
+    """A row has its loss and a gradient. An on-policy algorithm has no first epoch that only samples: each row's update
+    uses the samples of the same row.
+    """
     without_images(monkeypatch)
-    config, fields, term = RUNS[name]
+    config, fields, column = RUNS[name]
     flags = [f"--config={config}", *(f"--config.algorithm.{key}={value}" for key, value in fields.items())]
     flags += ["--config.sampling.lora_until_step=", "--config.logging.checkpoint_every=2"]
     command(tmp_path, *flags, "--config.training.num_epochs=2")
     log = rows(tmp_path)
-    trained = [row for row in log if term in row]
+    trained = [row for row in log if column in row]
     assert len(trained) >= 2
     assert log[-1]["step"] == 4
     assert all(np.isfinite(row["loss"]) and row["grad_norm_lora"] > 0 for row in trained)
-    assert {key for row in log for key in row} <= {column.name for column in COLUMNS}
+    assert {key for row in log for key in row} <= {known.name for known in COLUMNS}
     if ALGORITHMS[load_config(*split_variant(config)).algorithm.name].on_policy:
-        assert (log[0]["epoch"], log[0]["updates"]) == (1, 2)
-        assert term in log[0]
+        assert [(row["epoch"], row["step"], row["updates"]) for row in log] == [(1, 0, 2), (2, 2, 4), (3, 4, 4)]
+        assert column in log[0]
         assert "grad_norm_correction" not in log[0]
 
 

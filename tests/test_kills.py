@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from test_training import rows, without_time
-from tiny_run import flags, last_of_each
+from tiny_run import fitting, flags
 
 from nabla_gfn_jax.runs import loras
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
@@ -31,20 +31,15 @@ REMEMBERS = {
 }
 
 
-def flags_of(model: Path, workdir: Path, what: str) -> list[str]:
-    """The flags of a run whose algorithm remembers `what`."""
-    chosen = last_of_each([*flags(model, workdir), *MORE, *REMEMBERS[what]])
-    return [flag for flag in chosen if what == "transitions" or "transition_fraction" not in flag]
-
-
 def run(model: Path, workdir: Path, what: str, kill_at: str) -> tuple[int, str]:
-    """Exit code and stderr of a start of the run."""
+    """Exit code and stderr of a start of the run whose algorithm remembers `what`."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": "2",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "KILL_AT": kill_at,
     }
-    command = [sys.executable, str(HERE / "killed_process.py"), str(workdir), *flags_of(model, workdir, what)]
+    chosen = fitting([*flags(model, workdir), *MORE, *REMEMBERS[what]])
+    command = [sys.executable, str(HERE / "killed_process.py"), str(workdir), *chosen]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600)
     return ended.returncode, ended.stderr
 
@@ -89,7 +84,8 @@ def test_a_run_killed_at_random_instants_ends_with_the_same_bits(tiny_model, tmp
 
 def compare(workdir: Path, whole: Path) -> None:
     assert list(map(without_time, rows(workdir))) == list(map(without_time, rows(whole)))
-    assert [row["epoch"] for row in rows(workdir)][-9:] == list(range(1, 10))
+    epochs = [row["epoch"] for row in rows(workdir)]
+    assert epochs in (list(range(10)), list(range(1, 10)))  # off policy, the first epoch only samples
     assert loras.saved(workdir).keys() == loras.saved(whole).keys()
     for folder in loras.saved(whole).values():
         for file in folder.iterdir():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import flags, last_of_each, make_model
+from tiny_run import fitting, flags, make_model
 
 from nabla_gfn_jax import train
 from nabla_gfn_jax.base_models.base import FEW_PROMPTS, window
@@ -55,10 +55,7 @@ def run(model, workdir, *more):
     """Trains; returns the rows of the log without its times, and the LoRA files."""
     prompts = workdir.parent / "prompts.txt"
     prompts.write_text("\n".join(TEXTS))
-    chosen = [*flags(model, workdir, "of_prompt"), f"--config.prompts={prompts}", *more]
-    if "--config=ddpo:emoji" in more:
-        chosen = [flag for flag in chosen if "transition_fraction" not in flag]
-    train.main(["train", *last_of_each(chosen)])
+    train.main(["train", *fitting([*flags(model, workdir, "of_prompt"), f"--config.prompts={prompts}", *more])])
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     files = {path.parent.name: read_safetensors(path)[0] for path in workdir.glob("lora/*/diffusers.safetensors")}
     assert files

@@ -135,7 +135,7 @@ def test_either_of_two_processes_is_killed_at_random_instants_and_the_bits_are_t
         assert [code for code, _, _ in end(start(tiny_model, folder, longer), COMPILING)] == [0, 0]
         duration = time.monotonic() - begun
     while len(seconds) < kills:
-        processes, who = start(tiny_model, workdir, longer), chance.randrange(2)
+        processes, who = start(tiny_model, workdir, longer), len(seconds) % 2
         try:
             processes[who].wait(chance.uniform(0.2, 0.9) * duration)
         except subprocess.TimeoutExpired:

@@ -85,11 +85,7 @@ def command(tiny_model):
     def call(workdir: Path, *more: str, reward: str = "1.0") -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(REWARDS, reward, lambda: brightness(float(reward)))
-            chosen = [*flags(tiny_model, workdir, reward), *more]
-            names = [flag.removeprefix("--config=") for flag in chosen if flag.startswith("--config=")]
-            if "transition_fraction" not in load_config(*split_variant(names[-1])).algorithm:
-                chosen = [flag for flag in chosen if "transition_fraction" not in flag]
-            train.main(["train", *last_of_each(chosen)])
+            train.main(["train", *fitting([*flags(tiny_model, workdir, reward), *more])])
 
     return call
 
@@ -97,6 +93,14 @@ def command(tiny_model):
 def last_of_each(flags: list[str]) -> list[str]:
     """The flags, where only the last of each name is kept, because a repeated flag is an error."""
     return list({flag.partition("=")[0]: flag for flag in flags}.values())
+
+
+def fitting(flags: list[str]) -> list[str]:
+    """The last of each flag, without `transition_fraction` if the config's algorithm has no such field."""
+    chosen = last_of_each(flags)
+    (config,) = (flag.removeprefix("--config=") for flag in chosen if flag.startswith("--config="))
+    known = "transition_fraction" in load_config(*split_variant(config)).algorithm
+    return [flag for flag in chosen if known or "transition_fraction" not in flag]
 
 
 def flags(model: Path, workdir: Path, reward: str = "1.0") -> list[str]:
