@@ -139,6 +139,33 @@ def test_a_run_that_remembers_paths_resumes_bit_for_bit(command, tmp_path):
 
 
 @pytest.mark.thorough
+def test_a_policy_that_waited_begins_as_adam_begins(command, tmp_path, monkeypatch):
+    """Its first step has the full rate in every element with a gradient: the updates before it do not count."""
+    without_images(monkeypatch)
+    fields = {
+        "algorithm.after": 16,
+        "algorithm.features": 8,
+        "algorithm.components": 4,
+        "sampling.lora_until_step": 8,
+        "lora.layers": "attention",
+        "lora.rank": 2,
+        "training.decline": "cosine",
+        "training.average": 0,
+        "training.weight_decay_lora": 0,
+        "training.updates_per_epoch": 1,
+        "training.num_epochs": 2,
+        "training.learning_rate": 0.005,
+    }
+    command(tmp_path, "--config=emoji_exact", *(f"--config.{name}={value}" for name, value in fields.items()))
+    files = (tmp_path / f"lora/0000{number}/diffusers.safetensors" for number in (1, 2))
+    waiting, moved = map(load_file, files)
+    steps = np.concatenate([np.abs(np.asarray(moved[name]) - np.asarray(waiting[name])).ravel() for name in moved])
+    assert steps.max() == pytest.approx(0.005, rel=1e-3)
+    assert (steps > 0.004).mean() > 0.1
+    assert [row["grad_norm_lora"] > 0 for row in rows(tmp_path)[:2]] == [False, True]
+
+
+@pytest.mark.thorough
 def test_a_rows_reward_is_that_of_the_policy_with_its_step(whole, command, tmp_path, monkeypatch):
     """A run that starts from the LoRA after 4 updates with the noise of epoch 3 has the reward of epoch 3 first."""
     of_epoch = {row["epoch"]: row for row in rows(whole().workdir)}

@@ -75,6 +75,12 @@ def length(settings: Settings) -> Plan:
     )
 
 
+def learning_epochs(settings: Settings) -> int:
+    """The epochs in which the policy learns: those before have fewer paths than the algorithm waits for."""
+    waits = getattr(settings.algorithm, "after", 0) // settings.training.trajectories
+    return max(settings.training.num_epochs - waits, 0)
+
+
 def assemble(
     settings: Settings,
     mesh: Mesh,
@@ -100,7 +106,7 @@ def assemble(
         carry_change=settings.carry_change,
         optimizer=make_optimizer(
             algorithm.heads(),
-            learning_rate(c.learning_rate, c.decline, c.num_epochs * c.updates_per_epoch),
+            learning_rate(c.learning_rate, c.decline, learning_epochs(settings) * c.updates_per_epoch),
             decay_lora=c.weight_decay_lora,
             decay_heads=c.weight_decay_correction,
             clip=c.clip,

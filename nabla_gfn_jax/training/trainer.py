@@ -224,7 +224,7 @@ class Trainer:
 
         The gradient is summed over the micro-batches of a device, and then once over the devices.
         """
-        size = len(weight) // self.micro_batches
+        size = len(weight) // self.micro_batches  # not -1: data may have an axis of length 0
         parts = jax.tree.map(lambda a: a.reshape(self.micro_batches, size, *a.shape[1:]), (data, weight))
 
         def accumulate(total: Params, part: PyTree[Any]) -> tuple[Params, tuple[Metrics, Bool[Array, ""]]]:
@@ -244,8 +244,9 @@ class Trainer:
         if average is not None:
             average = optax.incremental_update(params["lora"], average, 1.0 - self.average)
         applied = (bad == 0) & all_finite(norms)
+        moves = jnp.any(ravel_pytree(gradient)[0] != 0)  # a policy that waits leaves Adam's moments and rate alone
         after = TrainState(params, moments, state.step, average)
-        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(applied, new, old), after, state)
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(applied & moves, new, old), after, state)
         state = TrainState(kept.params, kept.optimizer, state.step + 1, kept.average)
         return state, Steps(metrics=metrics | norms, applied=applied, finite=finite)
 
