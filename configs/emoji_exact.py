@@ -46,24 +46,25 @@ def _kernel(c: ConfigDict) -> ConfigDict:
         {
             "name": "kernel_value",
             "beta": 8.0,
-            "guess": True,
+            "guess": False,
+            "gradient_scale": 0.85,
             "steps": 1,
             "memory": 16384,
-            "after": 1024,
+            "after": 5120,
             "components": 32,
             "features": 600,
             "length": 1.5,
-            "ridge": 2.0,
+            "ridge": 5.0,
             "weight_clip": 20.0,
             "output_regularisation": 0.0,
         }
     )
     c.lora.layers = "all"
-    c.training.num_epochs = 36
+    c.training.num_epochs = 72
     c.training.trajectories = 128
     c.training.micro_batches = 1
-    c.training.updates_per_epoch = 10
-    c.training.learning_rate = 4e-4
+    c.training.updates_per_epoch = 20
+    c.training.learning_rate = 7e-4
     c.training.average = 0.97
     c.logging.checkpoint_every = 4
     return c

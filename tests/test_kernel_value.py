@@ -147,7 +147,7 @@ def test_the_policy_waits_for_paths():
         scalars = {
             "log_reward": states.clean[:, -1, 0],
             "log_ratio": np.zeros(20),
-            "log_ratio_after": np.zeros((20, 2)),
+            "log_ratio_from": np.zeros((20, 2)),
             "clean": states.clean,
             "guess": states.guess,
         }
@@ -161,7 +161,7 @@ def test_the_policy_waits_for_paths():
     ("model", "guess"), [(MODEL, False), (CARRIED, True)], ids=["subtracted", "carried, with the guess"]
 )
 def test_loss_and_gradient(model, guess):
-    """Each step goes by V's gradient by x̂, pulled back to y; the sample is its own x̂."""
+    """Each step goes by V's gradient by x̂ at its state, pulled back to the state."""
     algorithm = KernelValue(beta=0.8, steps=20, output_regularisation=LAMBDA, guess=guess)
     sampled_by = {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
     batch = jax.jit(lambda r: algorithm.batch(sampled_by, model, r, 2))(rollout())
@@ -173,22 +173,22 @@ def test_loss_and_gradient(model, guess):
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(waiting))
     oracle, x = _oracle(DEFAULTS), [_float64(latents) for latents in path.latents]
 
-    def clean(y, k):
-        return y if k == 50 else oracle.clean(oracle.eps(y, step(k)[0], None), y, step(k)[2])
+    def clean(x, k):
+        return oracle.clean(oracle.eps(x, step(k)[0], None), x, step(k)[2])
 
-    for k in (1, 20, 50):
+    for k in (0, 20, 49):
         expected = clean(x[k], k).detach().numpy().reshape(BATCH, -1)
-        np.testing.assert_allclose(batch.scalars["clean"][:, k - 1], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(batch.scalars["clean"][:, k], expected, rtol=1e-4, atol=1e-4)
     nats = reg = size = 0.0
     for b in range(BATCH):
         for k in np.asarray(data.now.index[b]):
-            y = x[k + 1].clone().requires_grad_()
+            at_x = x[k].clone().requires_grad_()
             by_clean, by_guess = _float64(told[:, k, :-1].reshape(path.samples.shape)), _float64(told[:, k, -1])
-            sigma, at = step(k)[4], clean(y, k + 1)
+            sigma, at = step(k)[4], clean(at_x, k)
             value = (at * by_clean).sum()
             if guess:
                 value = value + (by_guess * _log_reward(at, oracle)).sum()
-            c = sigma * torch.autograd.grad(value, y)[0]
+            c = sigma * torch.autograd.grad(value, at_x)[0]
             now, base = (oracle.eps(x[k], step(k)[0], lora) for lora in (oracle.lora, None))
             shift = (oracle.mean(now, x[k], k) - oracle.mean(base, x[k], k)) / sigma
             each = 50 * (shift[b] ** 2 / 2 - shift[b] * c[b]) / (20 * BATCH)
@@ -205,8 +205,8 @@ def test_loss_and_gradient(model, guess):
 
 
 def test_the_guess_is_log_r_of_the_clean_sample():
-    """V is fitted to log R(x̂_#), and ∂V/∂ log R(x̂) comes after ∂V/∂x̂ in what the device is told."""
-    algorithm = KernelValue(beta=0.8, guess=True, components=2, features=8)
+    """V is fitted to log R(x̂_#). ∂V/∂ log R(x̂) comes after ∂V/∂x̂ in what the device is told, both times the scale."""
+    algorithm = KernelValue(beta=0.8, guess=True, gradient_scale=0.5, components=2, features=8)
     scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
     oracle, shape = _oracle(DEFAULTS), sampled_trajectory().samples.shape
     for k in (0, 20, 49):
@@ -217,12 +217,12 @@ def test_the_guess_is_log_r_of_the_clean_sample():
     seen = Seen(*(np.asarray(scalars[name]) for name in ("clean", "guess")))
     by_clean, by_guess = algorithm.fit.gradients(stats.memory, seen, ids)
     assert np.abs(by_guess).min() > 0
-    np.testing.assert_array_equal(told[..., :-1], by_clean)
-    np.testing.assert_array_equal(told[..., -1], by_guess)
+    np.testing.assert_array_equal(told[..., :-1], by_clean / 2)
+    np.testing.assert_array_equal(told[..., -1], by_guess / 2)
 
 
-def test_the_weights_are_those_of_the_steps_after():
-    """`log_ratio_after` of state k is log Π p_#/p_θ† over the steps k to T; the whole path's is `log_ratio`."""
+def test_the_weights_are_those_of_the_steps_from_the_state_on():
+    """`log_ratio_from` of the state of step k is log Π p_#/p_θ† over the steps k to T; `log_ratio` is of all."""
     algorithm, earlier = KernelValue(beta=0.8), jax.tree.map(lambda a: 0.7 * a, LORA)
     found = jax.jit(lambda r: algorithm.batch({"lora": earlier}, MODEL, r, 1))(rollout()).scalars
     oracle, path = _oracle(DEFAULTS), sampled_trajectory()
@@ -233,9 +233,9 @@ def test_the_weights_are_those_of_the_steps_after():
         base, policy = (-((x[k + 1] - mean) ** 2).sum((1, 2, 3)) / (2 * step(k)[4] ** 2) for mean in means)
         ratio.insert(0, ratio[0] + base - policy)
     np.testing.assert_allclose(found["log_ratio"], ratio[0].detach(), rtol=1e-4)
-    expected = torch.stack(ratio[1:], 1).detach().numpy()
+    expected = torch.stack(ratio[:-1], 1).detach().numpy()
     largest = np.abs(expected).max()  # the last step's noise is a small difference of latents, divided by a small σ
-    np.testing.assert_allclose(found["log_ratio_after"], expected, rtol=1e-4, atol=1e-4 * largest)
+    np.testing.assert_allclose(found["log_ratio_from"], expected, rtol=1e-4, atol=1e-4 * largest)
 
 
 def test_more_than_a_trajectory_has_is_named():

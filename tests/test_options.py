@@ -38,7 +38,6 @@ COMMANDS |= {
     "ablations": "nabla_gfn_jax.studies.ablations:Options",
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
     "uptake": "nabla_gfn_jax.studies.uptake:Options",
-    "following": "nabla_gfn_jax.studies.following:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
     "benchmarks": "benchmarks.__main__:Options",
@@ -144,7 +143,7 @@ def test_a_pretraining_refuses():
 def test_a_command_refuses(command):
     folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "microscope")}
     folders |= {name: {"out": "out.jsonl"} for name in ("bench2d", "ablations")}
-    folders |= {name: {"out": "out", "lora": __file__} for name in ("uptake", "following")}
+    folders["uptake"] = {"out": "out", "lora": __file__}
     folders |= {"grid shared": {"updates": 1, "evaluation": {}, "tuning": {}}, "grid base": {"config": "emoji"}}
     given = folders.get(command, {})  # it must be
     for name, values in WRONG_FLAGS[command].items():

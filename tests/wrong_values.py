@@ -136,6 +136,7 @@ WRONG_OF_ALGORITHM = {
     "kernel_value": {
         "beta": (1e30, -1e30, *NUMBERS),
         "guess": SWITCH,
+        "gradient_scale": (101.0, *POSITIVE),
         "steps": (*COUNT, 51),
         "memory": (1, *COUNT),
         "after": NATURAL,
@@ -296,14 +297,6 @@ WRONG_FLAGS = {
         **LORA,
         "paths": (1, *COUNT),
         **dict.fromkeys(("together", "parts"), COUNT),
-    },
-    "following": {
-        **LORA,
-        "steps": ((-1,), (1.5,), (0,), 3),
-        **dict.fromkeys(("paths", "states", "noises"), (1, *COUNT)),
-        **dict.fromkeys(("together", "components", "features"), COUNT),
-        **dict.fromkeys(("length", "ridge", "weight_clip"), POSITIVE),
-        "guess": SWITCH,
     },
     "microscope": {
         **IMAGES,

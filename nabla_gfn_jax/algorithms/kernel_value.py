@@ -7,11 +7,15 @@ V(x) = log E_#[R(x_T)^β | x] is the log value of a state x under the base model
 V is fitted after every epoch's sampling to the ends of all paths that are remembered, each with its exact weight
 (`value_memory`), as a function of the base model's clean sample x̂_#. The policy's loss is on its own new paths,
 
-    policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c = σ ∇_y V(x̂_#(y)), a constant
+    policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c = s σ ∇_x V(x̂_#(x)), a constant
     reg       λ ‖ε_θ − ε_θ†‖²
 
-in nats of a path, and the target is its fixed point. V's gradient by x̂ comes from the host. The device pulls it back
-to y through the base model. The chance in y makes c rough, and the policy learns its mean given x.
+in nats of a path. V's gradient by x̂ comes from the host. The device pulls it back to x through the base model.
+
+The gradient at x stands for the mean of that at y. Since ∇V(x) = E_*[(∂μ_#/∂x)ᵀ ∇V(y) | x], they are the same as steps
+become fine, and the target is then the fixed point for s = 1. Unlike the gradient at a y that was drawn, it has no
+chance in it. `gradient_scale` is s. With coarse steps or few paths, some s < 1 is nearer to the target;
+`studies/foresight.py` measures which.
 
 With `guess`, V sees log R(x̂) too, which says more than the components in the later half of a path. The host then gives
 ∂V/∂ log R(x̂), and the device multiplies it by the reward's gradient. Without the guess, no gradient of the reward is
@@ -31,10 +35,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout, reward_gradient
+from nabla_gfn_jax.algorithms.credit import Prediction
 from nabla_gfn_jax.algorithms.paths import (
     PathWeights,
     base_outputs,
-    clean_after,
     clean_samples,
     log_ratio,
     regress_steps,
@@ -68,6 +72,7 @@ class KernelValue(FitOptions, PolicyAlone):
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     guess: bool = option(False, "let V see log R(x̂) too, which takes the reward's gradient")
+    gradient_scale: float = option(1.0, "s, by which V's gradient at a state is multiplied", above=0, maximum=100)
     steps: int = option(1, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
     memory: int = option(16384, "paths that V is fitted to: the newest so many", minimum=2)
     after: int = option(0, "paths to be sampled before the policy begins to learn", minimum=0)
@@ -95,24 +100,25 @@ class KernelValue(FitOptions, PolicyAlone):
     def weigh(
         self, stats: Stats, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, "all S elements+1"], Stats]:
-        """∂V/∂x̂ and ∂V/∂ log R(x̂) at the states after each of the policy's steps. V is fitted to these paths too."""
+        """s ∂V/∂x̂ and s ∂V/∂ log R(x̂) at the states of the policy's steps. V is fitted to these paths too."""
         log_reward = np.asarray(scalars["log_reward"], np.float64)[:, None]
         states = Seen(np.asarray(scalars["clean"]), np.asarray(scalars["guess"]))
         _, weights = stats.weights.add(self.beta, scalars, prompt_id)
-        log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_after"], np.float64)
+        log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_from"], np.float64)
         memory = self.fit.add(stats.memory, states, log_w.astype(np.float32), prompt_id)
         if memory.seen <= self.after:
             return np.zeros((*states.guess.shape, states.clean.shape[2] + 1), np.float32), Stats(weights, memory)
         memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
         by_clean, by_guess = self.fit.gradients(memory, states, prompt_id)
-        return np.concatenate([by_clean, by_guess[..., None]], axis=2), Stats(weights, memory)
+        told = self.gradient_scale * np.concatenate([by_clean, by_guess[..., None]], axis=2)
+        return told.astype(np.float32), Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
-        """`steps` steps of each trajectory for every update, and what V is fitted to after each step of the policy."""
-        after = slice(1, model.policy_steps + 1)
+        """`steps` steps of each trajectory for every update, and what V is fitted to at each step of the policy."""
+        told = slice(0, model.policy_steps)
         base = base_outputs(model, params["lora"], rollout)
         ratio = log_ratio(model.chain, rollout, base)
-        clean = clean_samples(model.chain, rollout, base)[after]
+        clean = clean_samples(model.chain, rollout, base)[told]
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         rows = jnp.arange(len(rollout.keys))[:, None]
         guess = jnp.zeros(clean.shape[:2])
@@ -122,7 +128,7 @@ class KernelValue(FitOptions, PolicyAlone):
             data=jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps),
             scalars={
                 "log_ratio": ratio[0],
-                "log_ratio_after": ratio[after].T,
+                "log_ratio_from": ratio[told].T,
                 "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps, -1),
                 "guess": guess.T,
             },
@@ -155,8 +161,10 @@ class KernelValue(FitOptions, PolicyAlone):
 
 
 def told_by(model: Model, now: Transition, by_clean: Latents, by_guess: PerSample | None) -> Latents:
-    """c = σ ∇_y V of transitions (N, …), from ∂V/∂x̂ and ∂V/∂ log R(x̂) at their y; None: V does not see log R(x̂)."""
-    clean, to_y = clean_after(model, now)
+    """c = σ ∇_x V of transitions (N, …), from ∂V/∂x̂ and ∂V/∂ log R(x̂) at their x; None: V does not see log R(x̂)."""
+    step = model.chain[now.index]
+    at_x = Prediction(model, None, now.x, step.at, now.prompt_id)
     if by_guess is not None:
+        clean = step.at.clean(at_x.output, now.x)
         by_clean = by_clean + expand(by_guess, clean) * reward_gradient(model, clean, now.prompt_id)
-    return expand(model.chain[now.index].sigma, now.y) * to_y(by_clean)
+    return expand(step.sigma, now.x) * at_x.to_x(step.at.clean, by_clean)

@@ -12,6 +12,16 @@ and judged on held-out base paths. In nats, state by state, where state 0 is the
   exactly as V does up to this state and is the base model afterwards.
 - *lost* log E_#[e^V] − E_#[V], the KL of the base model's states from those that V chooses. A policy that was the base
   model until this state has lost it for good. At state 0 every policy loses it, because all start from the same noise.
+
+A policy follows V's gradient and not its values. With d = σ ∇V·z at a state, along the noise z of the next step:
+
+- *followed* E_#[d²]/2, what the step spends if it goes by σ ∇V.
+- *gain* E_*[d] − E_#[d²]/2, how far the step then lowers the KL of the policy's paths from the target's. For the true V
+  and fine steps it is what is followed. A V that has learned the chance in its paths gains less, or loses.
+- *scale* E_*[d] / E_#[d²], by which σ ∇V would have to be multiplied for the largest gain, scale² · followed: the
+  `gradient_scale` of `kernel_value`.
+
+The last line of the table has their sums over the path.
 """
 
 import sys
@@ -25,7 +35,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import Model, Rollout
-from nabla_gfn_jax.algorithms.paths import clean_after, clean_samples
+from nabla_gfn_jax.algorithms.paths import clean_samples
 from nabla_gfn_jax.algorithms.transitions import Transition, take
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.command_line import parse
@@ -58,7 +68,7 @@ class Ends(NamedTuple):
     states: Seen
     log_reward: Float[np.ndarray, " paths"]
     prompt_id: Int[np.ndarray, " paths"]
-    opposite: Seen | None = None  # the states that the opposite noise of the last step would give; state 0 is itself
+    beside: tuple[Seen, Seen] | None = None  # all states but the last, moved by ± half of the next step's noise
 
 
 class Foresight(NamedTuple):
@@ -73,13 +83,14 @@ class Foresight(NamedTuple):
     needed: float
     efficiency: float
     lost: float
-    followed: float
+    followed: float  # 0 at the sample, which no step follows
     gain: float
     gain_error: float
+    scale: float
 
 
-def base_paths(images: Images, stream: int, count: int, together: int, *, guess: bool, opposites: bool = False) -> Ends:
-    """Samples `count` base paths, some at a time."""
+def base_paths(images: Images, stream: int, count: int, together: int, *, guess: bool, beside: bool = False) -> Ends:
+    """Samples `count` base paths, some at a time; `beside` also gives what V sees on both sides of the states."""
 
     @jax.jit
     def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> tuple[PerSample, tuple[Array, Array], Any]:
@@ -93,21 +104,27 @@ def base_paths(images: Images, stream: int, count: int, together: int, *, guess:
             return jnp.moveaxis(clean, 0, 1).reshape(len(ids), len(clean), -1), log_r.T
 
         steps = jnp.broadcast_to(jnp.arange(model.chain.num_steps)[:, None], (model.chain.num_steps, len(ids)))
-        clean = clean_samples(model.chain, rollout, path.outputs)
-        other = jax.lax.map(lambda step: clean_after(model, mirrored(model, take(step, rollout)))[0], steps)
-        return reward, seen(clean), seen(jnp.concatenate([clean[:1], other])) if opposites else None
+
+        def moved(share: float) -> tuple[Array, Array]:
+            return seen(jax.lax.map(lambda step: clean_beside(model, take(step, rollout), share), steps))
+
+        states = seen(clean_samples(model.chain, rollout, path.outputs))
+        return reward, states, (moved(0.5), moved(-0.5)) if beside else None
 
     parts = []
     for start in range(0, count, together):
         keys, ids = images.keys(stream, start, min(together, count - start))
-        reward, states, other = jax.tree.map(np.asarray, part(images.frozen, keys, ids))
-        parts.append(Ends(Seen(*states), reward, np.asarray(ids), None if other is None else Seen(*other)))
+        reward, states, sides = jax.tree.map(np.asarray, part(images.frozen, keys, ids))
+        pair = None if sides is None else (Seen(*sides[0]), Seen(*sides[1]))
+        parts.append(Ends(Seen(*states), reward, np.asarray(ids), pair))
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)  # type: ignore[no-any-return]
 
 
-def mirrored(model: Model, now: Transition) -> Transition:
-    """The transitions (N, …) with the next state that the opposite noise gives, 2μ_θ† − y."""
-    return now.replace(y=2 * model.chain[now.index].mean(now.output, now.x) - now.y)  # type: ignore[attr-defined,no-any-return]
+def clean_beside(model: Model, now: Transition, share: float) -> Latents:
+    """x̂_# of transitions (N, …) at x + `share` · σ z, where σ z = y − μ is the step's noise."""
+    step = model.chain[now.index]
+    x = now.x + share * (now.y - step.mean(now.output, now.x))
+    return step.at.clean(model.predict(None, x, step.at, now.prompt_id), x)
 
 
 def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemory:
@@ -131,35 +148,38 @@ def known_nats(
 
 
 def followed(
-    odd: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"], strata: Strata, counts: Float[np.ndarray, " n"]
+    along: Float[np.ndarray, " n"], log_w: Float[np.ndarray, " n"], strata: Strata, counts: Float[np.ndarray, " n"]
 ) -> tuple[float, float]:
-    """E_#[d²]/2 and E_*[d] − E_#[d²]/2 of V's odd part d, means over prompts."""
-    target, base = normalise(log_w, strata, counts), normalise(np.zeros(len(odd)), strata, counts)
-    spent = float(strata.sums(base.shares * odd**2).mean()) / 2
-    return spent, float(strata.sums(target.shares * odd).mean()) - spent
+    """E_#[d²]/2 and E_*[d] − E_#[d²]/2 of d = `along`, means over prompts."""
+    target, base = normalise(log_w, strata, counts), normalise(np.zeros(len(along)), strata, counts)
+    spent = float(strata.sums(base.shares * along**2).mean()) / 2
+    return spent, float(strata.sums(target.shares * along).mean()) - spent
 
 
 def judge(
     value: Float[np.ndarray, "paths states"],
-    opposite_value: Float[np.ndarray, "paths states"],
+    along: Float[np.ndarray, "paths states-1"],
     held: Ends,
     beta: float,
     seed: int,
 ) -> list[Foresight]:
-    """What V, given at every state of held-out paths and at the opposite states, says about their ends."""
+    """What V, given at every state of held-out paths, says about their ends.
+
+    `along` is V's difference across each state but the last, from one side to the other.
+    """
     order = np.argsort(held.prompt_id, kind="stable")
     prompt, reward = held.prompt_id[order], np.asarray(held.log_reward, np.float64)[order]
     strata, found = Strata(prompt), []
     rng, even = np.random.default_rng(seed), np.ones(len(reward))
     draws = [rng.poisson(1.0, len(reward)).astype(float) + 1e-9 for _ in range(REPLICATES)]
-    odds = (np.asarray(value, np.float64) - np.asarray(opposite_value, np.float64))[order].T / 2
+    slopes = np.pad(np.asarray(along, np.float64)[order], ((0, 0), (0, 1))).T
     for state, v in enumerate(np.asarray(value, np.float64)[order].T):
         chosen = normalise(v, strata)
         spent = float((strata.sums(chosen.shares * v) - chosen.log_mean).mean())
         mean = float(strata.sums(chosen.shares * reward).mean())
         exponent, needed = tilt_to(mean, reward, prompt)
         known = [known_nats(v, beta * reward, strata, counts) for counts in (even, *draws)]
-        gain = [followed(odds[state], beta * reward, strata, counts) for counts in (even, *draws)]
+        (step, gain), *others = (followed(slopes[state], beta * reward, strata, counts) for counts in (even, *draws))
         found.append(
             Foresight(
                 state=state,
@@ -171,20 +191,24 @@ def judge(
                 needed=needed,
                 efficiency=needed / spent if spent > 0 else float("nan"),
                 lost=float((chosen.log_mean - strata.means(v)).mean()),
-                followed=gain[0][0],
-                gain=gain[0][1],
-                gain_error=float(np.std([g for _, g in gain[1:]], ddof=1)),
+                followed=step,
+                gain=gain,
+                gain_error=float(np.std([other for _, other in others], ddof=1)),
+                scale=(gain + step) / (2 * step) if step > 0 else float("nan"),
             )
         )
     return found
 
 
 def as_table(rows: list[Foresight]) -> str:
-    """The rows as a Markdown table."""
+    """The rows as a Markdown table, and the sums of what is followed and gained."""
     lines = ["| " + " | ".join(name.replace("_", " ") for name in Foresight._fields) + " |"]
     lines.append("|---" * len(Foresight._fields) + "|")
     lines += ["| " + " | ".join(f"{value:.3g}" for value in row) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
+    step, gain = sum(row.followed for row in rows), sum(row.gain for row in rows)
+    scale = (gain + step) / (2 * step) if step > 0 else float("nan")
+    last = {"state": "all", "followed": f"{step:.3g}", "gain": f"{gain:.3g}", "scale": f"{scale:.3g}"}
+    return "\n".join([*lines, "| " + " | ".join(last.get(name, "") for name in Foresight._fields) + " |"]) + "\n"
 
 
 @exit_on_user_error
@@ -193,12 +217,12 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options, __doc__)
     images = Images.load(o)
     fitted = base_paths(images, _FITTED, o.paths, o.together, guess=o.guess)
-    held = base_paths(images, _HELD_OUT, o.held_out, o.together, guess=o.guess, opposites=True)
+    held = base_paths(images, _HELD_OUT, o.held_out, o.together, guess=o.guess, beside=True)
     fit = Fit.of(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(images.prompts))
-    assert held.opposite is not None
-    at, across = (fit.values(memory, states, held.prompt_id) for states in (held.states, held.opposite))
-    rows = judge(at, across, held, o.beta, o.seed)
+    assert held.beside is not None
+    value, up, down = (fit.values(memory, states, held.prompt_id) for states in (held.states, *held.beside))
+    rows = judge(value, up - down, held, o.beta, o.seed)
     write_results(o.out, "foresight", rows, as_table(rows))
 
 
