@@ -16,8 +16,8 @@ Differences from `emoji.py`, and the reasons:
 - `lora_until_step = 40`: the base model draws the rest. In the last steps, where σ is small, the least change of the
   output costs the most nats.
 - `after = 5120`: the policy waits for this many paths of the base model, to which the first value is fitted.
-- `gradient_scale = 0.85`: the best on held-out paths was .8 to .9.
-- `ridge = 5`, `features = 600`: the value's gradient gains the most on held-out paths.
+- `gradient_scale = 0.85`: on held-out paths, .83 is the best (`studies/foresight.py`).
+- `ridge = 5`, `features = 600`: of those tried, none is clearly better (docs/credit.md).
 - The variant `network` has 20 sampling steps, which cost less than half, and the LoRA in the first 18.
 - `layers = "all"`: the LoRA adapts the convolutions and the time embedding too. Its 0.9 million parameters want a
   smaller learning rate.

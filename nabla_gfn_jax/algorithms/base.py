@@ -117,7 +117,10 @@ class Algorithm(Protocol):
     def value_and_grad(
         self, params: Params, model: Model, data: PyTree[Any], weight: Float[Array, " batch *rest"]
     ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-        """((loss, its terms), gradient) as means over the samples of `data`, a micro-batch with leaves (B, …)."""
+        """((loss, its terms), gradient) as means over the samples of `data`, a micro-batch with leaves (B, …).
+
+        If the gradient is 0 everywhere, the trainer leaves parameters and optimizer as they were.
+        """
 
 
 class Unweighted:

@@ -111,7 +111,7 @@ class KernelValue(FitOptions, PolicyAlone):
         memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
         by_clean, by_guess = self.fit.gradients(memory, states, prompt_id)
         told = self.gradient_scale * np.concatenate([by_clean, by_guess[..., None]], axis=2)
-        return told.astype(np.float32), Stats(weights, memory)
+        return told, Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, and what V is fitted to at each step of the policy."""

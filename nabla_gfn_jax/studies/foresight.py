@@ -21,7 +21,7 @@ A policy follows V's gradient and not its values. With d = σ ∇V·z at a state
 - *scale* E_*[d] / E_#[d²], by which σ ∇V would have to be multiplied for the largest gain, scale² · followed: the
   `gradient_scale` of `kernel_value`.
 
-The last line of the table has their sums over the path.
+The last line of the table is for the whole path.
 """
 
 import sys
