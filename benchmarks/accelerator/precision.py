@@ -8,7 +8,7 @@ show whether both programs compute the same, and the error of PyTorch in bfloat1
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -78,7 +78,7 @@ class Study:
         pieces = self.pieces[dtype]
 
         def eps(frozen: Any, params: Any, x: Any, level: Level) -> Any:
-            model = pieces.model(frozen)
+            model = replace(pieces, carry_change=True).model(frozen)
             policy, base = (model.predict(lora, x, level, self.prompt_id) for lora in (params["lora"], None))
             if model.predict_change is None:
                 return policy, base, policy - base
