@@ -16,7 +16,7 @@ Differences from `emoji.py`, and the reasons:
 - `lora_until_step = 40`: the base model draws the rest. In the last steps, where σ is small, the least change of the
   output costs the most nats.
 - `after = 5120`: the policy waits for this many paths of the base model, to which the first value is fitted.
-- `gradient_scale = 0.85`: on held-out paths, .83 is the best (`studies/foresight.py`).
+- `scale = 0.85`: on held-out paths, .83 is the best (`studies/foresight.py`).
 - `ridge = 5`, `features = 600`: of those tried, none is clearly better (docs/credit.md).
 - The variant `network` has 20 sampling steps, which cost less than half, and the LoRA in the first 18.
 - `layers = "all"`: the LoRA adapts the convolutions and the time embedding too. Its 0.9 million parameters want a
@@ -48,7 +48,7 @@ def _kernel(c: ConfigDict) -> ConfigDict:
             "name": "kernel_value",
             "beta": 8.0,
             "guess": False,
-            "gradient_scale": 0.85,
+            "scale": 0.85,
             "steps": 1,
             "memory": 16384,
             "after": 5120,

@@ -20,6 +20,7 @@ from test_nabla_db import (
 )
 
 from nabla_gfn_jax.algorithms.kernel_value import KernelValue
+from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
 from nabla_gfn_jax.algorithms.value_memory import Fit, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
@@ -147,7 +148,7 @@ def test_the_policy_waits_for_paths():
         scalars = {
             "log_reward": states.clean[:, -1, 0],
             "log_ratio": np.zeros(20),
-            "log_ratio_from": np.zeros((20, 2)),
+            "log_ratio_from": np.zeros((20, 2)),  # of two states: one step
             "clean": states.clean,
             "guess": states.guess,
         }
@@ -158,11 +159,13 @@ def test_the_policy_waits_for_paths():
 
 
 @pytest.mark.parametrize(
-    ("model", "guess"), [(MODEL, False), (CARRIED, True)], ids=["subtracted", "carried, with the guess"]
+    ("model", "guess", "follow"),
+    [(MODEL, False, "gradient"), (CARRIED, True, "gradient"), (CARRIED, True, "mean_shift")],
+    ids=["subtracted", "carried, with the guess", "the mean shift"],
 )
-def test_loss_and_gradient(model, guess):
-    """Each step goes by V's gradient by x̂ at its state, pulled back to the state."""
-    algorithm = KernelValue(beta=0.8, steps=20, output_regularisation=LAMBDA, guess=guess)
+def test_loss_and_gradient(model, guess, follow):
+    """Each step goes by V's gradient by x̂ at its state, pulled back to the state, or by the mean shift."""
+    algorithm = KernelValue(beta=0.8, steps=20, output_regularisation=LAMBDA, guess=guess, follow=follow)
     sampled_by = {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
     batch = jax.jit(lambda r: algorithm.batch(sampled_by, model, r, 2))(rollout())
     data, path = first_update(batch), sampled_trajectory()
@@ -189,6 +192,10 @@ def test_loss_and_gradient(model, guess):
             if guess:
                 value = value + (by_guess * _log_reward(at, oracle)).sum()
             c = sigma * torch.autograd.grad(value, at_x)[0]
+            if follow == "mean_shift":
+                moved = oracle.mean(torch.ones_like(x[k]), x[k], k) - oracle.mean(torch.zeros_like(x[k]), x[k], k)
+                signal = step(k)[2]
+                c = -moved / ((1 - signal) / signal) ** 0.5 / sigma * by_clean
             now, base = (oracle.eps(x[k], step(k)[0], lora) for lora in (oracle.lora, None))
             shift = (oracle.mean(now, x[k], k) - oracle.mean(base, x[k], k)) / sigma
             each = 50 * (shift[b] ** 2 / 2 - shift[b] * c[b]) / (20 * BATCH)
@@ -206,7 +213,7 @@ def test_loss_and_gradient(model, guess):
 
 def test_the_guess_is_log_r_of_the_clean_sample():
     """V is fitted to log R(x̂_#). ∂V/∂ log R(x̂) comes after ∂V/∂x̂ in what the device is told, both times the scale."""
-    algorithm = KernelValue(beta=0.8, guess=True, gradient_scale=0.5, components=2, features=8)
+    algorithm = KernelValue(beta=0.8, guess=True, scale=0.5, components=2, features=8)
     scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
     oracle, shape = _oracle(DEFAULTS), sampled_trajectory().samples.shape
     for k in (0, 20, 49):
@@ -217,8 +224,22 @@ def test_the_guess_is_log_r_of_the_clean_sample():
     seen = Seen(*(np.asarray(scalars[name]) for name in ("clean", "guess")))
     by_clean, by_guess = algorithm.fit.gradients(stats.memory, seen, ids)
     assert np.abs(by_guess).min() > 0
-    np.testing.assert_array_equal(told[..., :-1], by_clean / 2)
-    np.testing.assert_array_equal(told[..., -1], by_guess / 2)
+    np.testing.assert_array_equal(told[..., :-1], by_clean[:, :-1] / 2)  # no step begins at the sample
+    np.testing.assert_array_equal(told[..., -1], by_guess[:, :-1] / 2)
+
+
+def test_the_mean_shift_is_that_of_the_values_of_v():
+    """What the device is told is s times `mean_shifts` of V, x̂ and the ratios of the policy's own paths."""
+    algorithm = KernelValue(beta=0.8, follow="mean_shift", guess=True, scale=0.5, components=2, features=8)
+    scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
+    ids = np.zeros(BATCH, int)
+    told, stats = algorithm.weigh(algorithm.first_stats(1), {"log_reward": scalars["guess"][:, -1]} | scalars, ids)
+    seen = Seen(*(np.asarray(scalars[name]) for name in ("clean", "guess")))
+    value = algorithm.fit.values(stats.memory, seen, ids)
+    expected = mean_shifts(value, np.asarray(scalars["log_ratio_from"], np.float64), seen.clean)
+    assert np.abs(expected).max() > 0
+    np.testing.assert_allclose(told[..., :-1], expected / 2, rtol=1e-5)
+    assert not told[..., -1].any()
 
 
 def test_the_weights_are_those_of_the_steps_from_the_state_on():
@@ -233,7 +254,7 @@ def test_the_weights_are_those_of_the_steps_from_the_state_on():
         base, policy = (-((x[k + 1] - mean) ** 2).sum((1, 2, 3)) / (2 * step(k)[4] ** 2) for mean in means)
         ratio.insert(0, ratio[0] + base - policy)
     np.testing.assert_allclose(found["log_ratio"], ratio[0].detach(), rtol=1e-4)
-    expected = torch.stack(ratio[:-1], 1).detach().numpy()
+    expected = torch.stack(ratio, 1).detach().numpy()
     largest = np.abs(expected).max()  # the last step's noise is a small difference of latents, divided by a small σ
     np.testing.assert_allclose(found["log_ratio_from"], expected, rtol=1e-4, atol=1e-4 * largest)
 

@@ -136,7 +136,8 @@ WRONG_OF_ALGORITHM = {
     "kernel_value": {
         "beta": (1e30, -1e30, *NUMBERS),
         "guess": SWITCH,
-        "gradient_scale": (101.0, *POSITIVE),
+        "follow": ("Gradient", "", "mean shift"),
+        "scale": (101.0, *POSITIVE),
         "steps": (*COUNT, 51),
         "memory": (1, *COUNT),
         "after": NATURAL,

@@ -48,7 +48,8 @@ class Worker:
         try:
             return function()
         except Exception as error:  # any error, so that the other rows are still measured
-            self.row(what, note=f"failed: {type(error).__name__}: {_first_line(error)}")
+            kind = "not supported" if isinstance(error, NotImplementedError) else f"failed: {type(error).__name__}"
+            self.row(what, note=f"{kind}: {_first_line(error)}")
             print(f"{self.line}, {what}: {error!r}", file=sys.stderr)
             return None
 

@@ -1,4 +1,4 @@
-"""Kernel value: all paths so far tell the log value of a state, and the policy's steps follow its gradient.
+"""Kernel value: all paths so far tell the log value of a state, and the policy's steps follow it.
 
 V(x) = log E_#[R(x_T)^β | x] is the log value of a state x under the base model. The target P_base · R^β steps from x to
 
@@ -7,26 +7,32 @@ V(x) = log E_#[R(x_T)^β | x] is the log value of a state x under the base model
 V is fitted after every epoch's sampling to the ends of all paths that are remembered, each with its exact weight
 (`value_memory`), as a function of the base model's clean sample x̂_#. The policy's loss is on its own new paths,
 
-    policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c = s σ ∇_x V(x̂_#(x)), a constant
+    policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c a constant
     reg       λ ‖ε_θ − ε_θ†‖²
 
-in nats of a path. V's gradient by x̂ comes from the host. The device pulls it back to x through the base model.
+in nats of a path. There are two choices of c, both times `scale`, s:
 
-The gradient at x stands for the mean of that at y. Since ∇V(x) = E_*[(∂μ_#/∂x)ᵀ ∇V(y) | x], they are the same as steps
-become fine, and the target is then the fixed point for s = 1. Unlike the gradient at a y that was drawn, it has no
-chance in it. `gradient_scale` is s. With coarse steps or few paths, some s < 1 is nearer to the target;
-`studies/foresight.py` measures which.
+- `gradient`: c = s σ ∇_x V(x̂_#(x)). V's gradient by x̂ comes from the host, and the device pulls it back to x through
+  the base model. The gradient at x stands for the mean of that at y. Since ∇V(x) = E_*[(∂μ_#/∂x)ᵀ ∇V(y) | x], they are
+  the same as steps become fine.
+- `mean_shift`: c = s a m with a = mean_o/(clean_o σ) of the step, m a draw of the mean shift
+  E_*[x_T | x] − E_#[x_T | x] from the rest of the path (`algorithms/mean_shift.py`). As steps become fine,
+  a E[m | x] = σ ∇V(x) for a base model that is the reverse of its noising (Tweedie's identity, Robbins 1956). Only V's
+  values are used, and no gradient is taken.
 
-With `guess`, V sees log R(x̂) too, which says more than the components in the later half of a path. The host then gives
-∂V/∂ log R(x̂), and the device multiplies it by the reward's gradient. Without the guess, no gradient of the reward is
-taken: any reward will do.
+The target is then the fixed point for s = 1. With coarse steps, few paths, or guidance, under which Tweedie's identity
+does not hold, some s < 1 is nearer to the target; `studies/foresight.py` measures which for the gradient.
+
+With `guess`, V sees log R(x̂) too, which says more than the components in the later half of a path. If the steps follow
+the gradient, the host then gives ∂V/∂ log R(x̂), and the device multiplies it by the reward's gradient. In all other
+cases no gradient of the reward is taken: any reward will do.
 
 `value_gradient` has a network for V, which all prompts share. Here every prompt needs paths of its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import flax.struct
 import jax
@@ -36,6 +42,7 @@ from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.base import LAMBDA, Batch, Metrics, Model, PolicyAlone, Rollout, reward_gradient
 from nabla_gfn_jax.algorithms.credit import Prediction
+from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
 from nabla_gfn_jax.algorithms.paths import (
     PathWeights,
     base_outputs,
@@ -71,8 +78,9 @@ class KernelValue(FitOptions, PolicyAlone):
     """The policy follows the gradient of a log value that a kernel regression learns."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
-    guess: bool = option(False, "let V see log R(x̂) too, which takes the reward's gradient")
-    gradient_scale: float = option(1.0, "s, by which V's gradient at a state is multiplied", above=0, maximum=100)
+    follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")
+    guess: bool = option(False, "let V see log R(x̂) too; to follow its gradient takes the reward's")
+    scale: float = option(1.0, "s, by which what the steps follow is multiplied", above=0, maximum=100)
     steps: int = option(1, "steps of each trajectory in an update; an epoch's updates share out all", minimum=1)
     memory: int = option(16384, "paths that V is fitted to: the newest so many", minimum=2)
     after: int = option(0, "paths to be sampled before the policy begins to learn", minimum=0)
@@ -100,25 +108,33 @@ class KernelValue(FitOptions, PolicyAlone):
     def weigh(
         self, stats: Stats, scalars: Mapping[str, np.ndarray], prompt_id: Int[np.ndarray, " all"]
     ) -> tuple[Float[np.ndarray, "all S elements+1"], Stats]:
-        """s ∂V/∂x̂ and s ∂V/∂ log R(x̂) at the states of the policy's steps. V is fitted to these paths too."""
+        """s ∂V/∂x̂ and s ∂V/∂ log R(x̂), or s times the mean shift and 0, at the states of the policy's steps.
+
+        V is fitted to these paths too.
+        """
         log_reward = np.asarray(scalars["log_reward"], np.float64)[:, None]
+        ratio = np.asarray(scalars["log_ratio_from"], np.float64)
         states = Seen(np.asarray(scalars["clean"]), np.asarray(scalars["guess"]))
         _, weights = stats.weights.add(self.beta, scalars, prompt_id)
-        log_w = self.beta * log_reward + np.asarray(scalars["log_ratio_from"], np.float64)
+        log_w = self.beta * log_reward + ratio
         memory = self.fit.add(stats.memory, states, log_w.astype(np.float32), prompt_id)
+        told = np.zeros((len(prompt_id), ratio.shape[1] - 1, states.clean.shape[2] + 1), np.float32)
         if memory.seen <= self.after:
-            return np.zeros((*states.guess.shape, states.clean.shape[2] + 1), np.float32), Stats(weights, memory)
+            return told, Stats(weights, memory)
         memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
-        by_clean, by_guess = self.fit.gradients(memory, states, prompt_id)
-        told = self.gradient_scale * np.concatenate([by_clean, by_guess[..., None]], axis=2)
-        return told, Stats(weights, memory)
+        if self.follow == "mean_shift":
+            told[..., :-1] = mean_shifts(self.fit.values(memory, states, prompt_id), ratio, states.clean)
+        else:
+            by_clean, by_guess = self.fit.gradients(memory, states, prompt_id)
+            told[..., :-1], told[..., -1] = by_clean[:, :-1], by_guess[:, :-1]
+        return self.scale * told, Stats(weights, memory)
 
     def batch(self, params: Params, model: Model, rollout: Rollout, updates: int) -> Batch:
         """`steps` steps of each trajectory for every update, and what V is fitted to at each step of the policy."""
-        told = slice(0, model.policy_steps)
+        seen = slice(0, model.policy_steps + 1)  # the states of the policy's steps, and the one after
         base = base_outputs(model, params["lora"], rollout)
         ratio = log_ratio(model.chain, rollout, base)
-        clean = clean_samples(model.chain, rollout, base)[told]
+        clean = clean_samples(model.chain, rollout, base)[seen]
         steps = share_out(rollout.keys, model.policy_steps, updates, self.steps)
         rows = jnp.arange(len(rollout.keys))[:, None]
         guess = jnp.zeros(clean.shape[:2])
@@ -128,8 +144,8 @@ class KernelValue(FitOptions, PolicyAlone):
             data=jax.vmap(lambda steps: Data(take(steps, rollout), base[steps, rows]))(steps),
             scalars={
                 "log_ratio": ratio[0],
-                "log_ratio_from": ratio[told].T,
-                "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps, -1),
+                "log_ratio_from": ratio[seen].T,
+                "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps + 1, -1),
                 "guess": guess.T,
             },
         )
@@ -144,7 +160,11 @@ class KernelValue(FitOptions, PolicyAlone):
             now, base_output = flatten(data.now), flatten(data.base_output)
             told = weight[rows, data.now.index].reshape(len(now.y), -1)
             by_clean = told[:, :-1].reshape(now.y.shape)
-            c = told_by(model, now, by_clean, told[:, -1] if self.guess else None)
+            if self.follow == "mean_shift":
+                step = model.chain[now.index]
+                c = expand(step.mean_o / (step.at.clean_o * step.sigma), by_clean) * by_clean
+            else:
+                c = told_by(model, now, by_clean, told[:, -1] if self.guess else None)
             return regress_steps(
                 model,
                 params["lora"],

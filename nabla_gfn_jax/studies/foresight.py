@@ -19,7 +19,7 @@ A policy follows V's gradient and not its values. With d = σ ∇V·z at a state
 - *gain* E_*[d] − E_#[d²]/2, how far the step then lowers the KL of the policy's paths from the target's. For the true V
   and fine steps it is what is followed. A V that has learned the chance in its paths gains less, or loses.
 - *scale* E_*[d] / E_#[d²], by which σ ∇V would have to be multiplied for the largest gain, scale² · followed: the
-  `gradient_scale` of `kernel_value`.
+  `scale` of `kernel_value`.
 
 The last line of the table is for the whole path.
 """

@@ -1,0 +1,249 @@
+"""Fits a LoRA to the mean shifts of a bank of base paths, and judges it by held-out paths and by its own samples.
+
+    python -m nabla_gfn_jax.studies.shift_fit --out=runs/shift_fit
+
+Base paths are sampled once. The log value V of their states is fitted in two halves (`algorithms/value_memory.py`), so
+that no path is told by a V that has seen it; at the sample, V is β log R. Each state of a path is then told
+
+    c = r a m,     a = mean_o/(clean_o σ) of the step,     m a draw of the mean shift (`algorithms/mean_shift.py`)
+
+and a LoRA is fitted to Σ_k ‖δ_k‖²/2 − δ_k·c_k, δ = (μ_θ − μ_#)/σ. No gradient of V or of the reward is taken. r is
+measured step by step: the part of the step's noise z that follows a (x_T − x̂). It is 1 for a base model that is the
+exact reverse of its noising, and less than 1 under guidance.
+
+An update's states are drawn evenly for one half, and with probability ∝ e^V of the state for the other half, because
+the policy is to be right where the target goes too. Printed are E_#‖c‖²/2, the teacher's signal and noise in nats of a
+path; the LoRA's uptake on new base paths (`studies/uptake.py`); and the certificate of its own samples (docs/nats.md).
+"""
+
+import functools
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
+from nabla_gfn_jax.algorithms.paths import step_loss
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen
+from nabla_gfn_jax.checkpoints.lora_file import save_lora
+from nabla_gfn_jax.command_line import parse
+from nabla_gfn_jax.diffusion.chain import Chain
+from nabla_gfn_jax.diffusion.sampler import sample
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.inference.paths import sample_paths
+from nabla_gfn_jax.metrics import certificate
+from nabla_gfn_jax.models.lora import Layers
+from nabla_gfn_jax.options import option
+from nabla_gfn_jax.studies.foresight import Ends, fit_value
+from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
+from nabla_gfn_jax.studies.uptake import Products, as_table, judge, sampled_products
+from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
+
+_HELD_OUT, _BANK = 0, 4  # streams of random numbers; `uptake` samples the first
+AVERAGE = 0.97  # decay of the running mean of the LoRA, which is judged and saved
+REPORT = 50  # updates between two printed losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(ImageOptions, FitOptions):
+    """The paths, how V is fitted to them, the LoRA, and the folder for the results."""
+
+    out: Path = option(meaning="folder for shift_fit.jsonl, shift_fit.md, certificate.json and lora.safetensors")
+    paths: int = option(4096, "base paths in the bank", minimum=4)
+    held_out: int = option(1024, "new base paths that judge the LoRA, and its own samples", minimum=2)
+    together: int = option(128, "paths sampled together", minimum=1)
+    until_step: int | None = option(None, "last step with the LoRA", minimum=1)
+    layers: Layers = option("all", "layers with a LoRA")
+    rank: int = option(16, "rank of the LoRA", minimum=1)
+    rate: float = option(7e-4, "learning rate, with cosine decay to 0", above=0)
+    updates: int = option(400, "updates of the LoRA", minimum=1)
+    batch: int = option(128, "transitions per update", minimum=2)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.last_step > self.num_steps:
+            raise UserError(f"--until_step = {self.last_step} is more than --num_steps = {self.num_steps}; lower it")
+
+    @property
+    def last_step(self) -> int:
+        """The last step with the LoRA, from 1."""
+        return self.until_step or self.num_steps
+
+
+class Bank(NamedTuple):
+    """Base paths, in the host's memory."""
+
+    x: Float[np.ndarray, "paths states *shape"]
+    base_output: Float[np.ndarray, "paths steps *shape"]
+    log_reward: Float[np.ndarray, " paths"]
+    prompt_id: Int[np.ndarray, " paths"]
+
+
+class Teacher(NamedTuple):
+    """What the steps of a bank are told, and Σ e^V of the states that they begin at, over the paths so far."""
+
+    c: Float[np.ndarray, "paths steps elements"]
+    sums: Float[np.ndarray, "steps paths"]
+
+
+def sample_bank(images: Images, stream: int, count: int, together: int) -> Bank:
+    """Samples `count` base paths, some at a time."""
+
+    @jax.jit
+    def part(frozen: Params, keys: PRNGKeys, ids: PromptIds) -> Bank:
+        model = images.model(frozen)
+        path = sample(model.predict, None, model.chain, keys, images.base.latent_shape, ids)
+        by_path = functools.partial(jnp.moveaxis, source=0, destination=1)
+        return Bank(by_path(path.latents), by_path(path.outputs), model.log_reward(path.samples, ids), ids)  # type: ignore[arg-type]
+
+    parts = []
+    for start in range(0, count, together):
+        keys, ids = images.keys(stream, start, min(together, count - start))
+        parts.append(jax.tree.map(np.asarray, part(images.frozen, keys, ids)))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)  # type: ignore[no-any-return]
+
+
+def clean_of(chain: Chain, bank: Bank) -> Float[np.ndarray, "paths states elements"]:
+    """x̂_# at every state; the sample is its own."""
+    flat = bank.x.reshape(*bank.x.shape[:2], -1)
+    found = flat.copy()
+    on_x, on_output = (np.asarray(a)[:, None] for a in (chain.at.clean_x, chain.at.clean_o))
+    found[:, :-1] = on_x * flat[:, :-1] + on_output * bank.base_output.reshape(len(flat), len(on_x), -1)
+    return found
+
+
+def values(
+    fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
+) -> Float[np.ndarray, "paths states"]:
+    """V − log Z at every state of the bank, each half told by the other; β log R − log Z at the sample."""
+    seen = Seen(clean, np.zeros(clean.shape[:2], np.float32))
+    log_w = beta * np.asarray(bank.log_reward, np.float64)
+    found = np.zeros(clean.shape[:2])
+    halves = np.arange(len(log_w)) // num_prompts % 2  # every prompt has both halves
+    for half in (0, 1):
+        mine, others = halves == half, halves != half
+        ends = Ends(Seen(*(a[others] for a in seen)), bank.log_reward[others], bank.prompt_id[others])
+        memory = fit_value(fit, ends, beta, num_prompts)
+        found[mine] = fit.values(memory, Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
+    for prompt in np.unique(bank.prompt_id):
+        own = bank.prompt_id == prompt
+        found[own, -1] = log_w[own] - np.log(np.mean(np.exp(log_w[own] - log_w.max()))) - log_w.max()
+    return found
+
+
+def teach(
+    chain: Chain,
+    bank: Bank,
+    clean: Float[np.ndarray, "paths states elements"],
+    value: Float[np.ndarray, "paths states"],
+) -> tuple[Teacher, Float[np.ndarray, " steps"]]:
+    """The teacher, and r of each step."""
+    mean_x, mean_o, sigma = (np.asarray(a) for a in (chain.mean_x, chain.mean_o, chain.sigma))
+    scale = mean_o / (np.asarray(chain.at.clean_o) * sigma)
+    c, follows = mean_shifts(value, np.zeros_like(value), clean), np.zeros(len(sigma))
+    for k, a in enumerate(scale):
+        x, y, output = (z.reshape(len(z), -1) for z in (bank.x[:, k], bank.x[:, k + 1], bank.base_output[:, k]))
+        noise, rest = (y - mean_x[k] * x - mean_o[k] * output) / sigma[k], a * (clean[:, -1] - clean[:, k])
+        follows[k] = np.vdot(noise, rest) / np.vdot(rest, rest)
+        c[:, k] *= follows[k] * a
+    return Teacher(c, np.cumsum(np.exp(value[:, :-1]), axis=0).T), follows
+
+
+def drawn(teacher: Teacher, steps: int, batch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Paths and steps of an update: half of them even, half with probability ∝ e^V of the state."""
+    step, paths = rng.integers(steps, size=batch), rng.integers(len(teacher.c), size=batch)
+    for i in range(batch // 2):
+        sums = teacher.sums[step[i]]
+        paths[i] = min(np.searchsorted(sums, rng.random() * sums[-1]), len(sums) - 1)
+    return paths, step
+
+
+def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> tuple[Params, list[float]]:
+    """Fits a LoRA with Adam. Returns its running mean, and the losses."""
+    lora = images.base.init_lora(jax.random.key(o.seed), o.rank, o.layers)
+    optimizer = optax.adam(optax.cosine_decay_schedule(o.rate, o.updates))
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def update(state: Any, frozen: Params, x: Latents, base: Latents, c: Latents, k: Array, ids: Array) -> Any:
+        lora, average, moments = state
+        model = images.model(frozen)
+        step = model.chain[k]
+
+        def loss(lora: Params) -> Array:
+            return o.last_step * step_loss(step, model.predict(lora, x, step.at, ids) - base, c).mean()
+
+        value, gradient = jax.value_and_grad(loss)(lora)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
+            change, moments = optimizer.update(gradient, moments, lora)
+        lora = optax.apply_updates(lora, change)
+        return (lora, optax.incremental_update(lora, average, 1 - AVERAGE), moments), value
+
+    rng, losses = np.random.default_rng(o.seed), list[float]()
+    state = (lora, jax.tree.map(jnp.copy, lora), optimizer.init(lora))
+    for number in range(o.updates):
+        paths, k = drawn(teacher, o.last_step, o.batch, rng)
+        x, base = bank.x[paths, k], bank.base_output[paths, k]
+        c, ids = teacher.c[paths, k].reshape(x.shape), bank.prompt_id[paths]
+        state, value = update(state, images.frozen, x, base, c, k.astype(np.int32), ids)
+        losses.append(float(value))
+        if len(losses) % REPORT == 0:
+            print(f"update {number + 1} of {o.updates}: loss {np.mean(losses[-REPORT:]):.3f} nats", flush=True)
+    return state[1], losses
+
+
+def own_paths(images: Images, o: Options, lora: Params) -> certificate.Paths:
+    """Samples of the LoRA, from the noise of the held-out base paths."""
+
+    @jax.jit
+    def part(frozen: Params, lora: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
+        model, active = images.model(frozen), np.arange(o.num_steps) < o.last_step
+        found = sample_paths(model.predict, lora, model.chain, keys, images.base.latent_shape, ids, active=active)
+        return model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
+
+    parts = []
+    for start in range(0, o.held_out, o.together):
+        keys, ids = images.keys(_HELD_OUT, start, min(o.together, o.held_out - start))
+        parts.append(jax.tree.map(np.asarray, part(images.frozen, lora, keys, ids)))
+    return certificate.Paths(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+
+
+@exit_on_user_error
+def main(argv: list[str]) -> None:
+    """Samples the bank, fits V and the LoRA, and judges it; writes the results and the LoRA."""
+    o = parse(argv, Options, __doc__)
+    images = Images.load(o)
+    chain = images.base.chain(o.num_steps)
+    bank = sample_bank(images, _BANK, o.paths, o.together)
+    clean = clean_of(chain, bank)
+    value = values(Fit.of(o, o.paths), clean, bank, o.beta, len(images.prompts))
+    teacher, follows = teach(chain, bank, clean, value)
+    told = np.square(teacher.c[:, : o.last_step]).sum(axis=(1, 2)).mean() / 2
+    print(f"the teacher: {told:.2f} nats of a path; r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
+    lora, _ = fit_lora(images, o, bank, teacher)
+    o.out.mkdir(parents=True, exist_ok=True)
+    save_lora(o.out / "lora.safetensors", lora)
+
+    found, reward, ids = sampled_products(images, lora, o.held_out, o.together)
+    found = Products(*(a[: o.last_step] for a in found))
+    rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, 10)
+    write_results(o.out, "shift_fit", rows, as_table(rows))
+    base = certificate.Paths.of_base(np.r_[reward, bank.log_reward], np.r_[ids, bank.prompt_id])
+    judged = certificate.certify(own_paths(images, o, lora), base, o.beta)
+    (o.out / "certificate.json").write_text(json.dumps(asdict(judged), default=np.ndarray.tolist) + "\n")
+    gap = judged.at_beta.gap.value if judged.at_beta else float("nan")
+    print(
+        f"own samples: log R {judged.log_reward.value:.3f}, exponent {judged.exponent.value:.2f}, "
+        f"needed {judged.needed.value:.3f}, spent {judged.spent.value:.3f}, "
+        f"efficiency {judged.efficiency.value:.2f}, gap {gap:.3f}"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv)

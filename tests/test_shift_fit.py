@@ -1,0 +1,104 @@
+"""The study of fits to mean shifts: its teacher against plain formulas, its command from end to end."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import brightness
+
+from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
+from nabla_gfn_jax.algorithms.value_memory import Fit
+from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.checkpoints.lora_file import load_lora
+from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.studies import shift_fit
+from nabla_gfn_jax.studies.shift_fit import Options, Teacher, clean_of, drawn, sample_bank, teach, values
+
+SMALL = {"num_steps": 6, "until_step": 5, "paths": 24, "held_out": 12, "together": 8, "updates": 50, "batch": 8}
+SMALL |= {"rank": 2, "components": 3, "features": 8}
+
+
+@pytest.fixture(scope="module")
+def images(tiny_model, tmp_path_factory):
+    options = Options(out=tmp_path_factory.mktemp("shift"), beta=40.0, **SMALL)
+    return shift_fit.Images(load_model(str(tiny_model), jnp.float32), brightness(1.0), ("a face", "an animal"), options)
+
+
+@pytest.fixture(scope="module")
+def bank(images):
+    return sample_bank(images, 4, SMALL["paths"], SMALL["together"])
+
+
+@pytest.mark.thorough
+def test_the_teacher(images, bank):
+    """c = r a m with a of the change of μ by x̂, r by regression of the drawn noise, m of the bank's own moves."""
+    chain = images.base.chain(SMALL["num_steps"])
+    clean = clean_of(chain, bank)
+    value = np.random.default_rng(0).normal(size=clean.shape[:2])
+    teacher, follows = teach(chain, bank, clean, value)
+    shifts = mean_shifts(value, 0 * value, clean)
+    keys, _ = images.keys(4, 0, SMALL["paths"])
+    shape = images.base.latent_shape
+    for k in (0, 3, 5):
+        step, x, output = chain[k], bank.x[:, k], bank.base_output[:, k]
+        at = images.base.chain(SMALL["num_steps"])[k].at
+        np.testing.assert_allclose(clean[:, k], at.clean(output, x).reshape(len(x), -1), rtol=1e-4, atol=1e-5)
+        more = output + 1.0  # x̂ and μ are linear in the output, so a is the ratio of their changes, by σ
+        moved = (step.mean(more, x) - step.mean(output, x)) / step.sigma
+        a = float((moved / (at.clean(more, x) - at.clean(output, x))).mean())
+        drew = jax.vmap(lambda key, k=k: jax.random.normal(jax.random.fold_in(key, k + 1), shape))(keys)
+        rest = a * (bank.x[:, -1] - np.asarray(at.clean(output, x)))
+        slope = float(np.sum(np.asarray(drew, np.float64) * rest) / np.sum(np.square(rest, dtype=np.float64)))
+        np.testing.assert_allclose(follows[k], slope, rtol=1e-3)
+        np.testing.assert_allclose(teacher.c[:, k], slope * a * shifts[:, k], rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.thorough
+def test_no_path_is_told_by_a_v_that_has_seen_it(images, bank):
+    """Another reward of one path changes V of the other half alone, and its own at the sample."""
+    clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
+    fit = Fit(places=24, components=3, features=8, length=1.5, ridge=2.0, weight_clip=20.0)
+    before = values(fit, clean, bank, 40.0, 2)
+    changed = bank._replace(log_reward=bank.log_reward + 0.02 * (np.arange(24) == 4))  # prompt 0, the first half
+    moved = np.abs(values(fit, clean, changed, 40.0, 2) - before)[:, :-1].max(axis=1)
+    halves, prompt = np.arange(24) // 2 % 2, bank.prompt_id
+    assert moved[(halves == 1) & (prompt == 0)].min() > 1e-4
+    np.testing.assert_allclose(moved[(halves == 0) | (prompt == 1)], 0, atol=1e-5)
+
+
+def test_half_of_the_states_are_drawn_by_their_value():
+    """With all value on one path, half of the draws are of it, and the others even."""
+    sums = np.tile(np.cumsum(np.arange(10) == 7).astype(float), (3, 1))
+    paths, steps = drawn(Teacher(np.zeros((10, 3, 1)), sums), 3, 4000, np.random.default_rng(0))
+    assert (paths[:2000] == 7).all()
+    assert np.abs(np.bincount(paths[2000:], minlength=10) - 200).max() < 60
+    assert np.abs(np.bincount(steps, minlength=3) - 1333).max() < 120
+
+
+@pytest.mark.slow
+def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
+    """The LoRA that it writes has learned something, and its certificate has no nats after its last step."""
+    monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
+    flags = [f"--{name}={value}" for name, value in SMALL.items()]
+    shift_fit.main(
+        [
+            "shift_fit",
+            *flags,
+            f"--out={tmp_path}",
+            f"--model={tiny_model}",
+            "--reward=bright",
+            "--beta=40",
+            "--rate=.003",
+        ]
+    )
+    lora = load_lora(tmp_path / "lora.safetensors", load_model(str(tiny_model), jnp.float32).params["unet"])
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(lora)) > 0
+    judged = json.loads((tmp_path / "certificate.json").read_text())
+    assert judged["spent"][0] > 0
+    assert judged["spent_by_step"][-1] == 0
+    assert (tmp_path / "shift_fit.md").read_text().count("\n") == 2 + 5 + 1
+    out = capsys.readouterr().out
+    assert "the teacher" in out
+    assert "own samples: log R" in out
