@@ -113,6 +113,50 @@ def test_the_jackknife_corrects_the_bias_and_knows_its_error():
     assert np.mean([z.error for z in runs]) == pytest.approx(np.std([z.value for z in runs]), rel=0.3)
 
 
+def test_luck_of_the_noise_is_corrected():
+    """100 samples whose log R is .8 times that of their base partners, and more: the luck of the 100 is taken out.
+
+    The variance of the mean is σ²/100 (1 − ρ²) + .8² σ_#²/2000, by the formula of a control variate.
+    """
+    rng, found = np.random.default_rng(6), []
+    for _ in range(300):
+        base = rng.normal(0.3, 0.5, 2000)
+        reward = 0.4 + 0.8 * (base[:100] - 0.3) + 0.2 * rng.normal(size=100)
+        policy = Paths(reward, np.full((100, 1), 0.5), np.zeros(100), np.zeros(100, int))
+        found.append(certify(policy, Paths.of_base(base)).log_reward)
+    values = np.array([estimate.value for estimate in found])
+    exact = np.sqrt(0.2**2 / 100 + 0.4**2 / 2000)
+    assert abs(values.mean() - 0.4) < 4 * exact / np.sqrt(300)
+    assert values.std() == pytest.approx(exact, rel=0.15)
+    assert np.mean([estimate.error for estimate in found]) == pytest.approx(exact, rel=0.15)
+
+
+def test_equal_base_samples_correct_nothing():
+    base = np.full(50, 0.1 + 0.2) * (1 + 1e-16 * np.arange(50))
+    reward = np.random.default_rng(8).normal(size=20)
+    policy = Paths(reward, np.ones((20, 1)), np.zeros(20), np.zeros(20, int))
+    assert certify(policy, Paths.of_base(base)).log_reward.value == pytest.approx(reward.mean(), rel=1e-12)
+
+
+def test_each_prompt_has_its_own_partners():
+    """The corrected mean by plain loops, of two prompts in any order, one of them with fewer base samples."""
+    rng = np.random.default_rng(7)
+    prompt, base_prompt = rng.permutation(np.repeat([4, 2], [5, 30])), rng.permutation(np.repeat([2, 4], [60, 3]))
+    reward, base = rng.normal(size=35), rng.normal(size=63)
+    policy = Paths(reward, np.ones((35, 1)), np.zeros(35), prompt)
+    pairs, means = [], []
+    for p in (2, 4):
+        own, theirs = reward[prompt == p], base[base_prompt == p]
+        n = min(len(own), len(theirs))
+        pairs.append((own[:n] - own[:n].mean(), theirs[:n] - theirs[:n].mean()))
+        means.append((own.mean(), theirs[:n].mean() - theirs.mean()))
+    slope = sum(a @ b for a, b in pairs) / sum(b @ b for _, b in pairs)
+    expected = np.mean([mean - slope * luck for mean, luck in means])
+    found = certify(policy, Paths.of_base(base, base_prompt)).log_reward.value
+    assert found == pytest.approx(expected, rel=1e-10)
+    assert abs(found - np.mean([mean for mean, _ in means])) > 1e-3
+
+
 def test_the_base_model_spends_nothing():
     base = gaussian_chain(5000, lambda exact: 0 * exact, seed=3)
     result = certify(base, base, BETA)

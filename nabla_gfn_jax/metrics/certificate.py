@@ -13,15 +13,16 @@ model, and the same σ_k. The figures need four arrays of the policy's paths and
                 spent − needed
     weights     w = R^β · Π p_#(y|x)/p_θ(y|x), constant if and only if the policy is P_base · R^β
 
-Every mean is the mean over prompts of the mean within a prompt; the prompts are fixed. Standard errors come from a
-bootstrap over samples, which assumes that sample i of a prompt has the same noise in both models.
+Every mean is the mean over prompts of the mean within a prompt; the prompts are fixed. Sample i of a prompt should have
+the same noise in both models. Standard errors come from a bootstrap over samples, which assumes so. If there are more
+base samples than the policy's, the policy's mean log R is corrected by how lucky its noise is for the base model.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from nabla_gfn_jax.metrics.tilt import (
     BaseValues,
@@ -133,14 +134,34 @@ class _Pair:
         if not np.array_equal(self.mine.prompts, self.theirs.prompts):
             prompts = f"{list(self.mine.prompts)} and {list(self.theirs.prompts)}"
             raise ValueError(f"the samples of the policy and of the base model are of different prompts: {prompts}")
+        sizes = np.minimum(self.mine.sizes, self.theirs.sizes)
+        self.partners = _partners(self.theirs, sizes)
+        self.slope = self._slope(sizes)
 
-    def means(self, counts: Values | None) -> tuple[float, float]:
-        """Mean log R and mean spent nats."""
-        return self.mine.mean(self.policy.log_reward, counts), self.mine.mean(self.policy.spent.sum(1), counts)
+    def _slope(self, sizes: Int[np.ndarray, " prompts"]) -> float:
+        """By how much a policy's log R rises with that of the base sample from the same noise, within a prompt."""
+        alike = _partners(self.mine, sizes)
+        strata = Strata(self.policy.prompt[alike])
+        mine, theirs = self.policy.log_reward[alike], self.base.log_reward[self.partners]
+        size = theirs @ theirs
+        mine, theirs = (a - strata.repeat(strata.means(a)) for a in (mine, theirs))
+        spread = theirs @ theirs  # only rounding errors if all are equal
+        return float(mine @ theirs / spread) if spread > 1e-20 * size else 0.0
+
+    def means(self, counts: Values | None, base_counts: BaseValues | None) -> tuple[float, float]:
+        """Mean log R, corrected for the luck of the noise, and mean spent nats.
+
+        The base samples from the policy's noise, its partners, say how lucky that noise is: their mean is compared with
+        that of all base samples (a control variate). Without more base samples there is no correction.
+        """
+        even = np.ones(len(self.partners)) if base_counts is None else base_counts
+        alike, all_of_base = (self.theirs.mean(self.base.log_reward, even * of) for of in (self.partners, 1.0))
+        reward = self.mine.mean(self.policy.log_reward, counts) - self.slope * (alike - all_of_base)
+        return reward, self.mine.mean(self.policy.spent.sum(1), counts)
 
     def overall(self, counts: Values | None, base_counts: BaseValues | None) -> list[float]:
         """Mean log R, exponent, needed, spent, efficiency."""
-        reward, spent = self.means(counts)
+        reward, spent = self.means(counts, base_counts)
         tilt = tilt_of(reward, self.base.log_reward, self.theirs, base_counts)
         return [reward, tilt.exponent, tilt.needed, spent, tilt.needed / spent if spent > 0 else np.nan]
 
@@ -153,6 +174,12 @@ class _Pair:
             [Estimate(*figure) for figure in zip(f(None, None), error, strict=True)]
             for f, error in zip(functions, errors, strict=True)
         ]
+
+
+def _partners(strata: Strata, sizes: Int[np.ndarray, " prompts"]) -> Bool[np.ndarray, " n"]:
+    """Marks the first `sizes` samples of each prompt."""
+    number = np.arange(int(strata.sizes.sum())) - np.repeat(strata.starts, strata.sizes)
+    return number < np.repeat(sizes, strata.sizes)
 
 
 class _Target:
@@ -171,7 +198,7 @@ class _Target:
         mine = self.pair.mine
         weights = normalise(self.log_weight, mine, counts)
         of_base = normalise(self.beta * self.pair.base.log_reward, self.pair.theirs, base_counts)
-        reward, spent = self.pair.means(counts)
+        reward, spent = self.pair.means(counts, base_counts)
         log_z = (weights if self.is_policys else of_base).log_mean.mean()
         centred = self.log_weight - mine.repeat(mine.means(self.log_weight, counts))
         share = float(np.mean(weights.effective / mine.sizes))
