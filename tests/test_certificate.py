@@ -119,15 +119,15 @@ def test_luck_of_the_noise_is_corrected():
     The variance of the mean is σ²/100 (1 − ρ²) + .8² σ_#²/2000, by the formula of a control variate.
     """
     rng, found = np.random.default_rng(6), []
-    for _ in range(300):
+    for _ in range(120):
         base = rng.normal(0.3, 0.5, 2000)
         reward = 0.4 + 0.8 * (base[:100] - 0.3) + 0.2 * rng.normal(size=100)
         policy = Paths(reward, np.full((100, 1), 0.5), np.zeros(100), np.zeros(100, int))
         found.append(certify(policy, Paths.of_base(base)).log_reward)
     values = np.array([estimate.value for estimate in found])
     exact = np.sqrt(0.2**2 / 100 + 0.4**2 / 2000)
-    assert abs(values.mean() - 0.4) < 4 * exact / np.sqrt(300)
-    assert values.std() == pytest.approx(exact, rel=0.15)
+    assert abs(values.mean() - 0.4) < 4 * exact / np.sqrt(120)
+    assert values.std() == pytest.approx(exact, rel=0.25)
     assert np.mean([estimate.error for estimate in found]) == pytest.approx(exact, rel=0.15)
 
 

@@ -266,13 +266,14 @@ def test_more_than_a_trajectory_has_is_named():
 
 
 @pytest.mark.slow
-def test_updates_bring_the_policy_close(monkeypatch):
+@pytest.mark.parametrize("follow", ["gradient", "mean_shift"])
+def test_updates_bring_the_policy_close(follow, monkeypatch):
     """In the plane with ten steps, whose base and target are exact too. No gradient of the reward is taken there."""
     chain = stable_diffusion_chain(STABLE_DIFFUSION, 10)
     monkeypatch.setitem(mixture2d.CHAINS, "diffusion", chain)
     monkeypatch.setitem(mixture2d.BASES, "diffusion", sampled(mixture2d.DATA, chain))
     monkeypatch.setattr(mixture2d, "AVERAGE", 0.95)
-    algorithm = KernelValue(beta=1.0, steps=6, memory=2048, components=2, features=60)
+    algorithm = KernelValue(beta=1.0, steps=6, memory=2048, components=2, features=60, follow=follow)
     run = mixture2d.Run(name="kernel value", algorithm=algorithm, batch=256, updates=80, learning_rate=3e-3)
     result, _ = mixture2d.study(run, "doubled", samples=5000)
     assert result.kl_policy_target < 0.45  # .94 before

@@ -294,6 +294,15 @@ WRONG_FLAGS = {
         **dict.fromkeys(("length", "ridge", "weight_clip"), POSITIVE),
         "guess": SWITCH,
     },
+    "shift_fit": {
+        **IMAGES,
+        "paths": (3, *COUNT),
+        **dict.fromkeys(("held_out", "batch"), (1, *COUNT)),
+        **dict.fromkeys(("together", "components", "features", "rank", "updates"), COUNT),
+        **dict.fromkeys(("length", "ridge", "weight_clip", "rate"), POSITIVE),
+        "until_step": (51, *COUNT),
+        "layers": ("linear", ""),
+    },
     "uptake": {
         **LORA,
         "paths": (1, *COUNT),

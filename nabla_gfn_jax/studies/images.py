@@ -36,11 +36,10 @@ class ImageOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoraOptions(ImageOptions):
-    """A study of a LoRA."""
+class PolicyOptions(ImageOptions):
+    """A study of a policy that takes the first steps, or all."""
 
-    lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
-    until_step: int | None = option(None, "last step with the LoRA; later steps are left out", minimum=1)
+    until_step: int | None = option(None, "last step with the LoRA; the base model takes the others", minimum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,6 +50,13 @@ class LoraOptions(ImageOptions):
     def last_step(self) -> int:
         """The last step with the LoRA, from 1."""
         return self.until_step or self.num_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions(PolicyOptions):
+    """A study of a LoRA."""
+
+    lora: Path = option(meaning="the LoRA: a file, or a folder of one", file="existing")
 
 
 @dataclass(frozen=True)

@@ -36,13 +36,13 @@ from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.foresight import Ends, fit_value
-from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
+from nabla_gfn_jax.studies.images import Images, PolicyOptions, write_results
 from nabla_gfn_jax.studies.uptake import Products, as_table, judge, sampled_products
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
@@ -52,29 +52,18 @@ REPORT = 50  # updates between two printed losses
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(ImageOptions, FitOptions):
+class Options(PolicyOptions, FitOptions):
     """The paths, how V is fitted to them, the LoRA, and the folder for the results."""
 
     out: Path = option(meaning="folder for shift_fit.jsonl, shift_fit.md, certificate.json and lora.safetensors")
     paths: int = option(4096, "base paths in the bank", minimum=4)
     held_out: int = option(1024, "new base paths that judge the LoRA, and its own samples", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
-    until_step: int | None = option(None, "last step with the LoRA", minimum=1)
     layers: Layers = option("all", "layers with a LoRA")
     rank: int = option(16, "rank of the LoRA", minimum=1)
     rate: float = option(7e-4, "learning rate, with cosine decay to 0", above=0)
     updates: int = option(400, "updates of the LoRA", minimum=1)
     batch: int = option(128, "transitions per update", minimum=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.last_step > self.num_steps:
-            raise UserError(f"--until_step = {self.last_step} is more than --num_steps = {self.num_steps}; lower it")
-
-    @property
-    def last_step(self) -> int:
-        """The last step with the LoRA, from 1."""
-        return self.until_step or self.num_steps
 
 
 class Bank(NamedTuple):
