@@ -58,3 +58,15 @@ def test_every_line(tmp_path):
     exact = [row for row in rows if row["what"] == "here, float32, highest precision"]
     assert len(exact) == 3
     assert all(error < 1e-5 for row in exact for error in row["numbers"].values())
+
+
+@pytest.mark.slow
+def test_the_carried_change_is_carried(tmp_path):
+    """In bfloat16, the change of the score by a small LoRA is lost if outputs are subtracted, and kept if carried."""
+    rows, _ = measure(tmp_path, "--only=precision", "--seconds=800")
+    errors = {}
+    for way in ("subtracted", "carried"):
+        (row,) = [row for row in rows if way in row["what"] and row["what"].endswith("ε by 0.001")]
+        errors[way] = max(row["numbers"].values())
+    assert errors["subtracted"] > 1
+    assert errors["carried"] < 0.2
