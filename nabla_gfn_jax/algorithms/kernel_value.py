@@ -16,9 +16,9 @@ in nats of a path. There are two choices of c, both times `scale`, s:
   the base model. The gradient at x stands for the mean of that at y. Since ∇V(x) = E_*[(∂μ_#/∂x)ᵀ ∇V(y) | x], they are
   the same as steps become fine.
 - `mean_shift`: c = s a m with a = mean_o/(clean_o σ) of the step, m a draw of the mean shift
-  E_*[x_T | x] − E_#[x_T | x] from the rest of the path (`algorithms/mean_shift.py`). As steps become fine,
-  a E[m | x] = σ ∇V(x) for a base model that is the reverse of its noising (Tweedie's identity, Robbins 1956). Only V's
-  values are used, and no gradient is taken.
+  E_*[x_T | x] − E_#[x_T | x] from the rest of the path (`algorithms/mean_shift.py`), as far as the policy's steps go.
+  As steps become fine, a E[m | x] = σ ∇V(x) for a base model that is the reverse of its noising (Tweedie's identity,
+  Robbins 1956). Only V's values are used, and no gradient is taken.
 
 The target is then the fixed point for s = 1. With coarse steps, few paths, or guidance, under which Tweedie's identity
 does not hold, some s < 1 is nearer to the target; `studies/foresight.py` measures which for the gradient.
@@ -75,7 +75,7 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class KernelValue(FitOptions, PolicyAlone):
-    """The policy follows the gradient of a log value that a kernel regression learns."""
+    """The policy follows a log value that a kernel regression learns."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")

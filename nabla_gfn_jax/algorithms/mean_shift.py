@@ -16,7 +16,7 @@ A path of a policy θ† counts each step with q_j = p_#/p_θ†(x_{j+1} | x_j).
 import numpy as np
 from jaxtyping import Float
 
-_LARGEST = 3.0  # |V_{j+1} − V_j + log q_j| that counts; a step of 3 nats is a misfit of V
+_LARGEST = 3.0  # |V_{j+1} − V_j| and |log q_j| of a step; more is a misfit of V, or one rare step
 
 
 def mean_shifts(
