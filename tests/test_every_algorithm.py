@@ -23,6 +23,7 @@ RUNS = {
     "eam": ("eam:emoji", {}, "loss_adjoint"),
     "kernel_value": ("emoji_exact", {"after": 0, "guess": False}, "loss_steps"),
     "kernel_value_guess": ("emoji_exact", {"after": 0, "guess": True}, "loss_steps"),
+    "kernel_value_mean_shift": ("emoji_exact", {"after": 0, "follow": "mean_shift"}, "loss_steps"),
     "nabla_db": ("emoji", {}, "loss_forward"),
     "nabla_db_guess": ("emoji", {"credit": "guess"}, "loss_forward"),
     "nabla_db_lookahead": ("emoji", {"credit": "lookahead"}, "loss_forward"),
