@@ -77,6 +77,15 @@ def test_half_of_the_states_are_drawn_by_their_value():
     assert np.abs(np.bincount(steps, minlength=3) - 1333).max() < 120
 
 
+def test_a_bank_without_two_paths_of_each_prompt_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        shift_fit.main(
+            ["shift_fit", f"--out={tmp_path}", "--reward=jpeg", "--prompts=simple_animals", "--paths=6", "--held_out=2"]
+        )
+    assert caught.value.code == 2
+    assert "--paths = 6 is less than two of each prompt" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     """The LoRA that it writes has learned something, and its certificate has no nats after its last step."""

@@ -36,7 +36,7 @@ from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
-from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import Layers
@@ -123,7 +123,7 @@ def values(
         found[mine] = fit.values(memory, Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
     for prompt in np.unique(bank.prompt_id):
         own = bank.prompt_id == prompt
-        found[own, -1] = log_w[own] - np.log(np.mean(np.exp(log_w[own] - log_w.max()))) - log_w.max()
+        found[own, -1] = log_w[own] - np.logaddexp.reduce(log_w[own]) + np.log(own.sum())
     return found
 
 
@@ -154,8 +154,8 @@ def drawn(teacher: Teacher, steps: int, batch: int, rng: np.random.Generator) ->
     return paths, step
 
 
-def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> tuple[Params, list[float]]:
-    """Fits a LoRA with Adam. Returns its running mean, and the losses."""
+def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params:
+    """Fits a LoRA with Adam, and returns its running mean."""
     lora = images.base.init_lora(jax.random.key(o.seed), o.rank, o.layers)
     optimizer = optax.adam(optax.cosine_decay_schedule(o.rate, o.updates))
 
@@ -184,7 +184,8 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> tuple[
         losses.append(float(value))
         if len(losses) % REPORT == 0:
             print(f"update {number + 1} of {o.updates}: loss {np.mean(losses[-REPORT:]):.3f} nats", flush=True)
-    return state[1], losses
+    average: Params = state[1]
+    return average
 
 
 def own_paths(images: Images, o: Options, lora: Params) -> certificate.Paths:
@@ -208,6 +209,8 @@ def main(argv: list[str]) -> None:
     """Samples the bank, fits V and the LoRA, and judges it; writes the results and the LoRA."""
     o = parse(argv, Options, __doc__)
     images = Images.load(o)
+    if o.paths < (fewest := 2 * len(images.prompts)):
+        raise UserError(f"--paths = {o.paths} is less than two of each prompt; use {fewest} or more")
     chain = images.base.chain(o.num_steps)
     bank = sample_bank(images, _BANK, o.paths, o.together)
     clean = clean_of(chain, bank)
@@ -215,7 +218,7 @@ def main(argv: list[str]) -> None:
     teacher, follows = teach(chain, bank, clean, value)
     told = np.square(teacher.c[:, : o.last_step]).sum(axis=(1, 2)).mean() / 2
     print(f"the teacher: {told:.2f} nats of a path; r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
-    lora, _ = fit_lora(images, o, bank, teacher)
+    lora = fit_lora(images, o, bank, teacher)
     o.out.mkdir(parents=True, exist_ok=True)
     save_lora(o.out / "lora.safetensors", lora)
 
