@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nabla_gfn_jax.algorithms.base import Model, Rollout
+from nabla_gfn_jax.algorithms.paths import base_outputs, log_ratio
 from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
@@ -177,3 +179,27 @@ def test_the_tilted_mixtures_own_noise_prediction_nearly_reaches_the_target(name
     assert result.exponent.value == pytest.approx(1.0, abs=0.1)
     assert result.at_beta.gap.value < 0.1 * result.spent.value + 2 * result.at_beta.gap.error
     assert result.at_beta.effective_share.value > 0.8
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_the_base_model_says_nothing_new_where_it_sampled(carried):
+    """o_# is the base model's output at every state, also after the policy's last step, which no LoRA changed."""
+    matrix = jnp.asarray(np.random.default_rng(2).normal(size=(3, 3)), jnp.float32)
+    lora = {"shift": jnp.asarray([0.3, -0.2, 0.1])}
+
+    def predict(lora, x, level, condition):
+        return jnp.tanh(x @ matrix) + (0.0 if lora is None else lora["shift"][None])
+
+    def change(lora, x, level, condition):
+        return predict(lora, x, level, condition), jnp.broadcast_to(lora["shift"], x.shape)
+
+    chain = stable_diffusion_chain(STABLE_DIFFUSION, 6)
+    keys, ids = keys_of(3, 5), jnp.zeros(5, int)
+    path = sample(predict, lora, chain, keys, (3,), ids, lora_steps=4)
+    model = Model(chain, predict, lambda z, _: z[:, 0], {}, change if carried else None, lora_steps=4)
+    found = base_outputs(model, lora, Rollout(path, path.samples[:, 0], ids, keys))
+    expected = jax.vmap(lambda x: predict(None, x, None, None))(path.latents[:-1])
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    ratio = log_ratio(chain, Rollout(path, path.samples[:, 0], ids, keys), found)
+    assert np.abs(ratio[:4]).min() > 0
+    assert not ratio[4:].any()

@@ -51,7 +51,10 @@ class PathWeights:
 
 
 def base_outputs(model: Model, lora: Params, rollout: Rollout) -> Latents:
-    """o_# at every state (T, B, …): where differences lose digits, what sampled minus the LoRA's change."""
+    """o_# at every state (T, B, …): where differences lose digits, what sampled minus the LoRA's change.
+
+    After the policy's last step, the base model sampled, and what it said is at hand.
+    """
 
     def of_step(_: None, inputs: tuple[Latents, Latents, Chain]) -> tuple[None, Latents]:
         x, output, step = inputs
@@ -60,8 +63,9 @@ def base_outputs(model: Model, lora: Params, rollout: Rollout) -> Latents:
             return None, model.predict(None, *where)
         return None, output - model.predict_change(lora, *where)[1]
 
-    path = rollout.trajectory
-    return jax.lax.scan(of_step, None, (path.latents[:-1], path.outputs, model.chain))[1]
+    path, policy = rollout.trajectory, slice(model.policy_steps)
+    found = jax.lax.scan(of_step, None, (path.latents[policy], path.outputs[policy], model.chain[policy]))[1]
+    return jnp.concatenate([found, path.outputs[model.policy_steps :]])
 
 
 def log_ratio(chain: Chain, rollout: Rollout, base_output: Latents) -> Float[Array, "states batch"]:
