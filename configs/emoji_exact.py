@@ -38,30 +38,33 @@ def get_config(variant: str = "") -> ConfigDict:
     c = load_config("emoji")
     c.lora.rank = 16
     c.training.decline = "cosine"
-    return _network(c) if variant else _kernel(c)
+    return _network(c) if variant else _memory(c)
 
 
-def _kernel(c: ConfigDict) -> ConfigDict:
-    c.sampling.lora_until_step = 40
+def _memory(c: ConfigDict) -> ConfigDict:
+    c.sampling.lora_until_step = 36
     c.algorithm = ConfigDict(
         {
-            "name": "kernel_value",
+            "name": "fitted_value",
             "beta": 8.0,
+            "follow": "gradient",
             "guess": False,
-            "scale": 0.85,
+            "scale": 0.9,
             "steps": 1,
-            "memory": 16384,
-            "after": 5120,
-            "components": 32,
-            "features": 600,
-            "length": 1.5,
-            "ridge": 5.0,
+            "memory": 8192,
+            "after": 4096,
+            "components": 64,
+            "width": 256,
+            "fit_updates": 15,
+            "fit_batch": 2048,
+            "fit_rate": 1e-3,
+            "noise": 0.2,
             "weight_clip": 20.0,
             "output_regularisation": 0.0,
         }
     )
     c.lora.layers = "all"
-    c.training.num_epochs = 72
+    c.training.num_epochs = 64
     c.training.trajectories = 128
     c.training.micro_batches = 1
     c.training.updates_per_epoch = 20

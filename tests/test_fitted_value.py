@@ -1,4 +1,4 @@
-"""The kernel value: its fit against an independent statement, its losses against PyTorch, its target in the plane."""
+"""The fitted value: its network and its losses against PyTorch, and its target in the plane."""
 
 import jax
 import numpy as np
@@ -19,9 +19,10 @@ from test_nabla_db import (
     step,
 )
 
-from nabla_gfn_jax.algorithms.kernel_value import KernelValue
+from nabla_gfn_jax.algorithms import value_network
+from nabla_gfn_jax.algorithms.fitted_value import FittedValue
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
-from nabla_gfn_jax.algorithms.value_memory import Fit, Seen, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import stable_diffusion_chain
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION
 from nabla_gfn_jax.errors import UserError
@@ -30,61 +31,115 @@ from nabla_gfn_jax.studies.mixture import sampled
 
 torch.set_num_threads(1)
 LAMBDA, POLICY_STEPS = 3.0, 50
-FIT = Fit(places=64, components=3, features=40, length=1.5, ridge=0.7, weight_clip=6.0)
+SMALL = {"components": 3, "width": 16, "fit_updates": 20, "fit_batch": 64, "weight_clip": 6.0}
+FIT = Fit.of(FitOptions(**SMALL), 64)
 
 
 def paths(count, states=2, elements=5, seed=0):
-    """What V sees of states, log weights and prompts of paths."""
+    """What V sees of states, samples, log weights and prompts of paths."""
     random = np.random.default_rng(seed)
-    clean = (random.normal(size=(count, states, elements)) * [3, 2, 1, 0.3, 0.1] + 1).astype(np.float32)
+    samples = (random.normal(size=(count, elements)) * [3, 2, 1, 0.3, 0.1] + 1).astype(np.float32)
+    known = np.linspace(0.3, 0.9, states)[:, None]  # of the sample, in a state
+    clean = (known * samples[:, None] + 0.1 * random.normal(size=(count, states, elements))).astype(np.float32)
     log_w = random.normal(size=(count, states)).astype(np.float32)
     guess = (0.4 * random.normal(size=(count, states)) + 0.3 * log_w - 2).astype(np.float32)
-    return Seen(clean, guess), log_w, random.integers(0, 2, count)
+    return Seen(clean, guess), samples, log_w, random.integers(0, 2, count)
 
 
-def value_in_torch(x, guess, memory, prompt, state, b):
-    """V − log Z of states in float64, and the features, stated anew."""
-    known = memory.prompt_id == prompt
+def value_in_torch(weights, x, guess, memory, prompt, state):
+    """V − log Z of states in float64, from x̂ and log R(x̂), stated anew."""
+    known, states = memory.prompt_id >= 0, memory.components.shape[1]
+    old, ends = memory.components[known].astype(np.float64), memory.ends[known].astype(np.float64)
+    spread = np.sqrt(((ends - old[:, state]) ** 2).mean(0)).max()
+    unit = max(spread, ends.std(0).max() / 4)
+    a = (x - _float64(memory.centre)) @ _float64(memory.basis) - torch.as_tensor(old[:, state].mean(0))
     seen = memory.guess[known, state].astype(np.float64)
     g = (guess - float(seen.mean())) / float(seen.std())
-    old = memory.components[known, state].astype(np.float64)
-    random = np.random.default_rng(0)
-    omega = random.normal(size=(old.shape[1], FIT.features)) / FIT.length
-    phase = random.uniform(0, 2 * np.pi, FIT.features)
-    a = (x - _float64(memory.centre)) @ _float64(memory.basis)
-    a = (a - torch.as_tensor(old.mean(0))) / float(old.std(0).max())
-    waves = torch.cos(a @ torch.as_tensor(omega) + torch.as_tensor(phase)) * (2 / FIT.features) ** 0.5
-    return b[0] + waves @ b[1 : 1 + FIT.features] + a @ b[1 + FIT.features : -1] / 3 + g * b[-1]
+    t = torch.full((len(x), 1), state / (states - 1), dtype=torch.float64)
+    waves = t * np.pi * 2.0 ** torch.arange(6)
+    h = torch.cat([a / unit, g[:, None], t, torch.sin(waves), torch.cos(waves)], dim=1)
+    for number, (matrix, bias) in enumerate(weights["layers"]):
+        z = h @ matrix + bias + (weights["prompts"][prompt] if number == 0 else 0)
+        h = (0 if number == 0 else h) + z * torch.sigmoid(z)
+    return h @ weights["out"][0] + weights["out"][1]
 
 
 def _log_reward(clean, oracle):
     return _reward(torch, clean, oracle.condition)
 
 
+@pytest.fixture(scope="module")
+def fitted():
+    states, samples, log_w, prompt_id = paths(40)
+    memory = FIT.add(ValueMemory.empty(2), states, samples, log_w, prompt_id)
+    return FIT.fitted(memory, np.asarray([0.4, -0.2]))
+
+
 @pytest.mark.parametrize("prompt", [0, 1])
 @pytest.mark.parametrize("state", [0, 1])
-def test_the_fit_and_its_gradient(prompt, state):
-    """No change of b lowers the loss, and what is told a state is V's gradient there."""
-    states, log_w, prompt_id = paths(40)
-    log_z = np.asarray([0.4, -0.2])
-    memory = FIT.add(ValueMemory.empty(2), states, log_w, prompt_id)
-    memory = FIT.fitted(memory, np.unique(prompt_id), log_z)
-    gradients, value = FIT.gradients(memory, states, prompt_id), FIT.values(memory, states, prompt_id)
+def test_the_value_and_its_gradient(prompt, state, fitted):
+    """V is what the network says with the running mean of its weights; what is told a state is V's gradient there."""
+    states, _, _, prompt_id = paths(40)
+    gradients, value = FIT.gradients(fitted, states, prompt_id), FIT.values(fitted, states, prompt_id)
     own = prompt_id == prompt
     x, guess = (_float64(seen[own, state]).requires_grad_() for seen in states)
-    b = _float64(memory.solution[prompt, state]).requires_grad_()
-    v = value_in_torch(x, guess, memory, prompt, state, b)
-    w = torch.clamp(torch.exp(_float64(log_w[own, state]) - log_z[prompt]), max=FIT.weight_clip)
-    assert v.min() > -6  # below, the loss has another form
-    loss = (v + w * torch.exp(-v)).sum() + FIT.ridge * (b[1:] ** 2).sum() / 2
-    (slope,) = torch.autograd.grad(loss, b, retain_graph=True)
-    at_zero = (1 - w).abs().sum()
-    assert slope.norm() < 1e-3 * at_zero
-    np.testing.assert_allclose(value[own, state], v.detach(), rtol=1e-4, atol=1e-4)
+    v = value_in_torch(_float64(fitted.network.average), x, guess, fitted, prompt, state)
+    assert v.std() > 0.01
+    np.testing.assert_allclose(value[own, state], v.detach(), rtol=1e-4, atol=1e-5)
     for found, expected in zip(gradients, torch.autograd.grad(v.sum(), (x, guess)), strict=True):
         scale = float(expected.abs().max())
         assert scale > 1e-3
         np.testing.assert_allclose(found[own, state], expected, rtol=1e-4, atol=1e-4 * scale)
+
+
+def test_an_update_is_a_step_of_adam(fitted):
+    """Without noise: Adam on the mean of V + W/Z e^−V."""
+    random, network = np.random.default_rng(3), fitted.network
+    size = len(network.weights["layers"][0][0]) - 13
+    points = value_network.Points(
+        features=random.normal(size=(30, size)).astype(np.float32),
+        time=random.uniform(0.1, 0.9, 30).astype(np.float32),
+        prompt_id=random.integers(0, 2, 30).astype(np.int32),
+    )
+    ratio = random.exponential(size=30).astype(np.float32)
+    after = value_network.updated(network, points, ratio, np.zeros(size, np.float32), jax.random.key(0), rate=1e-3)
+
+    weights = jax.tree.map(lambda a: _float64(a).requires_grad_(), network.weights)
+    t = _float64(points.time)[:, None]
+    waves = t * np.pi * 2.0 ** torch.arange(6)
+    h = torch.cat([_float64(points.features), t, torch.sin(waves), torch.cos(waves)], dim=1)
+    for number, (matrix, bias) in enumerate(weights["layers"]):
+        z = h @ matrix + bias + (weights["prompts"][points.prompt_id] if number == 0 else 0)
+        h = (0 if number == 0 else h) + z * torch.sigmoid(z)
+    v = h @ weights["out"][0] + weights["out"][1]
+    (v + _float64(ratio) * torch.exp(-v)).mean().backward()
+    count = int(network.moments[0].count) + 1
+    for old, leaf, mu, nu, new in zip(
+        *map(jax.tree.leaves, (network.weights, weights, network.moments[0].mu, network.moments[0].nu, after.weights)),
+        strict=True,
+    ):
+        slope = leaf.grad.numpy()
+        mean, square = (0.9 * mu + 0.1 * slope) / (1 - 0.9**count), (0.99 * nu + 0.01 * slope**2) / (1 - 0.99**count)
+        np.testing.assert_allclose(new, old - 1e-3 * mean / (np.sqrt(square) + 1e-8), rtol=1e-3, atol=1e-6)
+    kept = min(0.99, int(network.updates) / (int(network.updates) + 10))
+    expected = jax.tree.map(lambda a, b: kept * a + (1 - kept) * b, network.average, after.weights)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), after.average, expected)
+
+
+def test_the_loss_goes_on_as_its_tangent_below_minus_five():
+    v, ratio = np.linspace(-9, 3, 25), np.random.default_rng(0).exponential(size=25)
+    value, slope = -5 + ratio * np.exp(5.0), 1 - ratio * np.exp(5.0)
+    expected = np.where(v > -5, v + ratio * np.exp(-v), value + slope * (v + 5)).mean()
+    found = value_network.gamma_loss(v.astype(np.float32), ratio.astype(np.float32))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_a_fit_goes_on_where_it_stopped(fitted):
+    """The draws and the noise are those of the number of paths seen, so that a resumed run is the same to the bit."""
+    again = FIT.fitted(jax.tree.map(np.copy, fitted), np.asarray([0.4, -0.2]))
+    other = FIT.fitted(fitted, np.asarray([0.4, -0.2]))
+    jax.tree.map(np.testing.assert_array_equal, again.network, other.network)
+    assert int(again.network.updates) == 2 * SMALL["fit_updates"]
 
 
 def test_a_linear_log_value_is_found():
@@ -92,13 +147,13 @@ def test_a_linear_log_value_is_found():
     random = np.random.default_rng(1)
     clean = random.normal(size=(4000, 1, 4)).astype(np.float32) * np.asarray([1, 0.8, 0.5, 0.1], np.float32)
     log_w = (0.6 * clean[..., 0] + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
-    fit = Fit(places=4000, components=3, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    samples = clean[:, 0] + random.normal(size=(4000, 4)).astype(np.float32)
+    fit = Fit.of(FitOptions(components=3, width=32, fit_updates=400, fit_batch=512, weight_clip=50.0), 4000)
     states, ids = Seen(clean, np.zeros((4000, 1), np.float32)), np.zeros(4000, int)
-    memory = fit.add(ValueMemory.empty(1), states, log_w, ids)
-    memory = fit.fitted(memory, np.zeros(1, int), np.log(np.exp(log_w).mean(0)))
-    gradient, by_guess = fit.gradients(memory, states, ids)
+    memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
+    memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
+    gradient, _ = fit.gradients(memory, states, ids)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0.6, 0, 0, 0], atol=0.05)
-    assert not by_guess.any()
 
 
 def test_what_the_components_do_not_show_is_found_by_the_guess():
@@ -106,51 +161,68 @@ def test_what_the_components_do_not_show_is_found_by_the_guess():
     random = np.random.default_rng(2)
     clean, guess = random.normal(size=(4000, 1, 2)), 0.5 * random.normal(size=(4000, 1)) - 3
     log_w = (1.2 * guess + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
-    fit = Fit(places=4000, components=2, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    samples = (clean[:, 0] + random.normal(size=(4000, 2))).astype(np.float32)
+    fit = Fit.of(FitOptions(components=2, width=32, fit_updates=400, fit_batch=512, weight_clip=50.0), 4000)
     states, ids = Seen(clean.astype(np.float32), guess.astype(np.float32)), np.zeros(4000, int)
-    memory = fit.add(ValueMemory.empty(1), states, log_w, ids)
-    memory = fit.fitted(memory, np.zeros(1, int), np.log(np.exp(log_w).mean(0)))
+    memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
+    memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
     gradient, by_guess = fit.gradients(memory, states, ids)
-    np.testing.assert_allclose(by_guess, 1.2, atol=0.05)
+    np.testing.assert_allclose(by_guess.mean(), 1.2, atol=0.08)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0, 0], atol=0.05)
+
+
+def test_noise_makes_the_value_smoother():
+    """log W is a steep step: with noise in the features, V's largest slope is much smaller."""
+    random = np.random.default_rng(4)
+    clean = random.normal(size=(2000, 1, 1)).astype(np.float32)
+    log_w = np.where(clean[..., 0] > 0, 1.0, -1.0).astype(np.float32)
+    steepest = {}
+    for noise in (0.0, 0.5):
+        options = FitOptions(components=1, width=32, fit_updates=400, fit_batch=512, fit_rate=5e-3, noise=noise)
+        fit, states, ids = Fit.of(options, 2000), Seen(clean, np.zeros((2000, 1), np.float32)), np.zeros(2000, int)
+        memory = fit.add(ValueMemory.empty(1), states, clean[:, 0], log_w, ids)
+        memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
+        steepest[noise] = float(np.abs(fit.gradients(memory, states, ids)[0]).max() * memory.unit[0])
+    assert steepest[0.5] < 0.6 * steepest[0.0]
 
 
 def test_the_oldest_paths_make_room():
     """A ring of 64: of 100 paths in three epochs the last 64 are kept, each with what belongs to it."""
-    states, log_w, prompt_id = paths(100)
+    states, samples, log_w, prompt_id = paths(100)
     memory = ValueMemory.empty(2)
     for some in (slice(0, 40), slice(40, 70), slice(70, 100)):
-        memory = FIT.add(memory, Seen(*(seen[some] for seen in states)), log_w[some], prompt_id[some])
+        memory = FIT.add(memory, Seen(*(seen[some] for seen in states)), samples[some], log_w[some], prompt_id[some])
     assert memory.seen == 100
     order = np.argsort(memory.log_w[:, 0])
     kept = 36 + np.argsort(log_w[36:, 0])
     np.testing.assert_array_equal(memory.log_w[order], log_w[kept])
     np.testing.assert_array_equal(memory.prompt_id[order], prompt_id[kept])
     np.testing.assert_array_equal(memory.guess[order], states.guess[kept])
-    np.testing.assert_allclose(memory.components[order], FIT.project(memory, states.clean[kept]), rtol=1e-5, atol=1e-5)
+    for found, given in ((memory.components, states.clean), (memory.ends, samples)):
+        np.testing.assert_allclose(found[order], FIT.project(memory, given[kept]), rtol=1e-5, atol=1e-5)
 
 
 def test_the_basis_is_that_of_the_first_paths_samples():
-    states, log_w, prompt_id = paths(50)
-    memory = FIT.add(ValueMemory.empty(2), states, log_w, prompt_id)
-    last = states.clean[:, -1].astype(np.float64)
-    variance, vectors = np.linalg.eigh(np.cov(last.T))
+    states, samples, log_w, prompt_id = paths(50)
+    memory = FIT.add(ValueMemory.empty(2), states, samples, log_w, prompt_id)
+    variance, vectors = np.linalg.eigh(np.cov(samples.astype(np.float64).T))
     found = np.abs(memory.basis.T @ vectors[:, np.argsort(-variance)[:3]])
     np.testing.assert_allclose(found, np.eye(3), atol=1e-4)
 
 
 def test_the_policy_waits_for_paths():
     """Until `after` paths have been seen every sample is told nothing, and their number alone decides."""
-    algorithm = KernelValue(beta=1.0, after=40, memory=64, components=3, features=10)
+    algorithm = FittedValue(beta=1.0, after=40, memory=64, **SMALL)
     stats, told = algorithm.first_stats(2), []
     for epoch in range(3):
-        states, _, prompt_id = paths(20, seed=epoch)
+        states, samples, _, prompt_id = paths(20, seed=epoch)
         scalars = {
             "log_reward": states.clean[:, -1, 0],
             "log_ratio": np.zeros(20),
             "log_ratio_from": np.zeros((20, 2)),  # of two states: one step
             "clean": states.clean,
             "guess": states.guess,
+            "sample": samples,
         }
         weight, stats = algorithm.weigh(stats, scalars, prompt_id)
         told.append(np.abs(weight).max())
@@ -165,7 +237,7 @@ def test_the_policy_waits_for_paths():
 )
 def test_loss_and_gradient(model, guess, follow):
     """Each step goes by V's gradient by x̂ at its state, pulled back to the state, or by the mean shift."""
-    algorithm = KernelValue(beta=0.8, steps=20, output_regularisation=LAMBDA, guess=guess, follow=follow)
+    algorithm = FittedValue(beta=0.8, steps=20, output_regularisation=LAMBDA, guess=guess, follow=follow)
     sampled_by = {"lora": jax.tree.map(lambda a: 0.7 * a, LORA)}
     batch = jax.jit(lambda r: algorithm.batch(sampled_by, model, r, 2))(rollout())
     data, path = first_update(batch), sampled_trajectory()
@@ -213,7 +285,7 @@ def test_loss_and_gradient(model, guess, follow):
 
 def test_the_guess_is_log_r_of_the_clean_sample():
     """V is fitted to log R(x̂_#). ∂V/∂ log R(x̂) comes after ∂V/∂x̂ in what the device is told, both times the scale."""
-    algorithm = KernelValue(beta=0.8, guess=True, scale=0.5, components=2, features=8)
+    algorithm = FittedValue(beta=0.8, guess=True, scale=0.5, **SMALL)
     scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
     oracle, shape = _oracle(DEFAULTS), sampled_trajectory().samples.shape
     for k in (0, 20, 49):
@@ -230,7 +302,7 @@ def test_the_guess_is_log_r_of_the_clean_sample():
 
 def test_the_mean_shift_is_that_of_the_values_of_v():
     """What the device is told is s times `mean_shifts` of V, x̂ and the ratios of the policy's own paths."""
-    algorithm = KernelValue(beta=0.8, follow="mean_shift", guess=True, scale=0.5, components=2, features=8)
+    algorithm = FittedValue(beta=0.8, follow="mean_shift", guess=True, scale=0.5, **SMALL)
     scalars = jax.jit(lambda r: algorithm.batch({"lora": LORA}, MODEL, r, 1))(rollout()).scalars
     ids = np.zeros(BATCH, int)
     told, stats = algorithm.weigh(algorithm.first_stats(1), {"log_reward": scalars["guess"][:, -1]} | scalars, ids)
@@ -244,7 +316,7 @@ def test_the_mean_shift_is_that_of_the_values_of_v():
 
 def test_the_weights_are_those_of_the_steps_from_the_state_on():
     """`log_ratio_from` of the state of step k is log Π p_#/p_θ† over the steps k to T; `log_ratio` is of all."""
-    algorithm, earlier = KernelValue(beta=0.8), jax.tree.map(lambda a: 0.7 * a, LORA)
+    algorithm, earlier = FittedValue(beta=0.8), jax.tree.map(lambda a: 0.7 * a, LORA)
     found = jax.jit(lambda r: algorithm.batch({"lora": earlier}, MODEL, r, 1))(rollout()).scalars
     oracle, path = _oracle(DEFAULTS), sampled_trajectory()
     x, lora = [_float64(latents) for latents in path.latents], _float64(earlier)
@@ -260,9 +332,9 @@ def test_the_weights_are_those_of_the_steps_from_the_state_on():
 
 
 def test_more_than_a_trajectory_has_is_named():
-    KernelValue(beta=1.0, steps=50).validate(50)
+    FittedValue(beta=1.0, steps=50).validate(50)
     with pytest.raises(UserError, match=r"algorithm\.steps = 51 is more than"):
-        KernelValue(beta=1.0, steps=51).validate(50)
+        FittedValue(beta=1.0, steps=51).validate(50)
 
 
 @pytest.mark.slow
@@ -273,7 +345,7 @@ def test_updates_bring_the_policy_close(follow, monkeypatch):
     monkeypatch.setitem(mixture2d.CHAINS, "diffusion", chain)
     monkeypatch.setitem(mixture2d.BASES, "diffusion", sampled(mixture2d.DATA, chain))
     monkeypatch.setattr(mixture2d, "AVERAGE", 0.95)
-    algorithm = KernelValue(beta=1.0, steps=6, memory=2048, components=2, features=60, follow=follow)
+    algorithm = FittedValue(beta=1.0, steps=6, memory=2048, components=2, width=64, fit_batch=512, follow=follow)
     run = mixture2d.Run(name="kernel value", algorithm=algorithm, batch=256, updates=80, learning_rate=3e-3)
     result, _ = mixture2d.study(run, "doubled", samples=5000)
     assert result.kl_policy_target < 0.45  # .94 before

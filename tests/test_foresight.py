@@ -9,9 +9,9 @@ import pytest
 from tiny_run import brightness
 
 from nabla_gfn_jax.algorithms.base import Rollout
-from nabla_gfn_jax.algorithms.kernel_value import told_by
+from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.transitions import take
-from nabla_gfn_jax.algorithms.value_memory import Fit, Seen
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen
 from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.rewards import REWARDS
@@ -85,7 +85,7 @@ def test_a_wrong_value_knows_less():
 
 
 def test_the_fitted_value_is_near_the_exact_one():
-    fit = Fit(places=4000, components=2, features=100, length=3.0, ridge=1.0, weight_clip=50.0)
+    fit = Fit.of(FitOptions(components=2, width=64, fit_updates=foresight.ONCE, fit_batch=1024, weight_clip=50.0), 4000)
     paths, held = walks(4000, 3), walks(20_000, 4)
     memory = fit_value(fit, paths, BETA, 2)
     found, right = judged(lambda at: fit.values(memory, at, held.prompt_id), held), judged(exact, held)
@@ -97,7 +97,7 @@ def test_the_fitted_value_is_near_the_exact_one():
 
 @pytest.mark.thorough
 def test_a_state_is_moved_along_the_noise_of_its_step(tiny_model, monkeypatch):
-    """The slope of v·x̂ there, by finite differences, is what `kernel_value` tells the step, times the noise."""
+    """The slope of v·x̂ there, by finite differences, is what `fitted_value` tells the step, times the noise."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
     images = Images.load(ImageOptions(model=str(tiny_model), reward="bright", num_steps=4))
     keys, ids = images.keys(0, 0, 8)
@@ -124,7 +124,8 @@ def test_the_command_writes_a_line_for_each_state(guess, tiny_model, tmp_path, m
         "--held_out=32",
         "--together=32",
         "--beta=20",
-        "--features=20",
+        "--width=20",
+        "--fit_updates=60",
         f"--guess={guess}",
     ]
     foresight.main(["foresight", f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", *flags])

@@ -63,7 +63,7 @@ def algorithm_tree(name):
     config = {
         "residual_nabla_db": "emoji",
         "path_regression": "path_regression",
-        "kernel_value": "emoji_exact",
+        "fitted_value": "emoji_exact",
         "value_gradient": "emoji_exact:network",
     }.get(name, f"{name}:emoji")
     tree = load_config(*config.split(":")).to_dict()

@@ -17,7 +17,7 @@ from nabla_gfn_jax.studies import shift_fit
 from nabla_gfn_jax.studies.shift_fit import Options, Teacher, clean_of, drawn, sample_bank, teach, values
 
 SMALL = {"num_steps": 6, "until_step": 5, "paths": 24, "held_out": 12, "together": 8, "updates": 50, "batch": 8}
-SMALL |= {"rank": 2, "components": 3, "features": 8}
+SMALL |= {"rank": 2, "components": 3, "width": 8, "fit_updates": 20, "fit_batch": 32}
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_teacher(images, bank):
 def test_no_path_is_told_by_a_v_that_has_seen_it(images, bank):
     """Another reward of one path changes V of the other half alone, and its own at the sample."""
     clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
-    fit = Fit(places=24, components=3, features=8, length=1.5, ridge=2.0, weight_clip=20.0)
+    fit = Fit.of(images.options, 24)
     before = values(fit, clean, bank, 40.0, 2)
     changed = bank._replace(log_reward=bank.log_reward + 0.02 * (np.arange(24) == 4))  # prompt 0, the first half
     moved = np.abs(values(fit, clean, changed, 40.0, 2) - before)[:, :-1].max(axis=1)

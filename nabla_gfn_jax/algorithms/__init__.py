@@ -7,7 +7,7 @@ from nabla_gfn_jax.algorithms.dag_db import DagDB
 from nabla_gfn_jax.algorithms.ddpo import Ddpo
 from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.eam import Eam
-from nabla_gfn_jax.algorithms.kernel_value import KernelValue
+from nabla_gfn_jax.algorithms.fitted_value import FittedValue
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.nft import Nft
 from nabla_gfn_jax.algorithms.path_regression import PathRegression
@@ -31,5 +31,5 @@ ALGORITHMS: dict[str, type[Any]] = {
     "refl": Refl,
     "draft": Draft,
     "value_gradient": ValueGradient,
-    "kernel_value": KernelValue,
+    "fitted_value": FittedValue,
 }

@@ -1,11 +1,11 @@
-"""Kernel value: all paths so far tell the log value of a state, and the policy's steps follow it.
+"""Fitted value: all paths so far tell the log value of a state, and the policy's steps follow it.
 
 V(x) = log E_#[R(x_T)^β | x] is the log value of a state x under the base model. The target P_base · R^β steps from x to
 
     E_*[y | x] = μ_# + σ² E_*[∇V(y) | x]            (Doob's h-transform, by Stein's identity)
 
-V is fitted after every epoch's sampling to the ends of all paths that are remembered, each with its exact weight
-(`value_memory`), as a function of the base model's clean sample x̂_#. The policy's loss is on its own new paths,
+V is a network of the base model's clean sample x̂_#. After every epoch's sampling it is fitted to the ends of all paths
+that are remembered, each with its exact weight (`value_memory`). The policy's loss is on its own new paths,
 
     policy    E_θ†[ Σ_k ( ‖δ_k‖²/2 − δ_k·c_k ) ],   δ = (μ_θ − μ_#)/σ,   c a constant
     reg       λ ‖ε_θ − ε_θ†‖²
@@ -27,7 +27,7 @@ With `guess`, V sees log R(x̂) too, which says more than the components in the 
 the gradient, the host then gives ∂V/∂ log R(x̂), and the device multiplies it by the reward's gradient. In all other
 cases no gradient of the reward is taken: any reward will do.
 
-`value_gradient` has a network for V, which all prompts share. Here every prompt needs paths of its own.
+`value_gradient` learns V from the newest paths alone, on the device.
 """
 
 from collections.abc import Mapping
@@ -74,8 +74,8 @@ class Stats:
 
 
 @dataclass(frozen=True, kw_only=True)
-class KernelValue(FitOptions, PolicyAlone):
-    """The policy follows a log value that a kernel regression learns."""
+class FittedValue(FitOptions, PolicyAlone):
+    """The policy follows a log value that is fitted to all paths so far."""
 
     beta: float = option(meaning="β, the reward's exponent; below 0 the reward falls", minimum=-1e9, maximum=1e9)
     follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")
@@ -117,11 +117,11 @@ class KernelValue(FitOptions, PolicyAlone):
         states = Seen(np.asarray(scalars["clean"]), np.asarray(scalars["guess"]))
         _, weights = stats.weights.add(self.beta, scalars, prompt_id)
         log_w = self.beta * log_reward + ratio
-        memory = self.fit.add(stats.memory, states, log_w.astype(np.float32), prompt_id)
+        memory = self.fit.add(stats.memory, states, np.asarray(scalars["sample"]), log_w.astype(np.float32), prompt_id)
         told = np.zeros((len(prompt_id), ratio.shape[1] - 1, states.clean.shape[2] + 1), np.float32)
+        memory = self.fit.fitted(memory, weights.log_z)
         if memory.seen <= self.after:
             return told, Stats(weights, memory)
-        memory = self.fit.fitted(memory, np.unique(prompt_id), weights.log_z)
         if self.follow == "mean_shift":
             told[..., :-1] = mean_shifts(self.fit.values(memory, states, prompt_id), ratio, states.clean)
         else:
@@ -147,6 +147,7 @@ class KernelValue(FitOptions, PolicyAlone):
                 "log_ratio_from": ratio[seen].T,
                 "clean": jnp.moveaxis(clean, 0, 1).reshape(len(rollout.keys), model.policy_steps + 1, -1),
                 "guess": guess.T,
+                "sample": rollout.trajectory.samples.reshape(len(rollout.keys), -1),
             },
         )
 

@@ -1,37 +1,31 @@
-"""The log values of states, from where all paths so far have ended: a kernel regression, on the host, in NumPy.
+"""The paths so far, as a learned log value sees them, and how it is learned from them; on the host.
 
 V(x) = log E_#[R(x_T)^β | x] = log E_θ†[W | x], W = R(x_T)^β Π p_#/p_θ† over the steps after x. A state is seen as the
-base model's clean sample x̂ in a few principal components, a, in units of the widest, and, if asked for, as the guess
-g = log R(x̂), in units of its standard deviation. For every prompt and step
+base model's clean sample x̂ in a few principal components, and, if asked for, as the guess g = log R(x̂), in units of
+its standard deviation. V is a network (`value_network.py`).
 
-    V = log Z + b_0 + bᵀφ(a, g),     φ = ( √(2/F) cos(Ωa + ρ), a/3, g ),     Ω ~ N(0, 1/ℓ²)
-
-with F random features of the Gaussian kernel of length ℓ (Rahimi & Recht 2007). b has the least
-
-    Σ_paths ( V − log Z + (W/Z) e^{−(V−log Z)} ) + ridge ‖b‖²/2,
-
-a gamma regression (McCullagh & Nelder 1989, chapter 8), which is convex. Its least is where e^V is the mean of W, and
-only the ratio of W to its mean counts: states of low value, where the policy begins, are fitted as well as those of
-high value. The ridge keeps V flat as long as there are few paths.
+The components of step k have one unit, the spread of what may still come: the root mean square of x_T − x̂ in its widest
+component. V is the logarithm of a mean over what may still come, so it is smooth on this scale, nearly straight where a
+path begins, and finer near its end. The units end at a quarter of the spread of x_T.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
+import jax
 import numpy as np
-import scipy.optimize
 from jaxtyping import Float, Int
 
+from nabla_gfn_jax.algorithms import value_network
+from nabla_gfn_jax.algorithms.value_network import Network, Points
 from nabla_gfn_jax.options import Checked, option
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
-_LINEAR = 1 / 3  # a's own weight among the features
-_LOWEST = -6.0  # V − log Z below which e^{−(V−log Z)} goes on as a parabola, so that no trial step overflows
-_ITERATIONS = 40  # of L-BFGS, from the solution of the epoch before
-_SEED = 0  # of the random features
+_FINEST = 0.25  # of the spread of x_T: the smallest unit
+_SMALLEST = 1e-6  # a unit of paths that are all the same
+_SEED = 0  # of the network's first weights, of the draws and of the noise
 _NEVER = -1  # the prompt of an empty place
 
 
@@ -44,29 +38,40 @@ class Seen(NamedTuple):
 
 @flax.struct.dataclass
 class ValueMemory:
-    """Paths by place in a ring, and what was fitted to them; S states of a path, d components, F features."""
+    """Paths by place in a ring, and the network; S states of a path, d components."""
 
     seen: Int[np.ndarray, ""]  # paths so far
     prompt_id: Int[np.ndarray, " places"]
-    components: Float[np.ndarray, "places S d"]
+    components: Float[np.ndarray, "places S d"]  # of x̂
+    ends: Float[np.ndarray, "places d"]  # of x_T
     guess: Float[np.ndarray, "places S"]
     log_w: Float[np.ndarray, "places S"]
     centre: Float[np.ndarray, " elements"]
     basis: Float[np.ndarray, "elements d"]
-    solution: Float[np.ndarray, "prompts S F"]
+    middle: Float[np.ndarray, "S d"]  # the components' mean when V was last fitted
+    unit: Float[np.ndarray, " S"]
+    guess_middle: Float[np.ndarray, " S"]
+    guess_unit: Float[np.ndarray, " S"]
+    network: Network
 
     @classmethod
     def empty(cls, num_prompts: int) -> "ValueMemory":
         """Before the first path, whose shapes are not known yet."""
+        none, table = np.zeros(0, np.float32), np.zeros((0, 0), np.float32)
         return cls(
             seen=np.zeros((), np.int64),
             prompt_id=np.zeros(0, np.int32),
             components=np.zeros((0, 0, 0), np.float32),
-            guess=np.zeros((0, 0), np.float32),
-            log_w=np.zeros((0, 0), np.float32),
-            centre=np.zeros(0, np.float32),
-            basis=np.zeros((0, 0), np.float32),
-            solution=np.zeros((num_prompts, 0, 0), np.float32),
+            ends=table,
+            guess=table,
+            log_w=table,
+            centre=none,
+            basis=table,
+            middle=table,
+            unit=none,
+            guess_middle=none,
+            guess_unit=none,
+            network=Network.new(1, 0, num_prompts, _SEED),
         )
 
 
@@ -74,23 +79,27 @@ class ValueMemory:
 class FitOptions(Checked):
     """How V is fitted to the paths that a memory keeps."""
 
-    components: int = option(32, "principal components of x̂ that V sees", minimum=1)
-    features: int = option(600, "random features of the kernel", minimum=1)
-    length: float = option(1.5, "the kernel's length, in standard deviations of the first component", above=0)
-    ridge: float = option(2.0, "of V's fit: how many paths' worth of doubt there is about each feature", above=0)
+    components: int = option(64, "principal components of x̂ that V sees", minimum=1)
+    width: int = option(256, "units of a layer of V's network", minimum=1)
+    fit_updates: int = option(15, "updates of V's network whenever it is fitted", minimum=1)
+    fit_batch: int = option(2048, "states in an update of V's network", minimum=1)
+    fit_rate: float = option(1e-3, "learning rate of V's network", above=0)
+    noise: float = option(0.2, "of V's inputs while it is fitted, in their units; more makes V smoother", minimum=0)
     weight_clip: float = option(20.0, "largest weight W/Z", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fit:
-    """How a memory is kept and fitted."""
+    """How a memory is kept and V is fitted."""
 
     places: int  # of paths in the ring
     components: int  # d, at most
-    features: int  # of the kernel
-    length: float  # ℓ
-    ridge: float
-    weight_clip: float  # largest W/Z
+    width: int
+    fit_updates: int
+    fit_batch: int
+    fit_rate: float
+    noise: float
+    weight_clip: float
 
     @classmethod
     def of(cls, options: FitOptions, places: int) -> "Fit":
@@ -101,144 +110,134 @@ class Fit:
         self,
         memory: ValueMemory,
         states: Seen,
+        samples: Float[np.ndarray, "paths elements"],
         log_w: Float[np.ndarray, "paths S"],
         prompt_id: Int[np.ndarray, " paths"],
     ) -> ValueMemory:
         """The memory with an epoch's paths; the oldest make room."""
         if not memory.basis.size:
-            memory = self._begun(memory, states.clean)
+            memory = self._begun(memory, states, samples)
         places = (memory.seen + np.arange(len(prompt_id))) % self.places
         places, new = places[-self.places :], slice(max(len(prompt_id) - self.places, 0), None)
-        components = self.project(memory, states.clean)
-        arrays = {"prompt_id": prompt_id, "components": components, "guess": states.guess, "log_w": log_w}
+        arrays = {
+            "prompt_id": prompt_id,
+            "components": self.project(memory, states.clean),
+            "ends": self.project(memory, samples),
+            "guess": states.guess,
+            "log_w": log_w,
+        }
         changed = {}
         for name, rows in arrays.items():
             changed[name] = getattr(memory, name).copy()
             changed[name][places] = rows[new]
         return memory.replace(seen=np.asarray(memory.seen + len(prompt_id)), **changed)  # type: ignore[attr-defined,no-any-return]
 
-    def _begun(self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]) -> ValueMemory:
-        """The first paths say what the principal components are: those of their last states."""
-        last = np.asarray(clean[:, -1], np.float64)
+    def _begun(self, memory: ValueMemory, first: Seen, samples: Float[np.ndarray, "paths elements"]) -> ValueMemory:
+        """The first paths say what the principal components are: those of their samples."""
+        last = np.asarray(samples, np.float64)
         centre = last.mean(axis=0)
         size = min(self.components, last.shape[1])
         rows = np.linalg.svd(last - centre, full_matrices=False)[2][:size]
         basis = np.zeros((last.shape[1], size), np.float32)
         basis[:, : len(rows)] = rows.T
-        states = clean.shape[1]
+        states, num_prompts = first.clean.shape[1], len(memory.network.weights["prompts"])
         return ValueMemory(
             seen=memory.seen,
             prompt_id=np.full(self.places, _NEVER, np.int32),
             components=np.zeros((self.places, states, size), np.float32),
+            ends=np.zeros((self.places, size), np.float32),
             guess=np.zeros((self.places, states), np.float32),
             log_w=np.zeros((self.places, states), np.float32),
             centre=centre.astype(np.float32),
             basis=basis,
-            solution=np.zeros((len(memory.solution), states, 1 + self.features + size + 1), np.float32),
+            middle=np.zeros((states, size), np.float32),
+            unit=np.ones(states, np.float32),
+            guess_middle=np.zeros(states, np.float32),
+            guess_unit=np.ones(states, np.float32),
+            network=Network.new(size + 1, self.width, num_prompts, _SEED),
         )
 
     def project(
-        self, memory: ValueMemory, clean: Float[np.ndarray, "paths S elements"]
-    ) -> Float[np.ndarray, "paths S d"]:
+        self, memory: ValueMemory, clean: Float[np.ndarray, "*paths elements"]
+    ) -> Float[np.ndarray, "*paths d"]:
         """The principal components of clean samples."""
         return (np.asarray(clean, np.float32) - memory.centre) @ memory.basis
 
-    def fitted(
-        self, memory: ValueMemory, prompts: Int[np.ndarray, " some"], log_z: Float[np.ndarray, " prompts"]
-    ) -> ValueMemory:
-        """The memory with V fitted for these prompts, at every state. `log_z` is that of all prompts."""
-        solution = memory.solution.copy()
-        waves = self._waves(memory.basis.shape[1])
-        for prompt in prompts:
-            known = memory.prompt_id == prompt
-            w = np.minimum(np.exp(memory.log_w[known] - log_z[prompt]), self.weight_clip)
-            for state in range(w.shape[1]):
-                a, g = memory.components[known, state], memory.guess[known, state, None]
-                phi = features(_scaled(a, a)[0], _scaled(g, g)[0], *waves)
-                solution[prompt, state] = self._solve(phi, w[:, state], solution[prompt, state])
-        return memory.replace(solution=solution)  # type: ignore[attr-defined,no-any-return]
+    def fitted(self, memory: ValueMemory, log_z: Float[np.ndarray, " prompts"]) -> ValueMemory:
+        """The memory with its units measured anew and some more updates of V's network. `log_z` is that of a prompt."""
+        memory = _measured(memory)
+        known = np.flatnonzero(memory.prompt_id != _NEVER)
+        draw, network = np.random.default_rng((_SEED, int(memory.seen))), memory.network
+        key = jax.random.fold_in(jax.random.key(_SEED), int(memory.seen))
+        # A guess that is not used is always 0, and stays so.
+        noise = np.r_[np.full(memory.basis.shape[1], self.noise), self.noise * memory.guess[known].any()]
+        for update in range(self.fit_updates):
+            path, state = draw.choice(known, self.fit_batch), draw.integers(len(memory.unit), size=self.fit_batch)
+            log_ratio = memory.log_w[path, state] - log_z[memory.prompt_id[path]]
+            ratio = np.minimum(np.exp(log_ratio), self.weight_clip).astype(np.float32)
+            points = _points(
+                memory, memory.components[path, state], memory.guess[path, state], state, memory.prompt_id[path]
+            )
+            of_update = jax.random.fold_in(key, update)
+            network = value_network.updated(
+                network, points, ratio, noise.astype(np.float32), of_update, rate=self.fit_rate
+            )
+        return memory.replace(network=jax.tree.map(np.asarray, network))  # type: ignore[attr-defined,no-any-return]
 
     def values(
         self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
     ) -> Float[np.ndarray, "paths S"]:
         """V − log Z at every state of the paths."""
-        found, waves = np.zeros(states.guess.shape, np.float32), self._waves(memory.basis.shape[1])
-        for asked, state, (a, _), (g, _), b in self._asked(memory, states, prompt_id):
-            found[asked, state] = features(a, g, *waves) @ b
-        return found
+        found = [value_network.values(memory.network, points) for points in self._asked(memory, states, prompt_id)]
+        return np.stack([np.asarray(v) for v in found], axis=1)
 
     def gradients(
         self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
     ) -> tuple[Float[np.ndarray, "paths S elements"], Float[np.ndarray, "paths S"]]:
         """∂V/∂x̂ with the guess held fixed, and ∂V/∂ log R(x̂), at every state of the paths."""
         by_clean, by_guess = np.zeros(states.clean.shape, np.float32), np.zeros(states.guess.shape, np.float32)
-        waves = self._waves(memory.basis.shape[1])
-        for asked, state, (a, unit), (_, of_guess), b in self._asked(memory, states, prompt_id):
-            by_clean[asked, state] = slope(a, b, *waves) @ memory.basis.T / unit
-            by_guess[asked, state] = b[-1] / of_guess
+        for state, points in enumerate(self._asked(memory, states, prompt_id)):
+            by_features = np.asarray(value_network.gradients(memory.network, points))
+            by_clean[:, state] = by_features[:, :-1] @ memory.basis.T / memory.unit[state]
+            by_guess[:, state] = by_features[:, -1] / memory.guess_unit[state]
         return by_clean, by_guess
 
-    def _asked(
-        self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]
-    ) -> Iterator[tuple[Array, int, tuple[Array, float], tuple[Array, float], Array]]:
-        """For each prompt and state: the paths that ask, the state, their a and g, each with its unit, and b."""
+    def _asked(self, memory: ValueMemory, states: Seen, prompt_id: Int[np.ndarray, " paths"]) -> list[Points]:
+        """What the network sees at each state."""
         new = self.project(memory, states.clean)
-        for prompt in np.unique(prompt_id):
-            known, asked = memory.prompt_id == prompt, prompt_id == prompt
-            for state in range(new.shape[1]):
-                a = _scaled(new[asked, state], memory.components[known, state])
-                g = _scaled(states.guess[asked, state, None], memory.guess[known, state, None])
-                yield asked, state, a, g, memory.solution[prompt, state]
-
-    def _waves(self, size: int) -> tuple[Float[np.ndarray, "d F"], Float[np.ndarray, " F"]]:
-        random = np.random.default_rng(_SEED)
-        omega = random.normal(size=(size, self.features)) / self.length
-        return omega.astype(np.float32), random.uniform(0, 2 * np.pi, self.features).astype(np.float32)
-
-    def _solve(
-        self, phi: Float[np.ndarray, "paths F"], w: Float[np.ndarray, " paths"], start: Float[np.ndarray, " F"]
-    ) -> Float[np.ndarray, " F"]:
-        """b of the least loss."""
-        penalty = np.r_[0.0, np.full(phi.shape[1] - 1, self.ridge)]
-
-        def loss(b: Float[np.ndarray, " F"]) -> tuple[float, Float[np.ndarray, " F"]]:
-            v = phi @ b.astype(np.float32)
-            under = np.minimum(v - np.float32(_LOWEST), 0)
-            ratio = w * np.exp(-np.maximum(v, _LOWEST))
-            value = (v + ratio * (1 - under + under**2 / 2)).sum(dtype=np.float64) + penalty @ b**2 / 2
-            return float(value), (phi.T @ (1 - ratio * (1 - under))).astype(np.float64) + penalty * b
-
-        options = {"maxiter": _ITERATIONS}
-        result = scipy.optimize.minimize(loss, start.astype(np.float64), jac=True, method="L-BFGS-B", options=options)
-        return np.asarray(result.x, np.float32)
+        return [
+            _points(memory, new[:, state], states.guess[:, state], np.full(len(new), state), prompt_id)
+            for state in range(new.shape[1])
+        ]
 
 
-def _scaled(
-    new: Float[np.ndarray, "paths d"], known: Float[np.ndarray, "others d"]
-) -> tuple[Float[np.ndarray, "paths d"], float]:
-    """a, and the unit of its components: the standard deviation of the widest, over the known paths."""
-    unit = max(float(known.std(axis=0).max()), 1e-6)
-    return (new - known.mean(axis=0)) / unit, unit
+def _measured(memory: ValueMemory) -> ValueMemory:
+    """The memory with the means and units of its paths."""
+    known = memory.prompt_id != _NEVER
+    components, ends, guess = memory.components[known], memory.ends[known], memory.guess[known]
+    # One state at a time, so that there is no copy of all.
+    rest = [np.sqrt(np.square(ends - components[:, state]).mean(axis=0).max()) for state in range(components.shape[1])]
+    finest = max(_FINEST * float(ends.std(axis=0).max()), _SMALLEST)
+    return memory.replace(  # type: ignore[attr-defined,no-any-return]
+        middle=components.mean(axis=0),
+        unit=np.maximum(rest, finest).astype(np.float32),
+        guess_middle=guess.mean(axis=0),
+        guess_unit=np.maximum(guess.std(axis=0), _SMALLEST),
+    )
 
 
-def features(
-    a: Float[np.ndarray, "paths d"],
-    g: Float[np.ndarray, "paths 1"],
-    omega: Float[np.ndarray, "d waves"],
-    phase: Float[np.ndarray, " waves"],
-) -> Float[np.ndarray, "paths F"]:
-    """1, the cosines, a itself, and g."""
-    waves = np.sqrt(np.float32(2 / max(len(phase), 1))) * np.cos(a @ omega + phase)
-    return np.concatenate([np.ones((len(a), 1), np.float32), waves, np.float32(_LINEAR) * a, g], axis=1)
-
-
-def slope(
-    a: Float[np.ndarray, "paths d"],
-    b: Float[np.ndarray, " F"],
-    omega: Float[np.ndarray, "d waves"],
-    phase: Float[np.ndarray, " waves"],
-) -> Float[np.ndarray, "paths d"]:
-    """∂/∂a of bᵀφ(a, g)."""
-    cosines, own = b[1 : 1 + len(phase)], b[1 + len(phase) : -1]
-    waves = -np.sqrt(np.float32(2 / max(len(phase), 1))) * np.sin(a @ omega + phase) * cosines
-    return waves @ omega.T + np.float32(_LINEAR) * own
+def _points(
+    memory: ValueMemory,
+    components: Float[np.ndarray, "n d"],
+    guess: Float[np.ndarray, " n"],
+    state: Int[np.ndarray, " n"],
+    prompt_id: Int[np.ndarray, " n"],
+) -> Points:
+    """States as the network sees them: their components, and last the guess."""
+    a = (components - memory.middle[state]) / memory.unit[state, None]
+    g = (guess - memory.guess_middle[state]) / memory.guess_unit[state]
+    return Points(
+        features=np.concatenate([a, g[:, None]], axis=1),
+        time=(state / max(len(memory.unit) - 1, 1)).astype(np.float32),
+        prompt_id=np.asarray(prompt_id, np.int32),
+    )

@@ -31,7 +31,7 @@ from nabla_gfn_jax.algorithms.dag_db import DagDB
 from nabla_gfn_jax.algorithms.ddpo import Ddpo
 from nabla_gfn_jax.algorithms.draft import Draft
 from nabla_gfn_jax.algorithms.eam import Eam
-from nabla_gfn_jax.algorithms.kernel_value import KernelValue
+from nabla_gfn_jax.algorithms.fitted_value import FittedValue
 from nabla_gfn_jax.algorithms.nabla_db import ResidualNablaDB
 from nabla_gfn_jax.algorithms.nft import Nft
 from nabla_gfn_jax.algorithms.path_regression import PathRegression
@@ -74,7 +74,7 @@ METHODS: dict[str, Method] = {
     "path regression, innovation": Method(PathRegression(beta=1.0, credit="innovation"), clip=np.inf),
     "value gradient": Method(ValueGradient(beta=1.0)),
     "value gradient, no gradient of R": Method(ValueGradient(beta=1.0, guess=False)),
-    "kernel value": Method(KernelValue(beta=1.0, steps=4, memory=2048, components=2, features=60)),
+    "fitted value": Method(FittedValue(beta=1.0, steps=4, memory=2048, components=2, width=64, fit_batch=512)),
     "residual DB": Method(ResidualDB(beta=1.0)),
     "EAM": Method(Eam(beta=1.0)),
     "RAM": Method(Ram(beta=1.0)),

@@ -19,7 +19,7 @@ A policy follows V's gradient and not its values. With d = σ ∇V·z at a state
 - *gain* E_*[d] − E_#[d²]/2, how far the step then lowers the KL of the policy's paths from the target's. For the true V
   and fine steps it is what is followed. A V that has learned the chance in its paths gains less, or loses.
 - *scale* E_*[d] / E_#[d²], by which σ ∇V would have to be multiplied for the largest gain, scale² · followed: the
-  `scale` of `kernel_value`.
+  `scale` of `fitted_value`.
 
 The last line of the table is for the whole path.
 """
@@ -47,6 +47,7 @@ from nabla_gfn_jax.studies.images import ImageOptions, Images, write_results
 from nabla_gfn_jax.typing import Latents, Params, PerSample, PRNGKeys, PromptIds
 
 _FITTED, _HELD_OUT = 0, 1  # streams of random numbers
+ONCE = 800  # updates of V's network, where it is fitted once
 REPLICATES = 100  # of the bootstrap over held-out paths
 
 
@@ -60,6 +61,7 @@ class Options(ImageOptions, FitOptions):
     held_out: int = option(1024, "base paths that judge it", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
     guess: bool = option(False, "let V see log R(x̂) too")
+    fit_updates: int = option(ONCE, "updates of V's network", minimum=1)
 
 
 class Ends(NamedTuple):
@@ -135,8 +137,9 @@ def fit_value(fit: Fit, paths: Ends, beta: float, num_prompts: int) -> ValueMemo
     log_z = np.zeros(num_prompts)
     log_z[strata.prompts] = normalise(log_w[order], strata).log_mean
     each = np.repeat(log_w[:, None], paths.states.guess.shape[1], axis=1).astype(np.float32)
-    memory = fit.add(ValueMemory.empty(num_prompts), paths.states, each, paths.prompt_id)
-    return fit.fitted(memory, strata.prompts, log_z)
+    samples = paths.states.clean[:, -1]
+    memory = fit.add(ValueMemory.empty(num_prompts), paths.states, samples, each, paths.prompt_id)
+    return fit.fitted(memory, log_z)
 
 
 def known_nats(

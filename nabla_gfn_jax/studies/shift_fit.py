@@ -41,7 +41,7 @@ from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.studies.foresight import Ends, fit_value
+from nabla_gfn_jax.studies.foresight import ONCE, Ends, fit_value
 from nabla_gfn_jax.studies.images import Images, PolicyOptions, write_results
 from nabla_gfn_jax.studies.uptake import Products, as_table, judge, sampled_products
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
@@ -59,6 +59,7 @@ class Options(PolicyOptions, FitOptions):
     paths: int = option(4096, "base paths in the bank", minimum=4)
     held_out: int = option(1024, "new base paths that judge the LoRA, and its own samples", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
+    fit_updates: int = option(ONCE, "updates of V's network, for each half of the paths", minimum=1)
     layers: Layers = option("all", "layers with a LoRA")
     rank: int = option(16, "rank of the LoRA", minimum=1)
     rate: float = option(7e-4, "learning rate, with cosine decay to 0", above=0)
