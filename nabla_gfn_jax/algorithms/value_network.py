@@ -32,6 +32,7 @@ _OCTAVES = 6  # frequencies of t: π, 2π, …, 32π
 _LOWEST = -5.0  # V − log Z below which e^{−(V − log Z)} goes on as a straight line, so that no batch overflows
 _AVERAGE = 0.99  # decay of the running mean of the weights, once there are many updates
 _MOMENTS = 0.99  # Adam's decay of squares: the loss of a batch has heavy tails
+_product = functools.partial(jnp.matmul, precision="highest")  # float32 on every device
 
 
 class Points(NamedTuple):
@@ -75,11 +76,11 @@ def log_value(weights: Params, points: Points) -> Float[Array, " n"]:
     waves = t * (np.pi * 2.0 ** np.arange(_OCTAVES)).astype(np.float32)[None]
     seen = [jnp.asarray(points.features), t, jnp.sin(waves), jnp.cos(waves)]
     (first, bias), *others = weights["layers"]
-    h = jax.nn.silu(jnp.concatenate(seen, axis=-1) @ first + bias[None] + weights["prompts"][points.prompt_id])
+    h = jax.nn.silu(_product(jnp.concatenate(seen, axis=-1), first) + bias[None] + weights["prompts"][points.prompt_id])
     for matrix, bias in others:
-        h = h + jax.nn.silu(h @ matrix + bias[None])
+        h = h + jax.nn.silu(_product(h, matrix) + bias[None])
     last, bias = weights["out"]
-    return h @ last + bias
+    return _product(h, last) + bias
 
 
 def gamma_loss(v: Float[Array, " n"], ratio: Float[Array, " n"]) -> Float[Array, ""]:
