@@ -22,7 +22,7 @@ BY_HAND = {
     "residual ∇-DB, terminal": 6 * (1 + 2),
     "path regression, innovation": 50 + 6 * 2,
     "value gradient": 50 + 4 * (1 + 2),  # the base model at all states; R and head are linear: no output at y is needed
-    "kernel value": 50 + 4 * (1 + 2),  # the same
+    "fitted value": 50 + 4 * (1 + 2),  # the same
     "residual DB": 5 * (1 + 1 + 2) + (1 + 2),
     "EAM": 1 + 6 * 2,
     "RAM": 8 * (1 + 1 + 2),

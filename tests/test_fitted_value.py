@@ -346,6 +346,6 @@ def test_updates_bring_the_policy_close(follow, monkeypatch):
     monkeypatch.setitem(mixture2d.BASES, "diffusion", sampled(mixture2d.DATA, chain))
     monkeypatch.setattr(mixture2d, "AVERAGE", 0.95)
     algorithm = FittedValue(beta=1.0, steps=6, memory=2048, components=2, width=64, fit_batch=512, follow=follow)
-    run = mixture2d.Run(name="kernel value", algorithm=algorithm, batch=256, updates=80, learning_rate=3e-3)
+    run = mixture2d.Run(name="fitted value", algorithm=algorithm, batch=256, updates=80, learning_rate=3e-3)
     result, _ = mixture2d.study(run, "doubled", samples=5000)
     assert result.kl_policy_target < 0.45  # .94 before

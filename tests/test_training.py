@@ -115,11 +115,12 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
 
 @pytest.mark.slow
 def test_a_run_that_remembers_paths_resumes_bit_for_bit(command, tmp_path):
-    """The kernel value's memory is a part of the checkpoint; the ring of 24 places is full in the second epoch."""
+    """The fitted value's memory, with its network, is a part of the checkpoint; the ring of 24 places is full in the second epoch."""
     fields = {
         "algorithm.after": 0,
         "algorithm.memory": 24,
-        "algorithm.features": 8,
+        "algorithm.width": 8,
+        "algorithm.fit_batch": 64,
         "algorithm.components": 4,
         "sampling.lora_until_step": 8,
         "lora.layers": "attention",
@@ -144,7 +145,8 @@ def test_a_policy_that_waited_begins_as_adam_begins(command, tmp_path, monkeypat
     without_images(monkeypatch)
     fields = {
         "algorithm.after": 16,
-        "algorithm.features": 8,
+        "algorithm.width": 8,
+        "algorithm.fit_batch": 64,
         "algorithm.components": 4,
         "sampling.lora_until_step": 8,
         "lora.layers": "attention",
