@@ -107,7 +107,7 @@ def test_a_state_is_moved_along_the_noise_of_its_step(tiny_model, monkeypatch):
     step = model.chain[now.index]
     v, share = jax.random.normal(jax.random.key(1), now.x.shape), 1e-2
     noise = (now.y - step.mean(now.output, now.x)) / expand(step.sigma, now.x)
-    expected = np.asarray((told_by(model, now, v, None) * noise).sum(axis=(1, 2, 3)))
+    expected = np.asarray((told_by(model, now.x, now.index, now.prompt_id, v) * noise).sum(axis=(1, 2, 3)))
     up, down = (clean_beside(model, now, sign * share) for sign in (1, -1))
     found = np.asarray((v * (up - down)).sum(axis=(1, 2, 3))) / (2 * share)
     np.testing.assert_allclose(found, expected, rtol=0.01, atol=0.01 * np.abs(expected).max())

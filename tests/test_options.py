@@ -37,7 +37,7 @@ COMMANDS |= {
     "bench2d": "nabla_gfn_jax.studies.bench2d:Options",
     "ablations": "nabla_gfn_jax.studies.ablations:Options",
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
-    "shift_fit": "nabla_gfn_jax.studies.shift_fit:Options",
+    "value_fit": "nabla_gfn_jax.studies.value_fit:Options",
     "uptake": "nabla_gfn_jax.studies.uptake:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
@@ -142,7 +142,7 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "shift_fit", "microscope")}
+    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "value_fit", "microscope")}
     folders |= {name: {"out": "out.jsonl"} for name in ("bench2d", "ablations")}
     folders["uptake"] = {"out": "out", "lora": __file__}
     folders |= {"grid shared": {"updates": 1, "evaluation": {}, "tuning": {}}, "grid base": {"config": "emoji"}}

@@ -115,7 +115,7 @@ def test_a_run_leaves_everything_it_promises_and_resumes_bit_for_bit(whole, comm
 
 @pytest.mark.slow
 def test_a_run_that_remembers_paths_resumes_bit_for_bit(command, tmp_path):
-    """The fitted value's memory, with its network, is a part of the checkpoint; the ring of 24 places is full in the second epoch."""
+    """The fitted value's memory is a part of the checkpoint; the ring of 24 places is full in the second epoch."""
     fields = {
         "algorithm.after": 0,
         "algorithm.memory": 24,

@@ -297,8 +297,10 @@ WRONG_FLAGS = {
         "noise": NOT_NEGATIVE,
         "guess": SWITCH,
     },
-    "shift_fit": {
+    "value_fit": {
         **IMAGES,
+        "follow": ("Gradient", "", "mean shift"),
+        "scale": (101.0, *POSITIVE),
         "paths": (3, *COUNT),
         **dict.fromkeys(("held_out", "batch"), (1, *COUNT)),
         **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch", "rank", "updates"), COUNT),

@@ -54,7 +54,7 @@ from nabla_gfn_jax.algorithms.transitions import Transition, check_steps, flatte
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import expand
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.typing import Latents, Params, PerSample
+from nabla_gfn_jax.typing import Latents, Params, PerSample, PromptIds
 
 
 @flax.struct.dataclass
@@ -165,7 +165,7 @@ class FittedValue(FitOptions, PolicyAlone):
                 step = model.chain[now.index]
                 c = expand(step.mean_o / (step.at.clean_o * step.sigma), by_clean) * by_clean
             else:
-                c = told_by(model, now, by_clean, told[:, -1] if self.guess else None)
+                c = told_by(model, now.x, now.index, now.prompt_id, by_clean, told[:, -1] if self.guess else None)
             return regress_steps(
                 model,
                 params["lora"],
@@ -181,11 +181,18 @@ class FittedValue(FitOptions, PolicyAlone):
         return jax.lax.cond(jnp.any(weight != 0), learn, lambda: nothing)
 
 
-def told_by(model: Model, now: Transition, by_clean: Latents, by_guess: PerSample | None) -> Latents:
-    """c = σ ∇_x V of transitions (N, …), from ∂V/∂x̂ and ∂V/∂ log R(x̂) at their x; None: V does not see log R(x̂)."""
-    step = model.chain[now.index]
-    at_x = Prediction(model, None, now.x, step.at, now.prompt_id)
+def told_by(
+    model: Model,
+    x: Latents,
+    index: Int[Array, " n"],
+    prompt_id: PromptIds,
+    by_clean: Latents,
+    by_guess: PerSample | None = None,
+) -> Latents:
+    """c = σ ∇_x V at states x (N, …) of steps `index`, from ∂V/∂x̂ and, if V sees log R(x̂), ∂V/∂ log R(x̂) there."""
+    step = model.chain[index]
+    at_x = Prediction(model, None, x, step.at, prompt_id)
     if by_guess is not None:
-        clean = step.at.clean(at_x.output, now.x)
-        by_clean = by_clean + expand(by_guess, clean) * reward_gradient(model, clean, now.prompt_id)
-    return expand(step.sigma, now.x) * at_x.to_x(step.at.clean, by_clean)
+        clean = step.at.clean(at_x.output, x)
+        by_clean = by_clean + expand(by_guess, clean) * reward_gradient(model, clean, prompt_id)
+    return expand(step.sigma, x) * at_x.to_x(step.at.clean, by_clean)

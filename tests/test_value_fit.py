@@ -1,6 +1,7 @@
-"""The study of fits to mean shifts: its teacher against plain formulas, its command from end to end."""
+"""The study of fits to a log value: its teachers against plain formulas, its command from end to end."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from nabla_gfn_jax.algorithms.value_memory import Fit
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.rewards import REWARDS
-from nabla_gfn_jax.studies import shift_fit
-from nabla_gfn_jax.studies.shift_fit import Options, Teacher, clean_of, drawn, sample_bank, teach, values
+from nabla_gfn_jax.studies import value_fit
+from nabla_gfn_jax.studies.value_fit import Options, Teacher, clean_of, drawn, sample_bank, shifts, values_and_gradients
 
 SMALL = {"num_steps": 6, "until_step": 5, "paths": 24, "held_out": 12, "together": 8, "updates": 50, "batch": 8}
 SMALL |= {"rank": 2, "components": 3, "width": 8, "fit_updates": 20, "fit_batch": 32}
@@ -23,7 +24,7 @@ SMALL |= {"rank": 2, "components": 3, "width": 8, "fit_updates": 20, "fit_batch"
 @pytest.fixture(scope="module")
 def images(tiny_model, tmp_path_factory):
     options = Options(out=tmp_path_factory.mktemp("shift"), beta=40.0, **SMALL)
-    return shift_fit.Images(load_model(str(tiny_model), jnp.float32), brightness(1.0), ("a face", "an animal"), options)
+    return value_fit.Images(load_model(str(tiny_model), jnp.float32), brightness(1.0), ("a face", "an animal"), options)
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +33,13 @@ def bank(images):
 
 
 @pytest.mark.thorough
-def test_the_teacher(images, bank):
+def test_the_mean_shifts(images, bank):
     """c = r a m with a of the change of μ by x̂, r by regression of the drawn noise, m of the bank's own moves."""
     chain = images.base.chain(SMALL["num_steps"])
     clean = clean_of(chain, bank)
     value = np.random.default_rng(0).normal(size=clean.shape[:2])
-    teacher, follows = teach(chain, bank, clean, value)
-    shifts = mean_shifts(value, 0 * value, clean)
+    told, follows = shifts(chain, bank, clean, value)
+    moved_by = mean_shifts(value, 0 * value, clean)
     keys, _ = images.keys(4, 0, SMALL["paths"])
     shape = images.base.latent_shape
     for k in (0, 3, 5):
@@ -52,20 +53,22 @@ def test_the_teacher(images, bank):
         rest = a * (bank.x[:, -1] - np.asarray(at.clean(output, x)))
         slope = float(np.sum(np.asarray(drew, np.float64) * rest) / np.sum(np.square(rest, dtype=np.float64)))
         np.testing.assert_allclose(follows[k], slope, rtol=1e-3)
-        np.testing.assert_allclose(teacher.c[:, k], slope * a * shifts[:, k], rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(told[:, k], slope * a * moved_by[:, k], rtol=2e-3, atol=1e-5)
 
 
 @pytest.mark.thorough
 def test_no_path_is_told_by_a_v_that_has_seen_it(images, bank):
-    """Another reward of one path changes V of the other half alone, and its own at the sample."""
+    """Another reward of one path changes V and its gradient in the other half alone, and its own V at the sample."""
     clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
     fit = Fit.of(images.options, 24)
-    before = values(fit, clean, bank, 40.0, 2)
+    before, slopes = values_and_gradients(fit, clean, bank, 40.0, 2)
     changed = bank._replace(log_reward=bank.log_reward + 0.02 * (np.arange(24) == 4))  # prompt 0, the first half
-    moved = np.abs(values(fit, clean, changed, 40.0, 2) - before)[:, :-1].max(axis=1)
-    halves, prompt = np.arange(24) // 2 % 2, bank.prompt_id
-    assert moved[(halves == 1) & (prompt == 0)].min() > 1e-4
-    np.testing.assert_allclose(moved[(halves == 0) | (prompt == 1)], 0, atol=1e-5)
+    after, others = values_and_gradients(fit, clean, changed, 40.0, 2)
+    moved, turned = np.abs(after - before)[:, :-1].max(axis=1), np.abs(others - slopes).max(axis=(1, 2))
+    first = np.arange(24) // 2 % 2 == 0
+    for change in (moved, turned):
+        assert change[~first].min() > 1e-5
+        assert not change[first].any()
 
 
 def test_half_of_the_states_are_drawn_by_their_value():
@@ -79,22 +82,24 @@ def test_half_of_the_states_are_drawn_by_their_value():
 
 def test_a_bank_without_two_paths_of_each_prompt_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
-        shift_fit.main(
-            ["shift_fit", f"--out={tmp_path}", "--reward=jpeg", "--prompts=simple_animals", "--paths=6", "--held_out=2"]
+        value_fit.main(
+            ["value_fit", f"--out={tmp_path}", "--reward=jpeg", "--prompts=simple_animals", "--paths=6", "--held_out=2"]
         )
     assert caught.value.code == 2
     assert "--paths = 6 is less than two of each prompt" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("follow", ["gradient", "mean_shift"])
+def test_the_command(follow, tiny_model, tmp_path, monkeypatch, capsys):
     """The LoRA that it writes has learned something, and its certificate has no nats after its last step."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
-    shift_fit.main(
+    value_fit.main(
         [
-            "shift_fit",
+            "value_fit",
             *flags,
+            f"--follow={follow}",
             f"--out={tmp_path}",
             f"--model={tiny_model}",
             "--reward=bright",
@@ -107,7 +112,8 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     judged = json.loads((tmp_path / "certificate.json").read_text())
     assert judged["spent"][0] > 0
     assert judged["spent_by_step"][-1] == 0
-    assert (tmp_path / "shift_fit.md").read_text().count("\n") == 2 + 5 + 1
+    assert (tmp_path / "value_fit.md").read_text().count("\n") == 2 + 5 + 1
     out = capsys.readouterr().out
-    assert "the teacher" in out
+    assert ("r is " in out) == (follow == "mean_shift")
+    assert re.search(r"update 50 of 50: loss -?\d\.\d+, teacher \d\.\d+ nats", out)
     assert "own samples: log R" in out

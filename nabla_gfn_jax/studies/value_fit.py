@@ -1,37 +1,41 @@
-"""Fits a LoRA to the mean shifts of a bank of base paths, and judges it by held-out paths and by its own samples.
+"""Fits a LoRA to the log value of a bank of base paths, and judges it by held-out paths and by its own samples.
 
-    python -m nabla_gfn_jax.studies.shift_fit --out=runs/shift_fit
+    python -m nabla_gfn_jax.studies.value_fit --out=runs/value_fit
 
 Base paths are sampled once. The log value V of their states is fitted in two halves (`algorithms/value_memory.py`), so
-that no path is told by a V that has seen it; at the sample, V is β log R. Each state of a path is then told
+that no path is told by a V that has seen it; at the sample, V is β log R. A state x of a path is then told, times
+`scale`, one of the two that `algorithms/fitted_value.py` has:
 
-    c = r a m,     a = mean_o/(clean_o σ) of the step,     m a draw of the mean shift (`algorithms/mean_shift.py`)
+- `gradient`: c = σ ∇_x V(x̂(x)), which has no noise;
+- `mean_shift`: c = r a m with a = mean_o/(clean_o σ) of the step and m a draw of the mean shift
+  (`algorithms/mean_shift.py`). r is measured step by step: the part of the step's noise z that follows a (x_T − x̂). It
+  is 1 for a base model that is the exact reverse of its noising, and less than 1 under guidance.
 
-and a LoRA is fitted to Σ_k ‖δ_k‖²/2 − δ_k·c_k, δ = (μ_θ − μ_#)/σ. No gradient of V or of the reward is taken. r is
-measured step by step: the part of the step's noise z that follows a (x_T − x̂). It is 1 for a base model that is the
-exact reverse of its noising, and less than 1 under guidance.
-
-An update's states are drawn evenly for one half, and with probability ∝ e^V of the state for the other half, because
-the policy is to be right where the target goes too. Printed are E_#‖c‖²/2, the teacher's signal and noise in nats of a
-path; the LoRA's uptake on new base paths (`studies/uptake.py`); and the certificate of its own samples (docs/nats.md).
+A LoRA is fitted to Σ_k ‖δ_k‖²/2 − δ_k·c_k, δ = (μ_θ − μ_#)/σ. No gradient of the reward is taken. An update's states
+are drawn evenly for one half, and with probability ∝ e^V of the state for the other half, because the policy is to be
+right where the target goes too. Printed are the loss beside ‖c‖²/2, the teacher's nats of a path, which a perfect pupil
+of a teacher without noise would reach as a negative loss; the LoRA's uptake on new base paths (`studies/uptake.py`);
+and the certificate of its own samples (docs/nats.md).
 """
 
 import functools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
 from nabla_gfn_jax.algorithms.paths import step_loss
-from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
@@ -55,11 +59,13 @@ REPORT = 50  # updates between two printed losses
 class Options(PolicyOptions, FitOptions):
     """The paths, how V is fitted to them, the LoRA, and the folder for the results."""
 
-    out: Path = option(meaning="folder for shift_fit.jsonl, shift_fit.md, certificate.json and lora.safetensors")
+    out: Path = option(meaning="folder for value_fit.jsonl, value_fit.md, certificate.json and lora.safetensors")
     paths: int = option(4096, "base paths in the bank", minimum=4)
     held_out: int = option(1024, "new base paths that judge the LoRA, and its own samples", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
     fit_updates: int = option(ONCE, "updates of V's network, for each half of the paths", minimum=1)
+    follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")
+    scale: float = option(0.9, "by which what the steps follow is multiplied", above=0, maximum=100)
     layers: Layers = option("all", "layers with a LoRA")
     rank: int = option(16, "rank of the LoRA", minimum=1)
     rate: float = option(7e-4, "learning rate, with cosine decay to 0", above=0)
@@ -77,9 +83,12 @@ class Bank(NamedTuple):
 
 
 class Teacher(NamedTuple):
-    """What the steps of a bank are told, and Σ e^V of the states that they begin at, over the paths so far."""
+    """What the steps of a bank are told, and Σ e^V of the states that they begin at, over the paths so far.
 
-    c: Float[np.ndarray, "paths steps elements"]
+    Told are ∂V/∂x̂ for the gradient, and c for the mean shift; both are to be multiplied by the scale.
+    """
+
+    told: Float[np.ndarray, "paths steps elements"]
     sums: Float[np.ndarray, "steps paths"]
 
 
@@ -109,32 +118,40 @@ def clean_of(chain: Chain, bank: Bank) -> Float[np.ndarray, "paths states elemen
     return found
 
 
-def values(
+def fitted_halves(
     fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
-) -> Float[np.ndarray, "paths states"]:
-    """V − log Z at every state of the bank, each half told by the other; β log R − log Z at the sample."""
+) -> Iterator[tuple[Bool[np.ndarray, " paths"], Seen, ValueMemory]]:
+    """For each half of the paths: which they are, their states, and V as the other half tells it."""
     seen = Seen(clean, np.zeros(clean.shape[:2], np.float32))
-    log_w = beta * np.asarray(bank.log_reward, np.float64)
-    found = np.zeros(clean.shape[:2])
-    halves = np.arange(len(log_w)) // num_prompts % 2  # every prompt has both halves
+    halves = np.arange(len(clean)) // num_prompts % 2  # every prompt has both halves
     for half in (0, 1):
         mine, others = halves == half, halves != half
         ends = Ends(Seen(*(a[others] for a in seen)), bank.log_reward[others], bank.prompt_id[others])
-        memory = fit_value(fit, ends, beta, num_prompts)
-        found[mine] = fit.values(memory, Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
+        yield mine, Seen(*(a[mine] for a in seen)), fit_value(fit, ends, beta, num_prompts)
+
+
+def values_and_gradients(
+    fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
+) -> tuple[Float[np.ndarray, "paths states"], Float[np.ndarray, "paths steps elements"]]:
+    """V − log Z at every state of the bank, β log R − log Z at the sample, and ∂V/∂x̂ at every state but the sample."""
+    found, by_clean = np.zeros(clean.shape[:2]), np.zeros((len(clean), clean.shape[1] - 1, clean.shape[2]), np.float32)
+    for mine, seen, memory in fitted_halves(fit, clean, bank, beta, num_prompts):
+        found[mine] = fit.values(memory, seen, bank.prompt_id[mine])
+        by_clean[mine] = fit.gradients(memory, seen, bank.prompt_id[mine])[0][:, :-1]
+    log_w = beta * np.asarray(bank.log_reward, np.float64)
     for prompt in np.unique(bank.prompt_id):
         own = bank.prompt_id == prompt
         found[own, -1] = log_w[own] - np.logaddexp.reduce(log_w[own]) + np.log(own.sum())
-    return found
+    return found, by_clean
 
 
-def teach(
+def shifts(
     chain: Chain,
     bank: Bank,
     clean: Float[np.ndarray, "paths states elements"],
     value: Float[np.ndarray, "paths states"],
-) -> tuple[Teacher, Float[np.ndarray, " steps"]]:
-    """The teacher, and r of each step."""
+) -> tuple[Float[np.ndarray, "paths steps elements"], Float[np.ndarray, " steps"]]:
+    """r a m of every step, and r."""
     mean_x, mean_o, sigma = (np.asarray(a) for a in (chain.mean_x, chain.mean_o, chain.sigma))
     scale = mean_o / (np.asarray(chain.at.clean_o) * sigma)
     c, follows = mean_shifts(value, np.zeros_like(value), clean), np.zeros(len(sigma))
@@ -143,12 +160,12 @@ def teach(
         noise, rest = (y - mean_x[k] * x - mean_o[k] * output) / sigma[k], a * (clean[:, -1] - clean[:, k])
         follows[k] = np.vdot(noise, rest) / np.vdot(rest, rest)
         c[:, k] *= follows[k] * a
-    return Teacher(c, np.cumsum(np.exp(value[:, :-1]), axis=0).T), follows
+    return c, follows
 
 
 def drawn(teacher: Teacher, steps: int, batch: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Paths and steps of an update: half of them even, half with probability ∝ e^V of the state."""
-    step, paths = rng.integers(steps, size=batch), rng.integers(len(teacher.c), size=batch)
+    step, paths = rng.integers(steps, size=batch), rng.integers(len(teacher.told), size=batch)
     for i in range(batch // 2):
         sums = teacher.sums[step[i]]
         paths[i] = min(np.searchsorted(sums, rng.random() * sums[-1]), len(sums) - 1)
@@ -161,10 +178,11 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
     optimizer = optax.adam(optax.cosine_decay_schedule(o.rate, o.updates))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def update(state: Any, frozen: Params, x: Latents, base: Latents, c: Latents, k: Array, ids: Array) -> Any:
+    def update(state: Any, frozen: Params, x: Latents, base: Latents, told: Latents, k: Array, ids: Array) -> Any:
         lora, average, moments = state
         model = images.model(frozen)
         step = model.chain[k]
+        c = o.scale * (told_by(model, x, k, ids, told) if o.follow == "gradient" else told)
 
         def loss(lora: Params) -> Array:
             return o.last_step * step_loss(step, model.predict(lora, x, step.at, ids) - base, c).mean()
@@ -173,18 +191,20 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
         with jax.numpy_dtype_promotion("standard"):  # optax mixes weak and strong types
             change, moments = optimizer.update(gradient, moments, lora)
         lora = optax.apply_updates(lora, change)
-        return (lora, optax.incremental_update(lora, average, 1 - AVERAGE), moments), value
+        nats = o.last_step * jnp.square(c).sum() / (2 * len(c))
+        return (lora, optax.incremental_update(lora, average, 1 - AVERAGE), moments), jnp.stack([value, nats])
 
-    rng, losses = np.random.default_rng(o.seed), list[float]()
+    rng, losses = np.random.default_rng(o.seed), list[Any]()
     state = (lora, jax.tree.map(jnp.copy, lora), optimizer.init(lora))
     for number in range(o.updates):
         paths, k = drawn(teacher, o.last_step, o.batch, rng)
         x, base = bank.x[paths, k], bank.base_output[paths, k]
-        c, ids = teacher.c[paths, k].reshape(x.shape), bank.prompt_id[paths]
-        state, value = update(state, images.frozen, x, base, c, k.astype(np.int32), ids)
-        losses.append(float(value))
+        told, ids = teacher.told[paths, k].reshape(x.shape), bank.prompt_id[paths]
+        state, value = update(state, images.frozen, x, base, told, k.astype(np.int32), ids)
+        losses.append(np.asarray(value))
         if len(losses) % REPORT == 0:
-            print(f"update {number + 1} of {o.updates}: loss {np.mean(losses[-REPORT:]):.3f} nats", flush=True)
+            loss, nats = np.mean(losses[-REPORT:], axis=0)
+            print(f"update {number + 1} of {o.updates}: loss {loss:.3f}, teacher {nats:.3f} nats", flush=True)
     average: Params = state[1]
     return average
 
@@ -215,18 +235,18 @@ def main(argv: list[str]) -> None:
     chain = images.base.chain(o.num_steps)
     bank = sample_bank(images, _BANK, o.paths, o.together)
     clean = clean_of(chain, bank)
-    value = values(Fit.of(o, o.paths), clean, bank, o.beta, len(images.prompts))
-    teacher, follows = teach(chain, bank, clean, value)
-    told = np.square(teacher.c[:, : o.last_step]).sum(axis=(1, 2)).mean() / 2
-    print(f"the teacher: {told:.2f} nats of a path; r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
-    lora = fit_lora(images, o, bank, teacher)
+    value, told = values_and_gradients(Fit.of(o, o.paths), clean, bank, o.beta, len(images.prompts))
+    if o.follow == "mean_shift":
+        told, follows = shifts(chain, bank, clean, value)
+        print(f"r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
+    lora = fit_lora(images, o, bank, Teacher(told, np.cumsum(np.exp(value[:, :-1]), axis=0).T))
     o.out.mkdir(parents=True, exist_ok=True)
     save_lora(o.out / "lora.safetensors", lora)
 
     found, reward, ids = sampled_products(images, lora, o.held_out, o.together)
     found = Products(*(a[: o.last_step] for a in found))
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, 10)
-    write_results(o.out, "shift_fit", rows, as_table(rows))
+    write_results(o.out, "value_fit", rows, as_table(rows))
     base = certificate.Paths.of_base(np.r_[reward, bank.log_reward], np.r_[ids, bank.prompt_id])
     judged = certificate.certify(own_paths(images, o, lora), base, o.beta)
     (o.out / "certificate.json").write_text(json.dumps(asdict(judged), default=np.ndarray.tolist) + "\n")
