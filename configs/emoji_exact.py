@@ -3,10 +3,10 @@
     python -m nabla_gfn_jax.train --config=emoji_exact            the log value is learned from all paths so far
     python -m nabla_gfn_jax.train --config=emoji_exact:network    from the newest paths alone: algorithm value_gradient
 
-Hardware: 2 CPU cores without AVX-512 (JAX_NUM_CPU_DEVICES=2 uses both), 8 GB. An epoch takes 18 s while the policy
-waits, 40 epochs, and 75 s afterwards, so the run takes an hour.
-Expect after 68 of the 72 epochs: log R .29, exponent 2.6 of 8, gap .53 nats where the base model's is .94; with the
-LoRA at strength 1.5, exponent 3.9 and the same gap (docs/credit.md). The rate of the last 4 epochs is nearly 0.
+Hardware: 2 CPU cores (JAX_NUM_CPU_DEVICES=2 uses both), 8 GB. An epoch takes 33 s while the policy waits, 32 epochs,
+and 75 s afterwards, so the run takes an hour.
+Expect after 44 of the 64 epochs: log R .30, exponent 2.8 of 8, gap .54 nats where the base model's is .96
+(docs/credit.md). No run has gone further; the rate falls to 0 in the other 20.
 The variant `network` takes 45 s per epoch on two busy cores; docs/credit.md has what 15 of its 160 epochs reached.
 
 Differences from `emoji.py`, and the reasons:
