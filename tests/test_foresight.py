@@ -116,7 +116,7 @@ def test_a_state_is_moved_along_the_noise_of_its_step(tiny_model, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("guess", ["false", "true"])
 def test_the_command_writes_a_line_for_each_state(guess, tiny_model, tmp_path, monkeypatch, capsys):
-    """The last state is the sample: nothing is known better than there."""
+    """V has learned something of held-out paths; in this model, the first noise decides nearly all."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
     flags = [
         "--num_steps=4",
@@ -125,13 +125,15 @@ def test_the_command_writes_a_line_for_each_state(guess, tiny_model, tmp_path, m
         "--together=32",
         "--beta=20",
         "--width=20",
-        "--fit_updates=60",
+        "--fit_updates=400",
+        "--fit_batch=256",
+        "--fit_rate=.003",
         f"--guess={guess}",
     ]
     foresight.main(["foresight", f"--out={tmp_path}", f"--model={tiny_model}", "--reward=bright", *flags])
     rows = [json.loads(line) for line in (tmp_path / "foresight.jsonl").read_text().splitlines()]
     assert [row["state"] for row in rows] == [0, 1, 2, 3, 4]
-    assert rows[-1]["known"] > rows[0]["known"]
+    assert rows[-1]["known"] > 2 * rows[-1]["known_error"] > 0
     assert rows[-1]["followed"] == 0
     assert all(row["followed"] > 0 and np.isfinite(row["gain"]) for row in rows[:-1])
     assert capsys.readouterr().out == (tmp_path / "foresight.md").read_text()
