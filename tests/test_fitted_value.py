@@ -46,6 +46,16 @@ def paths(count, states=2, elements=5, seed=0):
     return Seen(clean, guess), samples, log_w, random.integers(0, 2, count)
 
 
+def network_in_torch(weights, features, time, prompt):
+    """V − log Z in float64, from what the network sees of states."""
+    waves = time[:, None] * np.pi * 2.0 ** torch.arange(6)
+    h = torch.cat([features, time[:, None], torch.sin(waves), torch.cos(waves)], dim=1)
+    for number, (matrix, bias) in enumerate(weights["layers"]):
+        z = h @ matrix + bias + (weights["prompts"][prompt] if number == 0 else 0)
+        h = (0 if number == 0 else h) + z * torch.sigmoid(z)
+    return h @ weights["out"][0] + weights["out"][1]
+
+
 def value_in_torch(weights, x, guess, memory, prompt, state):
     """V − log Z of states in float64, from x̂ and log R(x̂), stated anew."""
     known, states = memory.prompt_id >= 0, memory.components.shape[1]
@@ -55,13 +65,8 @@ def value_in_torch(weights, x, guess, memory, prompt, state):
     a = (x - _float64(memory.centre)) @ _float64(memory.basis) - torch.as_tensor(old[:, state].mean(0))
     seen = memory.guess[known, state].astype(np.float64)
     g = (guess - float(seen.mean())) / float(seen.std())
-    t = torch.full((len(x), 1), state / (states - 1), dtype=torch.float64)
-    waves = t * np.pi * 2.0 ** torch.arange(6)
-    h = torch.cat([a / unit, g[:, None], t, torch.sin(waves), torch.cos(waves)], dim=1)
-    for number, (matrix, bias) in enumerate(weights["layers"]):
-        z = h @ matrix + bias + (weights["prompts"][prompt] if number == 0 else 0)
-        h = (0 if number == 0 else h) + z * torch.sigmoid(z)
-    return h @ weights["out"][0] + weights["out"][1]
+    t = torch.full((len(x),), state / (states - 1), dtype=torch.float64)
+    return network_in_torch(weights, torch.cat([a / unit, g[:, None]], dim=1), t, prompt)
 
 
 def _log_reward(clean, oracle):
@@ -105,13 +110,7 @@ def test_an_update_is_a_step_of_adam(fitted):
     after = value_network.updated(network, points, ratio, np.zeros(size, np.float32), jax.random.key(0), rate=1e-3)
 
     weights = jax.tree.map(lambda a: _float64(a).requires_grad_(), network.weights)
-    t = _float64(points.time)[:, None]
-    waves = t * np.pi * 2.0 ** torch.arange(6)
-    h = torch.cat([_float64(points.features), t, torch.sin(waves), torch.cos(waves)], dim=1)
-    for number, (matrix, bias) in enumerate(weights["layers"]):
-        z = h @ matrix + bias + (weights["prompts"][points.prompt_id] if number == 0 else 0)
-        h = (0 if number == 0 else h) + z * torch.sigmoid(z)
-    v = h @ weights["out"][0] + weights["out"][1]
+    v = network_in_torch(weights, _float64(points.features), _float64(points.time), points.prompt_id)
     (v + _float64(ratio) * torch.exp(-v)).mean().backward()
     count = int(network.moments[0].count) + 1
     for old, leaf, mu, nu, new in zip(
@@ -152,8 +151,9 @@ def test_a_linear_log_value_is_found():
     states, ids = Seen(clean, np.zeros((4000, 1), np.float32)), np.zeros(4000, int)
     memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
     memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
-    gradient, _ = fit.gradients(memory, states, ids)
+    gradient, by_guess = fit.gradients(memory, states, ids)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0.6, 0, 0, 0], atol=0.05)
+    assert not by_guess.any()
 
 
 def test_what_the_components_do_not_show_is_found_by_the_guess():
@@ -162,12 +162,12 @@ def test_what_the_components_do_not_show_is_found_by_the_guess():
     clean, guess = random.normal(size=(4000, 1, 2)), 0.5 * random.normal(size=(4000, 1)) - 3
     log_w = (1.2 * guess + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
     samples = (clean[:, 0] + random.normal(size=(4000, 2))).astype(np.float32)
-    fit = Fit.of(FitOptions(components=2, width=32, fit_updates=400, fit_batch=512, weight_clip=50.0), 4000)
+    fit = Fit.of(FitOptions(components=2, width=32, fit_updates=400, fit_batch=512, noise=0.0, weight_clip=50.0), 4000)
     states, ids = Seen(clean.astype(np.float32), guess.astype(np.float32)), np.zeros(4000, int)
     memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
     memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
     gradient, by_guess = fit.gradients(memory, states, ids)
-    np.testing.assert_allclose(by_guess.mean(), 1.2, atol=0.08)
+    np.testing.assert_allclose(by_guess.mean(), 1.2, atol=0.05)
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0, 0], atol=0.05)
 
 

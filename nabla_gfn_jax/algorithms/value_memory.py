@@ -24,7 +24,7 @@ from nabla_gfn_jax.options import Checked, option
 Array: TypeAlias = np.ndarray[Any, Any]
 
 _FINEST = 0.25  # of the spread of x_T: the smallest unit
-_SMALLEST = 1e-6  # a unit of paths that are all the same
+_SMALLEST = 1e-6  # unit of x̂ for paths that are all the same; V does not depend on a guess that varies less
 _SEED = 0  # of the network's first weights, of the draws and of the noise
 _NEVER = -1  # the prompt of an empty place
 
@@ -89,17 +89,10 @@ class FitOptions(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fit:
+class Fit(FitOptions):
     """How a memory is kept and V is fitted."""
 
-    places: int  # of paths in the ring
-    components: int  # d, at most
-    width: int
-    fit_updates: int
-    fit_batch: int
-    fit_rate: float
-    noise: float
-    weight_clip: float
+    places: int = option(meaning="paths in the ring", minimum=1)
 
     @classmethod
     def of(cls, options: FitOptions, places: int) -> "Fit":
@@ -170,7 +163,7 @@ class Fit:
         draw, network = np.random.default_rng((_SEED, int(memory.seen))), memory.network
         key = jax.random.fold_in(jax.random.key(_SEED), int(memory.seen))
         # A guess that is not used is always 0, and stays so.
-        noise = np.r_[np.full(memory.basis.shape[1], self.noise), self.noise * memory.guess[known].any()]
+        noise = np.r_[np.full(memory.basis.shape[1], self.noise), self.noise * np.isfinite(memory.guess_unit).any()]
         for update in range(self.fit_updates):
             path, state = draw.choice(known, self.fit_batch), draw.integers(len(memory.unit), size=self.fit_batch)
             log_ratio = memory.log_w[path, state] - log_z[memory.prompt_id[path]]
@@ -222,7 +215,7 @@ def _measured(memory: ValueMemory) -> ValueMemory:
         middle=components.mean(axis=0),
         unit=np.maximum(rest, finest).astype(np.float32),
         guess_middle=guess.mean(axis=0),
-        guess_unit=np.maximum(guess.std(axis=0), _SMALLEST),
+        guess_unit=np.where((spread := guess.std(axis=0)) > _SMALLEST, spread, np.float32(np.inf)),
     )
 
 

@@ -21,7 +21,6 @@ and the certificate of its own samples (docs/nats.md).
 import functools
 import json
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
 from nabla_gfn_jax.algorithms.paths import step_loss
-from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
@@ -118,26 +117,22 @@ def clean_of(chain: Chain, bank: Bank) -> Float[np.ndarray, "paths states elemen
     return found
 
 
-def fitted_halves(
+def values_and_gradients(
     fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
-) -> Iterator[tuple[Bool[np.ndarray, " paths"], Seen, ValueMemory]]:
-    """For each half of the paths: which they are, their states, and V as the other half tells it."""
+) -> tuple[Float[np.ndarray, "paths states"], Float[np.ndarray, "paths steps elements"]]:
+    """V − log Z at every state of the bank, and ∂V/∂x̂ at every state but the sample, each half told by the other.
+
+    At the sample, V is β log R.
+    """
     seen = Seen(clean, np.zeros(clean.shape[:2], np.float32))
+    found, by_clean = np.zeros(clean.shape[:2]), np.zeros((len(clean), clean.shape[1] - 1, clean.shape[2]), np.float32)
     halves = np.arange(len(clean)) // num_prompts % 2  # every prompt has both halves
     for half in (0, 1):
         mine, others = halves == half, halves != half
         ends = Ends(Seen(*(a[others] for a in seen)), bank.log_reward[others], bank.prompt_id[others])
-        yield mine, Seen(*(a[mine] for a in seen)), fit_value(fit, ends, beta, num_prompts)
-
-
-def values_and_gradients(
-    fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
-) -> tuple[Float[np.ndarray, "paths states"], Float[np.ndarray, "paths steps elements"]]:
-    """V − log Z at every state of the bank, β log R − log Z at the sample, and ∂V/∂x̂ at every state but the sample."""
-    found, by_clean = np.zeros(clean.shape[:2]), np.zeros((len(clean), clean.shape[1] - 1, clean.shape[2]), np.float32)
-    for mine, seen, memory in fitted_halves(fit, clean, bank, beta, num_prompts):
-        found[mine] = fit.values(memory, seen, bank.prompt_id[mine])
-        by_clean[mine] = fit.gradients(memory, seen, bank.prompt_id[mine])[0][:, :-1]
+        memory, asked = fit_value(fit, ends, beta, num_prompts), (Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
+        found[mine] = fit.values(memory, *asked)
+        by_clean[mine] = fit.gradients(memory, *asked)[0][:, :-1]
     log_w = beta * np.asarray(bank.log_reward, np.float64)
     for prompt in np.unique(bank.prompt_id):
         own = bank.prompt_id == prompt
