@@ -32,7 +32,7 @@ from nabla_gfn_jax.studies.mixture import sampled
 torch.set_num_threads(1)
 LAMBDA, POLICY_STEPS = 3.0, 50
 SMALL = {"components": 3, "width": 16, "fit_updates": 20, "fit_batch": 64, "weight_clip": 6.0}
-FIT = Fit.of(FitOptions(**SMALL), 64)
+FIT = Fit(FitOptions(**SMALL), 64)
 
 
 def paths(count, states=2, elements=5, seed=0):
@@ -147,7 +147,7 @@ def test_a_linear_log_value_is_found():
     clean = random.normal(size=(4000, 1, 4)).astype(np.float32) * np.asarray([1, 0.8, 0.5, 0.1], np.float32)
     log_w = (0.6 * clean[..., 0] + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
     samples = clean[:, 0] + random.normal(size=(4000, 4)).astype(np.float32)
-    fit = Fit.of(FitOptions(components=3, width=32, fit_updates=400, fit_batch=512, weight_clip=50.0), 4000)
+    fit = Fit(FitOptions(components=3, width=32, fit_updates=400, fit_batch=512, weight_clip=50.0), 4000)
     states, ids = Seen(clean, np.zeros((4000, 1), np.float32)), np.zeros(4000, int)
     memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
     memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
@@ -162,7 +162,7 @@ def test_what_the_components_do_not_show_is_found_by_the_guess():
     clean, guess = random.normal(size=(4000, 1, 2)), 0.5 * random.normal(size=(4000, 1)) - 3
     log_w = (1.2 * guess + 0.5 * random.normal(size=(4000, 1)) - 0.125).astype(np.float32)
     samples = (clean[:, 0] + random.normal(size=(4000, 2))).astype(np.float32)
-    fit = Fit.of(FitOptions(components=2, width=32, fit_updates=400, fit_batch=512, noise=0.0, weight_clip=50.0), 4000)
+    fit = Fit(FitOptions(components=2, width=32, fit_updates=400, fit_batch=512, noise=0.0, weight_clip=50.0), 4000)
     states, ids = Seen(clean.astype(np.float32), guess.astype(np.float32)), np.zeros(4000, int)
     memory = fit.add(ValueMemory.empty(1), states, samples, log_w, ids)
     memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
@@ -179,7 +179,7 @@ def test_noise_makes_the_value_smoother():
     steepest = {}
     for noise in (0.0, 0.5):
         options = FitOptions(components=1, width=32, fit_updates=400, fit_batch=512, fit_rate=5e-3, noise=noise)
-        fit, states, ids = Fit.of(options, 2000), Seen(clean, np.zeros((2000, 1), np.float32)), np.zeros(2000, int)
+        fit, states, ids = Fit(options, 2000), Seen(clean, np.zeros((2000, 1), np.float32)), np.zeros(2000, int)
         memory = fit.add(ValueMemory.empty(1), states, clean[:, 0], log_w, ids)
         memory = fit.fitted(memory, np.log(np.exp(log_w).mean(0)))
         steepest[noise] = float(np.abs(fit.gradients(memory, states, ids)[0]).max() * memory.unit[0])

@@ -85,7 +85,7 @@ def test_a_wrong_value_knows_less():
 
 
 def test_the_fitted_value_is_near_the_exact_one():
-    fit = Fit.of(FitOptions(components=2, width=64, fit_updates=foresight.ONCE, fit_batch=1024, weight_clip=50.0), 4000)
+    fit = Fit(FitOptions(components=2, width=64, fit_updates=foresight.ONCE, fit_batch=1024, weight_clip=50.0), 4000)
     paths, held = walks(4000, 3), walks(20_000, 4)
     memory = fit_value(fit, paths, BETA, 2)
     found, right = judged(lambda at: fit.values(memory, at, held.prompt_id), held), judged(exact, held)

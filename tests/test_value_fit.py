@@ -60,7 +60,7 @@ def test_the_mean_shifts(images, bank):
 def test_no_path_is_told_by_a_v_that_has_seen_it(images, bank):
     """Another reward of one path changes V and its gradient in the other half alone, and its own V at the sample."""
     clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
-    fit = Fit.of(images.options, 24)
+    fit = Fit(images.options, 24)
     before, slopes = values_and_gradients(fit, clean, bank, 40.0, 2)
     changed = bank._replace(log_reward=bank.log_reward + 0.02 * (np.arange(24) == 4))  # prompt 0, the first half
     after, others = values_and_gradients(fit, clean, changed, 40.0, 2)

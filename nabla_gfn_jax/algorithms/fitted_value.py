@@ -100,7 +100,7 @@ class FittedValue(FitOptions, PolicyAlone):
     @property
     def fit(self) -> Fit:
         """How V is fitted."""
-        return Fit.of(self, self.memory)
+        return Fit(self, self.memory)
 
     def first_stats(self, num_prompts: int) -> Stats:
         return Stats(PathWeights.none(num_prompts), ValueMemory.empty(num_prompts))

@@ -9,7 +9,7 @@ component. V is the logarithm of a mean over what may still come, so it is smoot
 path begins, and finer near its end. The units end at a quarter of the spread of x_T.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
 import flax.struct
@@ -88,16 +88,12 @@ class FitOptions(Checked):
     weight_clip: float = option(20.0, "largest weight W/Z", above=0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Fit(FitOptions):
+@dataclass(frozen=True)
+class Fit:
     """How a memory is kept and V is fitted."""
 
-    places: int = option(meaning="paths in the ring", minimum=1)
-
-    @classmethod
-    def of(cls, options: FitOptions, places: int) -> "Fit":
-        """The fit that the options ask for."""
-        return cls(places=places, **{field.name: getattr(options, field.name) for field in fields(FitOptions)})
+    options: FitOptions
+    places: int  # of paths in the ring
 
     def add(
         self,
@@ -129,7 +125,7 @@ class Fit(FitOptions):
         """The first paths say what the principal components are: those of their samples."""
         last = np.asarray(samples, np.float64)
         centre = last.mean(axis=0)
-        size = min(self.components, last.shape[1])
+        size = min(self.options.components, last.shape[1])
         rows = np.linalg.svd(last - centre, full_matrices=False)[2][:size]
         basis = np.zeros((last.shape[1], size), np.float32)
         basis[:, : len(rows)] = rows.T
@@ -147,7 +143,7 @@ class Fit(FitOptions):
             unit=np.ones(states, np.float32),
             guess_middle=np.zeros(states, np.float32),
             guess_unit=np.ones(states, np.float32),
-            network=Network.new(size + 1, self.width, num_prompts, _SEED),
+            network=Network.new(size + 1, self.options.width, num_prompts, _SEED),
         )
 
     def project(
@@ -158,22 +154,28 @@ class Fit(FitOptions):
 
     def fitted(self, memory: ValueMemory, log_z: Float[np.ndarray, " prompts"]) -> ValueMemory:
         """The memory with its units measured anew and some more updates of V's network. `log_z` is that of a prompt."""
-        memory = _measured(memory)
+        o, memory = self.options, _measured(memory)
         known = np.flatnonzero(memory.prompt_id != _NEVER)
         draw, network = np.random.default_rng((_SEED, int(memory.seen))), memory.network
         key = jax.random.fold_in(jax.random.key(_SEED), int(memory.seen))
         # A guess that is not used is always 0, and stays so.
-        noise = np.r_[np.full(memory.basis.shape[1], self.noise), self.noise * np.isfinite(memory.guess_unit).any()]
-        for update in range(self.fit_updates):
-            path, state = draw.choice(known, self.fit_batch), draw.integers(len(memory.unit), size=self.fit_batch)
+        noise = np.r_[
+            np.full(memory.basis.shape[1], o.noise),
+            o.noise * np.isfinite(memory.guess_unit).any(),
+        ]
+        for update in range(o.fit_updates):
+            path, state = (
+                draw.choice(known, o.fit_batch),
+                draw.integers(len(memory.unit), size=o.fit_batch),
+            )
             log_ratio = memory.log_w[path, state] - log_z[memory.prompt_id[path]]
-            ratio = np.minimum(np.exp(log_ratio), self.weight_clip).astype(np.float32)
+            ratio = np.minimum(np.exp(log_ratio), o.weight_clip).astype(np.float32)
             points = _points(
                 memory, memory.components[path, state], memory.guess[path, state], state, memory.prompt_id[path]
             )
             of_update = jax.random.fold_in(key, update)
             network = value_network.updated(
-                network, points, ratio, noise.astype(np.float32), of_update, rate=self.fit_rate
+                network, points, ratio, noise.astype(np.float32), of_update, rate=o.fit_rate
             )
         return memory.replace(network=jax.tree.map(np.asarray, network))  # type: ignore[attr-defined,no-any-return]
 

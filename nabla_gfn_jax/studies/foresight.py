@@ -221,7 +221,7 @@ def main(argv: list[str]) -> None:
     images = Images.load(o)
     fitted = base_paths(images, _FITTED, o.paths, o.together, guess=o.guess)
     held = base_paths(images, _HELD_OUT, o.held_out, o.together, guess=o.guess, beside=True)
-    fit = Fit.of(o, o.paths)
+    fit = Fit(o, o.paths)
     memory = fit_value(fit, fitted, o.beta, len(images.prompts))
     assert held.beside is not None
     value, up, down = (fit.values(memory, states, held.prompt_id) for states in (held.states, *held.beside))

@@ -230,7 +230,7 @@ def main(argv: list[str]) -> None:
     chain = images.base.chain(o.num_steps)
     bank = sample_bank(images, _BANK, o.paths, o.together)
     clean = clean_of(chain, bank)
-    value, told = values_and_gradients(Fit.of(o, o.paths), clean, bank, o.beta, len(images.prompts))
+    value, told = values_and_gradients(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts))
     if o.follow == "mean_shift":
         told, follows = shifts(chain, bank, clean, value)
         print(f"r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
