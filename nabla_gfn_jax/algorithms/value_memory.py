@@ -159,24 +159,17 @@ class Fit:
         draw, network = np.random.default_rng((_SEED, int(memory.seen))), memory.network
         key = jax.random.fold_in(jax.random.key(_SEED), int(memory.seen))
         # A guess that is not used is always 0, and stays so.
-        noise = np.r_[
-            np.full(memory.basis.shape[1], o.noise),
-            o.noise * np.isfinite(memory.guess_unit).any(),
-        ]
+        noise = np.full(memory.basis.shape[1] + 1, o.noise, np.float32)
+        noise[-1] *= np.isfinite(memory.guess_unit).any()
         for update in range(o.fit_updates):
-            path, state = (
-                draw.choice(known, o.fit_batch),
-                draw.integers(len(memory.unit), size=o.fit_batch),
-            )
+            path, state = draw.choice(known, o.fit_batch), draw.integers(len(memory.unit), size=o.fit_batch)
             log_ratio = memory.log_w[path, state] - log_z[memory.prompt_id[path]]
             ratio = np.minimum(np.exp(log_ratio), o.weight_clip).astype(np.float32)
             points = _points(
                 memory, memory.components[path, state], memory.guess[path, state], state, memory.prompt_id[path]
             )
             of_update = jax.random.fold_in(key, update)
-            network = value_network.updated(
-                network, points, ratio, noise.astype(np.float32), of_update, rate=o.fit_rate
-            )
+            network = value_network.updated(network, points, ratio, noise, of_update, rate=o.fit_rate)
         return memory.replace(network=jax.tree.map(np.asarray, network))  # type: ignore[attr-defined,no-any-return]
 
     def values(
