@@ -5,7 +5,7 @@
 
 Hardware: 2 CPU cores (JAX_NUM_CPU_DEVICES=2 uses both), 8 GB. An epoch takes 33 s while the policy waits, 32 epochs,
 and 75 s afterwards, so the run takes an hour.
-Expect after 44 of the 64 epochs: log R .30, exponent 2.8 of 8, gap .54 nats where the base model's is .96
+Expect after 44 of the 64 epochs: log R .29, exponent 2.7 of 8, gap .57 nats where the base model's is .94
 (docs/credit.md). No run has gone further; the rate falls to 0 in the other 20.
 The variant `network` takes 45 s per epoch on two busy cores; docs/credit.md has what 15 of its 160 epochs reached.
 
