@@ -308,6 +308,7 @@ WRONG_FLAGS = {
         "noise": NOT_NEGATIVE,
         "until_step": (51, *COUNT),
         "layers": ("linear", ""),
+        "guided": SWITCH,
     },
     "uptake": {
         **LORA,

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 from nabla_gfn_jax.typing import Params, PRNGKey
 
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")  # the four projections of every attention, as in the paper
-Layers = Literal["attention", "all"]  # those four, or every linear layer and convolution
+# Those four; every linear layer and convolution; or those of the U-Net's upward half, so that no gradient has to go
+# through the other half.
+Layers = Literal["attention", "all", "up_blocks"]
+
+
+def is_adapted(path: tuple[str, ...], layers: Layers) -> bool:
+    """Whether the layer with this path in the parameters, which has a kernel, gets a LoRA."""
+    return layers == "all" or (path[-1] in TARGETS if layers == "attention" else path[0].startswith("up_blocks."))
 
 
 def init_lora(key: PRNGKey, params: Params, rank: int, layers: Layers = "attention") -> Params:
@@ -22,7 +29,7 @@ def init_lora(key: PRNGKey, params: Params, rank: int, layers: Layers = "attenti
     def walk(path: tuple[str, ...], tree: Params) -> Params:
         lora = {}
         for name, child in tree.items():
-            if isinstance(child, dict) and "kernel" in child and (layers == "all" or name in TARGETS):
+            if isinstance(child, dict) and "kernel" in child and is_adapted((*path, name), layers):
                 *inputs, outputs = child["kernel"].shape
                 layer_key = jax.random.fold_in(key, zlib.crc32(".".join((*path, name)).encode()))
                 down = jax.random.normal(layer_key, (*inputs, rank), jnp.float32) / rank

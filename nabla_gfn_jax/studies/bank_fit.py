@@ -21,7 +21,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +39,7 @@ from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
-from nabla_gfn_jax.models.lora import TARGETS
+from nabla_gfn_jax.models.lora import Layers, is_adapted
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.images import ImageOptions, Images
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
@@ -61,9 +61,7 @@ class Options(ImageOptions):
     clip_quantile: float = option(
         0.8, "the credit is clipped to this quantile of its size at each step", above=0, maximum=1
     )
-    layers: tuple[Literal["attention", "all"], ...] = option(
-        ("attention", "all"), "layers with a LoRA; one fit for each"
-    )
+    layers: tuple[Layers, ...] = option(("attention", "all"), "layers with a LoRA; one fit for each")
     rank: int = option(8, "rank of the LoRA", minimum=1)
     rates: tuple[float, ...] = option((3e-4, 1e-3), "learning rates, with cosine decay to 0; one fit for each", above=0)
     updates: int = option(400, "updates per fit", minimum=1)
@@ -123,11 +121,11 @@ def spans(count: int, size: int) -> list[tuple[int, int]]:
     return [(start, min(size, count - start)) for start in range(0, count, size)]
 
 
-def init_pairs(params: Params, layers: str, rank: int, key: Array) -> Params:
+def init_pairs(params: Params, layers: Layers, rank: int, key: Array) -> Params:
     """Low-rank pairs by the UNet's layer: down ~ N(0, 1/rank²), up = 0. A convolution's kernel counts as a matrix."""
     pairs = {}
     for number, (path, kernel) in enumerate(sorted(flatten_dict(params["unet"]).items())):
-        if path[-1] == "kernel" and (layers == "all" or path[-2] in TARGETS):
+        if path[-1] == "kernel" and is_adapted(path[:-1], layers):
             inputs, outputs = int(np.prod(kernel.shape[:-1])), kernel.shape[-1]
             down = jax.random.normal(jax.random.fold_in(key, number), (inputs, rank)) / rank
             pairs["/".join(path)] = {"down": down, "up": jnp.zeros((rank, outputs))}
@@ -156,7 +154,7 @@ def nats(bench: Bench, frozen: Params, pairs: Params, bank: Bank, c: Latents, st
     return -step_loss(step, output - base_output, c)
 
 
-def fit(bench: Bench, bank: Bank, clip: Array, layers: str, rate: float) -> tuple[Params, list[float]]:
+def fit(bench: Bench, bank: Bank, clip: Array, layers: Layers, rate: float) -> tuple[Params, list[float]]:
     """Fits a LoRA with Adam on transitions of target paths. Returns the running mean of the pairs, and the losses."""
     o = bench.options
     pairs = init_pairs(bench.base.params, layers, o.rank, jax.random.key(o.seed))

@@ -5,10 +5,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from nabla_gfn_jax.algorithms.base import Model
@@ -18,8 +19,11 @@ from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
+from nabla_gfn_jax.parallel import SPLIT, all_devices
 from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
+
+Rows = TypeVar("Rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,19 @@ class Images:
         """The keys of `count` samples from number `start` on, and their prompt ids, which cycle."""
         numbers = jnp.arange(start, start + count)
         key = jax.random.fold_in(jax.random.key(self.options.seed), stream)
-        return jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)
+        return spread((jax.vmap(functools.partial(jax.random.fold_in, key))(numbers), numbers % len(self.prompts)))
+
+
+def spread(rows: Rows) -> Rows:
+    """Arrays with one leading axis, evenly on all devices if its length allows it.
+
+    The devices then share what is computed from them.
+    """
+    count = len(jax.tree.leaves(rows)[0])
+    if count % jax.device_count():
+        return rows
+    placed: Rows = jax.device_put(rows, NamedSharding(all_devices(), SPLIT))
+    return placed
 
 
 def write_results(folder: Path, name: str, rows: Sequence[NamedTuple], table: str) -> None:

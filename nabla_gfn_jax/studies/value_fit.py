@@ -13,9 +13,13 @@ that no path is told by a V that has seen it; at the sample, V is β log R. A st
 
 A LoRA is fitted to Σ_k ‖δ_k‖²/2 − δ_k·c_k, δ = (μ_θ − μ_#)/σ. No gradient of the reward is taken. An update's states
 are drawn evenly for one half, and with probability ∝ e^V of the state for the other half, because the policy is to be
-right where the target goes too. Printed are the loss beside ‖c‖²/2, the teacher's nats of a path, which a perfect pupil
-of a teacher without noise would reach as a negative loss; the LoRA's uptake on new base paths (`studies/uptake.py`);
-and the certificate of its own samples (docs/nats.md).
+right where the target goes too. Printed are
+
+- the loss beside ‖c‖²/2, the teacher's nats of a path, which a perfect pupil of a teacher without noise would reach as
+  a negative loss;
+- the LoRA's uptake on new base paths (`studies/uptake.py`), and the certificate of its own samples (docs/nats.md);
+- with `guided`, the certificate of the policy that follows V's gradient without a LoRA (`studies/value_guidance.py`).
+  What it reaches is up to the teacher, and the difference to the LoRA is up to the pupil.
 """
 
 import functools
@@ -34,7 +38,7 @@ from jaxtyping import Array, Float, Int
 from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
 from nabla_gfn_jax.algorithms.paths import step_loss
-from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen
+from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
@@ -42,11 +46,13 @@ from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
+from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.foresight import ONCE, Ends, fit_value
-from nabla_gfn_jax.studies.images import Images, PolicyOptions, write_results
+from nabla_gfn_jax.studies.images import Images, PolicyOptions, spread, write_results
 from nabla_gfn_jax.studies.uptake import Products, as_table, judge, sampled_products
+from nabla_gfn_jax.studies.value_guidance import following
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
 _HELD_OUT, _BANK = 0, 4  # streams of random numbers; `uptake` samples the first
@@ -61,6 +67,7 @@ class Options(PolicyOptions, FitOptions):
     out: Path = option(meaning="folder for value_fit.jsonl, value_fit.md, certificate.json and lora.safetensors")
     paths: int = option(4096, "base paths in the bank", minimum=4)
     held_out: int = option(1024, "new base paths that judge the LoRA, and its own samples", minimum=2)
+    guided: bool = option(False, "also judge the policy that follows V's gradient itself")
     together: int = option(128, "paths sampled together", minimum=1)
     fit_updates: int = option(ONCE, "updates of V's network, for each half of the paths", minimum=1)
     follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")
@@ -79,6 +86,14 @@ class Bank(NamedTuple):
     base_output: Float[np.ndarray, "paths steps *shape"]
     log_reward: Float[np.ndarray, " paths"]
     prompt_id: Int[np.ndarray, " paths"]
+
+
+class Values(NamedTuple):
+    """What the two halves of a bank say of its states, each of the other's."""
+
+    value: Float[np.ndarray, "paths states"]  # V − log Z; at the sample, β log R − log Z
+    by_clean: Float[np.ndarray, "paths steps elements"]  # ∂V/∂x̂ at every state but the sample
+    memories: tuple[ValueMemory, ValueMemory]
 
 
 class Teacher(NamedTuple):
@@ -117,27 +132,26 @@ def clean_of(chain: Chain, bank: Bank) -> Float[np.ndarray, "paths states elemen
     return found
 
 
-def values_and_gradients(
+def fit_values(
     fit: Fit, clean: Float[np.ndarray, "paths states elements"], bank: Bank, beta: float, num_prompts: int
-) -> tuple[Float[np.ndarray, "paths states"], Float[np.ndarray, "paths steps elements"]]:
-    """V − log Z at every state of the bank, and ∂V/∂x̂ at every state but the sample, each half told by the other.
-
-    At the sample, V is β log R.
-    """
+) -> Values:
+    """Fits V to each half of the bank, and asks it about the other half."""
     seen = Seen(clean, np.zeros(clean.shape[:2], np.float32))
     found, by_clean = np.zeros(clean.shape[:2]), np.zeros((len(clean), clean.shape[1] - 1, clean.shape[2]), np.float32)
     halves = np.arange(len(clean)) // num_prompts % 2  # every prompt has both halves
+    memories = []
     for half in (0, 1):
         mine, others = halves == half, halves != half
         ends = Ends(Seen(*(a[others] for a in seen)), bank.log_reward[others], bank.prompt_id[others])
         memory, asked = fit_value(fit, ends, beta, num_prompts), (Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
         found[mine] = fit.values(memory, *asked)
         by_clean[mine] = fit.gradients(memory, *asked)[0][:, :-1]
+        memories.append(memory)
     log_w = beta * np.asarray(bank.log_reward, np.float64)
     for prompt in np.unique(bank.prompt_id):
         own = bank.prompt_id == prompt
         found[own, -1] = log_w[own] - np.logaddexp.reduce(log_w[own]) + np.log(own.sum())
-    return found, by_clean
+    return Values(found, by_clean, (memories[0], memories[1]))
 
 
 def shifts(
@@ -195,7 +209,7 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
         paths, k = drawn(teacher, o.last_step, o.batch, rng)
         x, base = bank.x[paths, k], bank.base_output[paths, k]
         told, ids = teacher.told[paths, k].reshape(x.shape), bank.prompt_id[paths]
-        state, value = update(state, images.frozen, x, base, told, k.astype(np.int32), ids)
+        state, value = update(state, images.frozen, *spread((x, base, told, k.astype(np.int32), ids)))
         losses.append(np.asarray(value))
         if len(losses) % REPORT == 0:
             loss, nats = np.mean(losses[-REPORT:], axis=0)
@@ -204,20 +218,46 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
     return average
 
 
-def own_paths(images: Images, o: Options, lora: Params) -> certificate.Paths:
-    """Samples of the LoRA, from the noise of the held-out base paths."""
+def own_paths(images: Images, o: Options, policy: Any, *, guided: bool) -> certificate.Paths:
+    """Samples of a policy, a LoRA or the memories of V that it follows, from the noise of the held-out base paths."""
 
     @jax.jit
-    def part(frozen: Params, lora: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
+    def part(frozen: Params, policy: Any, keys: PRNGKeys, ids: PromptIds) -> Any:
         model, active = images.model(frozen), np.arange(o.num_steps) < o.last_step
-        found = sample_paths(model.predict, lora, model.chain, keys, images.base.latent_shape, ids, active=active)
+        found = sample_paths(
+            model.predict,
+            policy,
+            model.chain,
+            keys,
+            images.base.latent_shape,
+            ids,
+            active=active,
+            predict_change=following(model, o.scale, o.last_step) if guided else None,
+        )
         return model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
 
     parts = []
     for start in range(0, o.held_out, o.together):
         keys, ids = images.keys(_HELD_OUT, start, min(o.together, o.held_out - start))
-        parts.append(jax.tree.map(np.asarray, part(images.frozen, lora, keys, ids)))
+        parts.append(jax.tree.map(np.asarray, part(images.frozen, policy, keys, ids)))
     return certificate.Paths(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+
+
+def certify(o: Options, whose: str, paths: certificate.Paths, base: certificate.Paths, file: Path) -> None:
+    """Writes the certificate to `file`, and prints the main figures in a line."""
+    judged = certificate.certify(paths, base, o.beta)
+    file.write_text(json.dumps(asdict(judged), default=np.ndarray.tolist) + "\n")
+    gap = judged.at_beta.gap if judged.at_beta else None
+    print(
+        f"{whose}: log R {judged.log_reward.value:.3f}, exponent {_with_error(judged.exponent)}, "
+        f"needed {judged.needed.value:.3f}, spent {judged.spent.value:.3f}, "
+        f"efficiency {_with_error(judged.efficiency)}, gap {_with_error(gap)}",
+        flush=True,
+    )
+
+
+def _with_error(found: Estimate | None) -> str:
+    return "unknown" if found is None else f"{found.value:.2f} ± {found.error:.2f}"
 
 
 @exit_on_user_error
@@ -230,12 +270,12 @@ def main(argv: list[str]) -> None:
     chain = images.base.chain(o.num_steps)
     bank = sample_bank(images, _BANK, o.paths, o.together)
     clean = clean_of(chain, bank)
-    value, told = values_and_gradients(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts))
+    value, told, memories = fit_values(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts))
     if o.follow == "mean_shift":
         told, follows = shifts(chain, bank, clean, value)
         print(f"r is {follows.min():.2f} to {follows.max():.2f}", flush=True)
-    lora = fit_lora(images, o, bank, Teacher(told, np.cumsum(np.exp(value[:, :-1]), axis=0).T))
     o.out.mkdir(parents=True, exist_ok=True)
+    lora = fit_lora(images, o, bank, Teacher(told, np.cumsum(np.exp(value[:, :-1]), axis=0).T))
     save_lora(o.out / "lora.safetensors", lora)
 
     found, reward, ids = sampled_products(images, lora, o.held_out, o.together)
@@ -243,14 +283,9 @@ def main(argv: list[str]) -> None:
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, 10)
     write_results(o.out, "value_fit", rows, as_table(rows))
     base = certificate.Paths.of_base(np.r_[reward, bank.log_reward], np.r_[ids, bank.prompt_id])
-    judged = certificate.certify(own_paths(images, o, lora), base, o.beta)
-    (o.out / "certificate.json").write_text(json.dumps(asdict(judged), default=np.ndarray.tolist) + "\n")
-    gap = judged.at_beta.gap.value if judged.at_beta else float("nan")
-    print(
-        f"own samples: log R {judged.log_reward.value:.3f}, exponent {judged.exponent.value:.2f}, "
-        f"needed {judged.needed.value:.3f}, spent {judged.spent.value:.3f}, "
-        f"efficiency {judged.efficiency.value:.2f}, gap {gap:.3f}"
-    )
+    certify(o, "own samples", own_paths(images, o, lora, guided=False), base, o.out / "certificate.json")
+    if o.guided:
+        certify(o, "V's gradient itself", own_paths(images, o, memories, guided=True), base, o.out / "guided.json")
 
 
 if __name__ == "__main__":
