@@ -45,7 +45,7 @@ from nabla_gfn_jax.inference.table import print_evaluations, to_json
 from nabla_gfn_jax.metrics.base import Batch
 from nabla_gfn_jax.metrics.registry import METRICS
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.parallel import use_cpu_cores
+from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
 from nabla_gfn_jax.rewards import RewardNames, load_reward, scale_of
 from nabla_gfn_jax.runs import evaluations
 from nabla_gfn_jax.typing import Params
@@ -85,6 +85,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
+    require_devices()
     subject = find_subject(options, options.lora)
     prompt_set = options.prompts or subject.prompts or "a_face"
     prompts = prompts_to_judge(prompt_set, options.num_prompts, options.seed, options.split)

@@ -27,6 +27,17 @@ def use_cpu_cores(batch: int) -> None:
     jax.config.update("jax_num_cpu_devices", max(n for n in range(1, max(cores, 1) + 1) if batch % n == 0))
 
 
+def require_devices() -> None:
+    """Raises `UserError` if JAX finds no device, which is so if JAX_PLATFORMS names a platform that is not here."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError):  # CUDA without a GPU is an assertion, of jax 0.10
+        named = jax.config.jax_platforms  # type: ignore[attr-defined]
+        raise UserError(
+            f"JAX finds no device for JAX_PLATFORMS = {named!r}; unset it, or install JAX for this platform"
+        ) from None
+
+
 def data_mesh(trajectories: int, micro_batches: int, devices: np.ndarray | None = None) -> Mesh:
     """A mesh of all devices, or of those given, along one axis.
 

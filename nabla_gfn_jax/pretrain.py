@@ -23,6 +23,7 @@ from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.models.tokenizer import load_tokenizer
 from nabla_gfn_jax.models.vae import AutoencoderKL, VAEConfig
 from nabla_gfn_jax.options import Checked, flatten, option
+from nabla_gfn_jax.parallel import require_devices
 from nabla_gfn_jax.runs.workdir import claim
 
 
@@ -38,6 +39,7 @@ class Options(Checked):
 def main(argv: list[str]) -> None:
     """Runs the stages in order. Drawings are downloaded to the user's cache folder, or to $NABLA_GFN_JAX_EMOJI."""
     options, config = parse_run(argv, Options, Pretraining, __doc__)
+    require_devices()
     with claim(options.workdir or default_workdir(options.config, config.seed), flatten(config)) as workdir:
         use_compilation_cache()
         make(config, workdir.path)

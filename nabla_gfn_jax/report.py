@@ -17,7 +17,7 @@ from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.inference.sampling import CPU_BATCH
 from nabla_gfn_jax.options import Checked, option
-from nabla_gfn_jax.parallel import use_cpu_cores
+from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
 from nabla_gfn_jax.reports import drawing, page, source
 
 
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     if options.draw:
         use_compilation_cache()
         use_cpu_cores(CPU_BATCH)
+        require_devices()
         for workdir in options.workdir:
             drawing.draw(workdir, options.batch)
     page.write(out, options.workdir)

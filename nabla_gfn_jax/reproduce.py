@@ -30,7 +30,7 @@ from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.inference.sampling import CPU_BATCH
 from nabla_gfn_jax.options import Checked, flatten, option
-from nabla_gfn_jax.parallel import use_cpu_cores
+from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
 from nabla_gfn_jax.reproduction import cost, records, tables
 from nabla_gfn_jax.reproduction.cells import Cell, in_order, planned
 from nabla_gfn_jax.reproduction.collect import collect
@@ -81,6 +81,7 @@ def main(argv: list[str]) -> None:
         return
     training = [cell.settings.training for cell in planned(grid)]
     use_cpu_cores(gcd(CPU_BATCH, *(c.trajectories // c.micro_batches for c in training)))
+    require_devices()
     use_compilation_cache()
     with _locked(folder), stoppable(f"this command resumes the grid: {command}") as stopping:
         failed = run(grid, folder, tables.Start(command), stopping)

@@ -16,7 +16,7 @@ from nabla_gfn_jax.inference.recipes import recipes
 from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, all_images, combined, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.options import option
-from nabla_gfn_jax.parallel import use_cpu_cores
+from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
 
 ROWS = 4  # number of prompts from the run's set, if no prompt is given
 
@@ -72,6 +72,7 @@ def main(argv: list[str]) -> None:
     options = parse(argv, Options, __doc__)
     use_compilation_cache()
     use_cpu_cores(CPU_BATCH)
+    require_devices()
     subject = find_subject(options, options.lora, options.eta)
     files = dict(list(subject.loras.items())[0 if options.lora else -1 :])  # only the last LoRA of a run
     strengths = options.strengths(len(files))

@@ -17,7 +17,7 @@ from nabla_gfn_jax.command_line import default_workdir, parse_run
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.options import flatten, option
-from nabla_gfn_jax.parallel import place, use_cpu_cores
+from nabla_gfn_jax.parallel import place, require_devices, use_cpu_cores
 from nabla_gfn_jax.processes import ProcessOptions, ending_together, is_first, join
 from nabla_gfn_jax.reports.page import NAME as REPORT
 from nabla_gfn_jax.runs.checkpoints import Checkpoints
@@ -49,6 +49,7 @@ def main(argv: list[str]) -> None:
     path = options.workdir or default_workdir(options.config, settings.seed)
     use_cpu_cores(settings.training.trajectories // settings.training.micro_batches)
     join(options)
+    require_devices()
     with ending_together(), stoppable(f"this command resumes the run: {typed(argv)}") as stopping:
         check(settings)
         with claim(path, flatten(settings), free_fields(settings), about(settings), write=is_first()) as workdir:

@@ -300,3 +300,23 @@ def test_the_package_says_its_version(capsys):
     __main__.main(["nabla-gfn", "--version"])
     assert re.fullmatch(r"\d+\.\d+\.\d+", capsys.readouterr().out.strip())
     assert command_line.load_config is config_files.load_config  # where the configs that people have look for it
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "studies.value_fit"])
+def test_a_platform_that_is_not_here(command, tmp_path):
+    """Exit code 2 and one line before a folder is made; `tpu` is nowhere where these tests run."""
+    out = tmp_path / "out"
+    name = "workdir" if command == "train" else "out"
+    done = subprocess.run(
+        [sys.executable, "-m", f"nabla_gfn_jax.{command}", f"--{name}={out}" + ".png" * (command == "sample")],
+        env=os.environ | {"JAX_PLATFORMS": "tpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.endswith(
+        "JAX finds no device for JAX_PLATFORMS = 'tpu'; unset it, or install JAX for this platform\n"
+    )
+    assert done.stderr.count("error:") == 1
+    assert not list(tmp_path.iterdir())

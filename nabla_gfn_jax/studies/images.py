@@ -19,7 +19,7 @@ from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.options import LARGEST_SEED, Checked, option
-from nabla_gfn_jax.parallel import SPLIT, all_devices
+from nabla_gfn_jax.parallel import SPLIT, all_devices, require_devices
 from nabla_gfn_jax.rewards import REWARDS, Reward, load_reward
 from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 
@@ -75,6 +75,7 @@ class Images:
     @classmethod
     def load(cls, options: ImageOptions) -> Self:
         """What the options name, in float32. Raises `UserError` if the prompts, the model or the reward do not load."""
+        require_devices()
         prompts = prompt_set(options.prompts).train
         use_compilation_cache()
         return cls(load_model(options.model, jnp.float32), load_reward(options.reward), prompts, options)
