@@ -53,7 +53,7 @@ def get_config() -> ConfigDict:
 
     c.lora = ConfigDict()
     c.lora.rank = 8
-    c.lora.layers = "attention"  # or all
+    c.lora.layers = "attention"  # or all, or up_blocks
     c.lora.start_from = ""
 
     c.correction = ConfigDict()
