@@ -28,11 +28,13 @@ def use_cpu_cores(batch: int) -> None:
 
 
 def require_devices() -> None:
-    """Raises `UserError` if JAX finds no device, which is so if JAX_PLATFORMS names a platform that is not here."""
+    """Raises `UserError` if JAX_PLATFORMS names a platform of which JAX finds no device."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError):  # CUDA without a GPU is an assertion, of jax 0.10
         named = jax.config.jax_platforms  # type: ignore[attr-defined]
+        if not named:
+            raise
         raise UserError(
             f"JAX finds no device for JAX_PLATFORMS = {named!r}; unset it, or install JAX for this platform"
         ) from None

@@ -37,7 +37,9 @@ class Lora(Checked):
     """The LoRA of the UNet that is trained."""
 
     rank: int = option(8, "rank of a new LoRA; ignored with start_from", minimum=1, maximum=1024)
-    layers: Layers = option("attention", "attention's layers, all linear and convolution layers, or all of up_blocks")
+    layers: Layers = option(
+        "attention", "layers of a new LoRA: attention's, all (convolutions too), or all of up_blocks"
+    )
     start_from: Path | None = option(None, "LoRA file to start training from, at its own ranks", file="existing")
 
 

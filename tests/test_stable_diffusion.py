@@ -71,8 +71,8 @@ def test_noise_prediction_with_a_lora_in_diffusers_layout(layers, tmp_path, monk
     if layers != "attention":
         lora = jax.tree.map(lambda a: 0.3 * a, lora)
         kernels = [path for path in flatten_dict(load_folder(tmp_path).params["unet"]) if path[-1] == "kernel"]
-        expected = {path[:-1] for path in kernels if layers == "all" or "up_blocks" in path[0]}
-        assert {path[:-1] for path in flatten_dict(lora)} == expected
+        adapted = {path[:-1] for path in kernels if layers == "all" or "up_blocks" in path[0]}
+        assert {path[:-1] for path in flatten_dict(lora)} == adapted
     save_lora(tmp_path / "lora.safetensors", lora)
     pipe.load_lora_weights(tmp_path / "lora.safetensors")
     prompts = ["a cat", "two dogs and a frog's pond"]

@@ -1,8 +1,9 @@
 """The policy that follows a learned log value exactly: no LoRA stands between them.
 
-With δ_k = s σ ∇_x V(x̂_#(x)) at every one of its steps, it is what a perfect pupil of V's gradient would be. Its
-certificate therefore says what the teacher is worth, and the difference to a LoRA's says what the pupil is worth.
-A step costs about four evaluations of the base model, because V's gradient is pulled back through it.
+With δ_k = s σ ∇_x V(x̂_#(x)) at every one of its steps (the `gradient` of `algorithms/fitted_value.py`), it is what a
+perfect pupil would be. Its certificate therefore says what the teacher is worth, and the difference to a LoRA's says
+what the pupil is worth. A step costs about three evaluations of the base model, because V's gradient is pulled back
+through it.
 """
 
 from collections.abc import Sequence
@@ -22,7 +23,10 @@ from nabla_gfn_jax.typing import Latents, PromptIds
 
 
 def value_slope(memory: ValueMemory, clean: Latents, state: Int[Array, ""], prompt_id: PromptIds) -> Latents:
-    """∂V/∂x̂ at clean samples x̂ (B, …) of one state, on the device. V must not see log R(x̂)."""
+    """∂V/∂x̂ (B, …) at clean samples x̂ of one state, 0 to S − 1: `Fit.gradients`, but on the device.
+
+    V must not see log R(x̂).
+    """
     centre, basis, middle, unit = (jnp.asarray(a) for a in (memory.centre, memory.basis, memory.middle, memory.unit))
 
     def total(clean: Latents) -> Array:
@@ -38,7 +42,8 @@ def value_slope(memory: ValueMemory, clean: Latents, state: Int[Array, ""], prom
 def following(model: Model, scale: float, until: int) -> PredictChange:
     """The base model, and the policy that follows V's gradient times `scale` in the first `until` steps.
 
-    In a LoRA's place it takes memories of V (`algorithms/value_memory.py`), whose mean is followed.
+    In a LoRA's place it takes memories of V (`algorithms/value_memory.py`), whose mean is followed. From step
+    `until` on, 0 to T, the change is 0.
     """
     times = jnp.asarray(model.chain.at.time)
 
