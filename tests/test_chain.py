@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
 
 from nabla_gfn_jax.diffusion.chain import rectified_flow_chain, stable_diffusion_chain
 from nabla_gfn_jax.diffusion.schedule import STABLE_DIFFUSION as CONFIG
@@ -111,8 +111,49 @@ def test_a_dpm_solver_trajectory_matches_diffusers(prediction_type):
         assert np.linalg.norm(ours - theirs.numpy()) < 1e-4 * np.linalg.norm(theirs.numpy()), k
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+@pytest.mark.parametrize(("num_steps", "first", "early"), [(4, 834, 3), (20, 968, 15), (100, 994, 75), (333, 999, 250)])
+def test_more_steps_early_match_diffusers(num_steps, first, early):
+    """Its DDPM takes any times. Its last step goes to no noise at all, where ours goes to time 0."""
+    chain = stable_diffusion_chain(CONFIG, num_steps, sampler="ddpm_early")
+    times = chain.at.time.tolist()
+    assert (times[0], times[-1], chain.to.time.tolist()) == (first, 1, [*times[1:], 0])
+    assert sum(t >= 501 for t in times) == early
+    for half in (times[:early], times[early - 1 :]):
+        gaps = -np.diff(half)
+        assert gaps.max() - gaps.min() <= 1
+        assert gaps.min() > 0
+    oracle = DDPMScheduler.from_config({**CONFIG, "variance_type": "fixed_small"})
+    oracle.set_timesteps(timesteps=times)
+    rng = np.random.default_rng(0)
+    x, eps = (rng.normal(size=(num_steps, 1, 5)).astype(np.float32) for _ in range(2))
+    mean = chain.mean_x[:, None, None] * x + chain.mean_o[:, None, None] * eps
+    outputs, states = torch.from_numpy(eps), torch.from_numpy(x)
+    for k, t in enumerate(times[:-1]):
+        np.testing.assert_allclose(chain.sigma[k] ** 2, float(oracle._get_variance(t)), rtol=3e-4)
+        theirs = oracle.step(outputs[k], t, states[k], generator=torch.Generator().manual_seed(k)).prev_sample
+        noise = torch.randn(1, 5, generator=torch.Generator().manual_seed(k))
+        np.testing.assert_allclose(mean[k] + chain.sigma[k] * noise.numpy(), theirs.numpy(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [4, 100, 333])
+def test_more_steps_early_of_a_schedule_that_ends_without_signal(num_steps):
+    config = CONFIG | {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
+    chain = stable_diffusion_chain(config, num_steps, sampler="ddpm_early")
+    assert chain.at.time[0] == 999
+    assert (np.diff(chain.at.time) < 0).all()
+    assert chain.to.time.tolist() == [*chain.at.time[1:].tolist(), 0]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(chain))
+
+
+@pytest.mark.parametrize("num_steps", [3, 334])
+def test_too_few_and_too_many_steps_early(num_steps):
+    with pytest.raises(UserError, match=f"num_steps is {num_steps}; the sampler ddpm_early can take 4 to 333"):
+        stable_diffusion_chain(CONFIG, num_steps, sampler="ddpm_early")
+
+
 def test_an_unknown_sampler():
-    with pytest.raises(UserError, match="sampler is 'heun'; choose one of ddpm, sde_dpm_solver"):
+    with pytest.raises(UserError, match="sampler is 'heun'; choose one of ddpm, ddpm_early, sde_dpm_solver"):
         stable_diffusion_chain(CONFIG, 20, sampler="heun")
 
 

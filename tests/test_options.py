@@ -38,6 +38,7 @@ COMMANDS |= {
     "ablations": "nabla_gfn_jax.studies.ablations:Options",
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
     "value_fit": "nabla_gfn_jax.studies.value_fit:Options",
+    "value_guidance": "nabla_gfn_jax.studies.value_guidance:Options",
     "uptake": "nabla_gfn_jax.studies.uptake:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",
@@ -142,7 +143,8 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    folders = {name: {"out": "out"} for name in ("mixture2d", "bank_fit", "foresight", "value_fit", "microscope")}
+    studies = ("mixture2d", "bank_fit", "foresight", "value_fit", "value_guidance", "microscope")
+    folders = {name: {"out": "out"} for name in studies}
     folders |= {name: {"out": "out.jsonl"} for name in ("bench2d", "ablations")}
     folders["uptake"] = {"out": "out", "lora": __file__}
     folders |= {"grid shared": {"updates": 1, "evaluation": {}, "tuning": {}}, "grid base": {"config": "emoji"}}

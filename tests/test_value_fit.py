@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 from tiny_run import brightness
 
-from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
-from nabla_gfn_jax.algorithms.value_memory import Fit, Seen
+from nabla_gfn_jax.algorithms.value_memory import Fit
 from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.studies import value_fit
-from nabla_gfn_jax.studies.value_fit import Options, Teacher, clean_of, drawn, fit_values, sample_bank, shifts
-from nabla_gfn_jax.studies.value_guidance import following
+from nabla_gfn_jax.studies.bank import clean_of, fit_halves, sample_bank, values_of
+from nabla_gfn_jax.studies.value_fit import Options, Teacher, drawn, shifts
 
 SMALL = {"num_steps": 6, "until_step": 5, "paths": 24, "held_out": 12, "together": 8, "updates": 50, "batch": 8}
 SMALL |= {"rank": 2, "components": 3, "width": 8, "fit_updates": 20, "fit_batch": 32}
@@ -63,35 +62,14 @@ def test_no_path_is_told_by_a_v_that_has_seen_it(images, bank):
     """Another reward of one path changes V and its gradient in the other half alone, and its own V at the sample."""
     clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
     fit = Fit(images.options, 24)
-    before, slopes, _ = fit_values(fit, clean, bank, 40.0, 2)
     changed = bank._replace(log_reward=bank.log_reward + 0.02 * (np.arange(24) == 4))  # prompt 0, the first half
-    after, others, _ = fit_values(fit, clean, changed, 40.0, 2)
+    before, slopes = values_of(fit, fit_halves(fit, clean, bank, 40.0, 2), clean, bank, 40.0, 2)
+    after, others = values_of(fit, fit_halves(fit, clean, changed, 40.0, 2), clean, changed, 40.0, 2)
     moved, turned = np.abs(after - before)[:, :-1].max(axis=1), np.abs(others - slopes).max(axis=(1, 2))
     first = np.arange(24) // 2 % 2 == 0
     for change in (moved, turned):
         assert change[~first].min() > 1e-5
         assert not change[first].any()
-
-
-@pytest.mark.thorough
-def test_the_policy_that_follows_v_itself(images, bank):
-    """Its step is s c of the host's gradients, the mean of both halves', pulled back by `told_by`; then the base's."""
-    clean = clean_of(images.base.chain(SMALL["num_steps"]), bank)
-    fit = Fit(images.options, 24)
-    memories = fit_values(fit, clean, bank, 40.0, 2).memories
-    model, ids = images.model(images.frozen), jnp.asarray(bank.prompt_id)
-    asked = Seen(clean, np.zeros(clean.shape[:2], np.float32)), bank.prompt_id
-    slopes = np.mean([fit.gradients(memory, *asked)[0] for memory in memories], axis=0)
-    change_of = following(model, 1.3, 4)
-    for k in range(6):
-        x, step = jnp.asarray(bank.x[:, k]), model.chain[k]
-        output, change = change_of(memories, x, step.at.each(24), ids)
-        np.testing.assert_allclose(output, bank.base_output[:, k], rtol=1e-4, atol=1e-5)
-        c = told_by(model, x, jnp.full(24, k), ids, jnp.asarray(slopes[:, k].reshape(x.shape)))
-        expected = 1.3 * c * step.sigma / step.mean_o if k < 4 else 0 * c
-        scale = float(jnp.abs(expected).max()) or 1.0
-        np.testing.assert_allclose(change / scale, expected / scale, atol=1e-4)
-        assert (k < 4) == bool(jnp.abs(change).max() > 0)
 
 
 def test_half_of_the_states_are_drawn_by_their_value():
@@ -128,7 +106,6 @@ def test_the_command(follow, tiny_model, tmp_path, monkeypatch, capsys):
             "--reward=bright",
             "--beta=40",
             "--rate=.003",
-            "--guided=true",
         ]
     )
     lora = load_lora(tmp_path / "lora.safetensors", load_model(str(tiny_model), jnp.float32).params["unet"])
@@ -136,11 +113,8 @@ def test_the_command(follow, tiny_model, tmp_path, monkeypatch, capsys):
     judged = json.loads((tmp_path / "certificate.json").read_text())
     assert judged["spent"][0] > 0
     assert judged["spent_by_step"][-1] == 0
-    guided = json.loads((tmp_path / "guided.json").read_text())
-    assert guided["spent_by_step"][0] > 0 == guided["spent_by_step"][-1]
     assert (tmp_path / "value_fit.md").read_text().count("\n") == 2 + 5 + 1
     out = capsys.readouterr().out
     assert ("r is " in out) == (follow == "mean_shift")
     assert re.search(r"update 50 of 50: loss -?\d\.\d+, teacher \d\.\d+ nats", out)
     assert "own samples: log R" in out
-    assert "V's gradient itself: log R" in out

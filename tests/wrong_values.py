@@ -194,6 +194,17 @@ IMAGES = {
     "seed": SEED,
 }
 LORA = {**IMAGES, "lora": ("", *PATH), "until_step": COUNT}
+BANK = {
+    **IMAGES,
+    "scale": (101.0, *POSITIVE),
+    "paths": (3, *COUNT),
+    "held_out": (1, *COUNT),
+    "bank": ("", *PATH),
+    **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch"), COUNT),
+    **dict.fromkeys(("fit_rate", "weight_clip"), POSITIVE),
+    "noise": NOT_NEGATIVE,
+    "until_step": (51, *COUNT),
+}
 
 WRONG_FLAGS = {
     "train": {
@@ -298,18 +309,14 @@ WRONG_FLAGS = {
         "guess": SWITCH,
     },
     "value_fit": {
-        **IMAGES,
+        **BANK,
         "follow": ("Gradient", "", "mean shift"),
-        "scale": (101.0, *POSITIVE),
-        "paths": (3, *COUNT),
-        **dict.fromkeys(("held_out", "batch"), (1, *COUNT)),
-        **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch", "rank", "updates"), COUNT),
-        **dict.fromkeys(("fit_rate", "weight_clip", "rate"), POSITIVE),
-        "noise": NOT_NEGATIVE,
-        "until_step": (51, *COUNT),
+        "batch": (1, *COUNT),
+        **dict.fromkeys(("rank", "updates"), COUNT),
+        "rate": POSITIVE,
         "layers": ("linear", ""),
-        "guided": SWITCH,
     },
+    "value_guidance": {**BANK, "steps": (1000, *COUNT), "sampler": ("heun", "")},
     "uptake": {
         **LORA,
         "paths": (1, *COUNT),

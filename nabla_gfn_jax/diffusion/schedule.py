@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 
 from nabla_gfn_jax.errors import UserError
 
-Sampler = Literal["ddpm", "sde_dpm_solver"]
+Sampler = Literal["ddpm", "ddpm_early", "sde_dpm_solver"]
 
 # The fields of Stable Diffusion's scheduler_config.json that affect the result.
 STABLE_DIFFUSION: dict[str, Any] = {
@@ -85,20 +85,32 @@ def visited_times(
     """The times t of x and t' of y of each step, (T,) each, decreasing; the last t' is 0.
 
     "ddpm": the times are 1, 1 + Δ, 1 + 2Δ, … with Δ = 1000 // num_steps (diffusers' `leading` spacing with offset 1).
+    "ddpm_early": DDPM with three quarters of its steps in the noisier half of the times, evenly in each half; 4 to 333
+    steps. That is where a path is decided (docs/credit.md).
     "sde_dpm_solver": equal steps from 999 to 0 (diffusers' `linspace` spacing with `final_sigmas_type="sigma_min"`).
-    Both end at ᾱ[0] < 1, so the last σ > 0.
+    All end at ᾱ[0] < 1, so the last σ > 0.
 
-    With `from_the_last`, "ddpm" also starts at 999 and goes down in steps of 1000 / num_steps (diffusers' `trailing`
-    spacing). A schedule that ends without signal needs this, because its state is pure noise only at time 999.
+    With `from_the_last`, both forms of DDPM start at 999; "ddpm" goes down in steps of 1000 / num_steps (diffusers'
+    `trailing` spacing). A schedule that ends without signal needs this, because its state is pure noise only at time
+    999.
 
     Raises:
-        UserError: there is no such sampler, or `num_steps` is not in 1 to 999.
+        UserError: there is no such sampler, or `num_steps` is not in its range.
     """
     last = STABLE_DIFFUSION["num_train_timesteps"] - 1
     if not 1 <= num_steps <= last:
         raise UserError(f"num_steps is {num_steps}; choose 1 to {last}")
     if sampler not in get_args(Sampler):
         raise UserError(f"sampler is {sampler!r}; choose one of {', '.join(get_args(Sampler))}")
+    if sampler == "ddpm_early":
+        if not 4 <= num_steps <= 333:
+            raise UserError(f"num_steps is {num_steps}; the sampler ddpm_early can take 4 to 333")
+        early = round(0.75 * num_steps)
+        ends = [np.linspace(last + 2, 501, early + 1), np.linspace(501, 1, num_steps - early + 1)]
+        # Each half without its noisier end, or with it, shifted so that the first time is 999.
+        times = np.concatenate([half[:-1] - 2 for half in ends] if from_the_last else [half[1:] for half in ends])
+        times = times.round().astype(int)
+        return times, np.append(times[1:], 0)
     if sampler == "ddpm" and from_the_last:
         times = np.round((last + 1) * np.arange(num_steps, 0, -1) / num_steps).astype(int) - 1
         return times, np.maximum(times - (last + 1) // num_steps, 0)
