@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_run import brightness
 
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
@@ -117,4 +118,6 @@ def test_the_command(follow, tiny_model, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert ("r is " in out) == (follow == "mean_shift")
     assert re.search(r"update 50 of 50: loss -?\d\.\d+, teacher \d\.\d+ nats", out)
-    assert "own samples: log R" in out
+    samples = Image.open(tmp_path / "samples.png")
+    assert 12 < samples.width / samples.height < 13  # a row of twelve, with margins
+    assert "own samples: log reward " in out

@@ -6,6 +6,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from tiny_run import brightness
 
 from nabla_gfn_jax.algorithms.fitted_value import told_by
@@ -138,4 +139,7 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     judged = json.loads((tmp_path / "out/certificate.json").read_text())
     assert len(judged["spent_by_step"]) == 9
     assert judged["spent_by_step"][0] > 0 == judged["spent_by_step"][-1]
-    assert "the policy that follows V: log R" in capsys.readouterr().out
+    rows = np.asarray(Image.open(tmp_path / "out/samples.png"), np.float32)
+    base, policy = np.split(rows, [len(rows) // 2])
+    assert policy.mean() > base.mean() + 1  # of 255
+    assert "the policy that follows V: log reward " in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A bank: base paths that are sampled once, the log value V of their states, and the certificate of what follows it."""
+"""A bank: base paths that are sampled once, the log value V of their states, and samples of what follows it."""
 
 import contextlib
 import functools
@@ -12,20 +12,22 @@ from typing import NamedTuple, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.images import levels
+from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import certificate
-from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.foresight import ONCE, Ends, fit_value
 from nabla_gfn_jax.studies.images import Images, PolicyOptions
 from nabla_gfn_jax.typing import Params, PRNGKeys, PromptIds
 
 HELD_OUT, BANK = 0, 4  # streams of random numbers; `uptake` samples the first
+SHOWN = 16  # samples in a row of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +121,7 @@ class _Kept:
         file, size = self.folder / f"{start:07d}.npz", min(self.together, count - start)
         if file.exists():
             damaged = contextlib.suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile)
-            with damaged, file.open("rb") as stream, np.load(stream) as arrays:
+            with damaged, file.open("rb") as content, np.load(content) as arrays:
                 found = Bank(**{name: arrays[name][:size] for name in Bank._fields})
                 if len(found.prompt_id) == size:
                     return found
@@ -192,30 +194,26 @@ def _first_half(count: int, num_prompts: int) -> Bool[np.ndarray, " paths"]:
 
 def held_out_paths(
     images: Images, o: BankOptions, sampled: Callable[[PRNGKeys, PromptIds], tuple[Array, ...]]
-) -> certificate.Paths:
-    """Samples of a policy from the noise of the held-out base paths, some at a time.
+) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
+    """Samples of a policy from the noise of the held-out base paths, some at a time, and the pictures of the first.
 
-    `sampled` returns the fields of `certificate.Paths` for some keys and prompts.
+    `sampled` returns, for some keys and prompts, the pictures and then the fields of `certificate.Paths`.
     """
-    parts = []
+    parts, shown = [], None
     for start in range(0, o.held_out, o.together):
-        of_part = images.keys(HELD_OUT, start, min(o.together, o.held_out - start))
-        parts.append(jax.tree.map(np.asarray, sampled(*of_part)))
-    return certificate.Paths(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True)))
+        pictures, *fields = sampled(*images.keys(HELD_OUT, start, min(o.together, o.held_out - start)))
+        shown = levels(np.asarray(pictures[:SHOWN])) if shown is None else shown
+        parts.append([np.asarray(field) for field in fields])
+    assert shown is not None
+    return certificate.Paths(*(np.concatenate(leaves) for leaves in zip(*parts, strict=True))), shown
 
 
 def certify(beta: float, whose: str, paths: certificate.Paths, base: certificate.Paths, file: Path) -> None:
     """Writes the certificate to `file`, and prints the main figures in a line."""
     judged = certificate.certify(paths, base, beta)
     file.write_text(json.dumps(asdict(judged), default=np.ndarray.tolist) + "\n")
-    gap = judged.at_beta.gap if judged.at_beta else None
-    print(
-        f"{whose}: log R {judged.log_reward.value:.3f}, exponent {_with_error(judged.exponent)}, "
-        f"needed {judged.needed.value:.3f}, spent {judged.spent.value:.3f}, "
-        f"efficiency {_with_error(judged.efficiency)}, gap {_with_error(gap)}",
-        flush=True,
-    )
-
-
-def _with_error(found: Estimate | None) -> str:
-    return "unknown" if found is None else f"{found.value:.2f} ± {found.error:.2f}"
+    figures = {name: getattr(judged, name) for name in ("log_reward", "exponent", "needed", "spent", "efficiency")}
+    if judged.at_beta:
+        figures["gap"] = judged.at_beta.gap
+    said = ", ".join(f"{name.replace('_', ' ')} {show(figure)}" for name, figure in figures.items())
+    print(f"{whose}: {said}", flush=True)

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
@@ -43,12 +43,14 @@ from nabla_gfn_jax.checkpoints.lora_file import save_lora
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.images import save_grid
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.bank import (
     BANK,
+    SHOWN,
     Bank,
     BankOptions,
     certify,
@@ -70,7 +72,7 @@ REPORT = 50  # updates between two printed losses
 class Options(BankOptions):
     """The paths, how V is fitted to them, the LoRA, and the folder for the results."""
 
-    out: Path = option(meaning="folder for value_fit.jsonl, value_fit.md, certificate.json and lora.safetensors")
+    out: Path = option(meaning="folder for the tables, the certificate, the LoRA and a row of its samples")
     follow: Literal["gradient", "mean_shift"] = option("gradient", "what of V the steps follow")
     scale: float = option(0.9, "by which what the steps follow is multiplied", above=0, maximum=100)
     layers: Layers = option("all", "layers with a LoRA")
@@ -154,8 +156,10 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
     return average
 
 
-def own_paths(images: Images, o: Options, lora: Params) -> certificate.Paths:
-    """Samples of the LoRA, from the noise of the held-out base paths."""
+def own_paths(
+    images: Images, o: Options, lora: Params
+) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
+    """Samples of the LoRA, from the noise of the held-out base paths, and the pictures of the first."""
     active = np.arange(o.num_steps) < o.last_step
 
     @jax.jit
@@ -163,7 +167,8 @@ def own_paths(images: Images, o: Options, lora: Params) -> certificate.Paths:
         model = images.model(frozen)
         shape = images.base.latent_shape
         found = sample_paths(model.predict, lora, model.chain, keys, shape, ids, active=active)
-        return model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
+        pictures = images.base.decode(frozen["base"], found.latents)
+        return pictures, model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
 
     return held_out_paths(images, o, functools.partial(part, images.frozen, lora))
 
@@ -191,7 +196,9 @@ def main(argv: list[str]) -> None:
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, 10)
     write_results(o.out, "value_fit", rows, as_table(rows))
     base = certificate.Paths.of_base(np.r_[reward, bank.log_reward], np.r_[ids, bank.prompt_id])
-    certify(o.beta, "own samples", own_paths(images, o, lora), base, o.out / "certificate.json")
+    own, pictures = own_paths(images, o, lora)
+    certify(o.beta, "own samples", own, base, o.out / "certificate.json")
+    save_grid(o.out / "samples.png", pictures, columns=SHOWN, zoom=max(1, 128 // pictures.shape[1]))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ what the pupil is worth. A step costs about three evaluations of the base model,
 through it. No gradient of the reward is taken.
 
 The policy's steps need not be those of the bank: between the times of two states, V is interpolated. A step can only
-move its mean, so shorter steps follow V better. The policy is judged against base samples of its own steps.
+move its mean, so shorter steps follow V better. The policy is judged against base samples of its own steps, and
+samples.png shows the base model's samples above the policy's, from the same noise.
 """
 
 import functools
@@ -22,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, UInt8
 
 from nabla_gfn_jax.algorithms import value_network
 from nabla_gfn_jax.algorithms.base import Model
@@ -34,6 +35,7 @@ from nabla_gfn_jax.diffusion.chain import Level
 from nabla_gfn_jax.diffusion.sampler import PredictChange
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import exit_on_user_error
+from nabla_gfn_jax.images import save_grid
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
@@ -55,7 +57,7 @@ from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
 class Options(BankOptions):
     """The paths, how V is fitted to them, how it is followed, and the folder for the results."""
 
-    out: Path = option(meaning="folder for certificate.json")
+    out: Path = option(meaning="folder for the certificate and two rows of samples")
     scale: float = option(1.1, "s, by which V's gradient is multiplied", above=0, maximum=100)
     steps: int | None = option(None, "the policy's sampling steps [num_steps, as V's]", minimum=1, maximum=999)
     sampler: Sampler = option("ddpm", "which times these steps visit")
@@ -124,8 +126,10 @@ def following(model: Model, scale: float, times: Float[np.ndarray, " steps"]) ->
     return predict_change
 
 
-def own_paths(images: Images, o: Options, memories: Memories | None) -> certificate.Paths:
-    """Samples of the policy that follows V, or of the base model, with the policy's steps.
+def own_paths(
+    images: Images, o: Options, memories: Memories | None
+) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
+    """Samples of the policy that follows V, or of the base model, with the policy's steps, and pictures of the first.
 
     They begin at the noise of the held-out base paths.
     """
@@ -139,7 +143,8 @@ def own_paths(images: Images, o: Options, memories: Memories | None) -> certific
         follow = following(model, o.scale, times)
         shape = images.base.latent_shape
         found = sample_paths(model.predict, policy, chain, keys, shape, ids, predict_change=follow)
-        return model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
+        pictures = images.base.decode(frozen["base"], found.latents)
+        return pictures, model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
 
     return held_out_paths(images, o, functools.partial(part, images.frozen, memories))
 
@@ -156,8 +161,11 @@ def main(argv: list[str]) -> None:
     clean = clean_of(images.base.chain(o.num_steps), bank)
     memories = fit_halves(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts))
     del bank, clean  # some GB
-    base = own_paths(images, o, None)
-    certify(o.beta, "the policy that follows V", own_paths(images, o, memories), base, o.out / "certificate.json")
+    base, before = own_paths(images, o, None)
+    own, after = own_paths(images, o, memories)
+    certify(o.beta, "the policy that follows V", own, base, o.out / "certificate.json")
+    zoom = max(1, 128 // before.shape[1])
+    save_grid(o.out / "samples.png", np.concatenate([before, after]), columns=len(before), zoom=zoom)
 
 
 if __name__ == "__main__":
