@@ -1,22 +1,25 @@
 """Measures models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --workdir=runs/emoji/seed0`.
 
 Samples the same prompts with the same noise from the base model and from every LoRA that the run saved, or from the
-given LoRA files. Prints for each model its mean log R, the nats that this reward needs, the nats that the model spends,
-its distance to P_base · R^β (docs/nats.md), the mean log R of its worst samples, and its mean log R by other rewards
-that you name. With --metrics it also measures the diversity of the images and their distance from the base model's
-(docs/metrics.md). If the drawings of the prompts are known, it also prints how many images show their prompt and the
-entropies over vendors and over drawings. Diversity is compared with that of the base model tilted to the same mean log
-R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the measurements of all samples in
-WORKDIR/base_samples and WORKDIR/lora_samples: the same command, if it was cut off, goes on with the next model.
+given LoRA files, or from the base model as it follows a log value (--value). Prints for each model its mean log R, the
+nats that this reward needs, the nats that the model spends, its distance to P_base · R^β (docs/nats.md), the mean log R
+of its worst samples, and its mean log R by other rewards that you name. With --metrics it also measures the diversity
+of the images and their distance from the base model's (docs/metrics.md). If the drawings of the prompts are known, it
+also prints how many images show their prompt and the entropies over vendors and over drawings. Diversity is compared
+with that of the base model tilted to the same mean log R. Appends a row for each model to WORKDIR/evaluations.jsonl,
+and keeps the measurements of all samples in WORKDIR/base_samples and WORKDIR/lora_samples: the same command, if it was
+cut off, goes on with the next model.
 """
 
 import itertools
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nabla_gfn_jax.algorithms.value_guide import ValueGuide, load_guide
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints import csv_file
@@ -39,7 +42,7 @@ from nabla_gfn_jax.inference.evaluation import (
 )
 from nabla_gfn_jax.inference.extras import load_extras
 from nabla_gfn_jax.inference.recipes import recipes
-from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, digest, scaled
+from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, Policy, digest, scaled
 from nabla_gfn_jax.inference.subject import Subject, SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.inference.table import print_evaluations, to_json
 from nabla_gfn_jax.metrics.base import Batch
@@ -48,7 +51,6 @@ from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
 from nabla_gfn_jax.rewards import RewardNames, load_reward, scale_of
 from nabla_gfn_jax.runs import evaluations
-from nabla_gfn_jax.typing import Params
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,9 @@ class Options(SubjectOptions):
         (), "a LoRA file, instead of the run's LoRAs", repeated=True, empty=True, file="existing"
     )
     lora_scale: tuple[float, ...] = option((1.0,), "strengths at which to measure each LoRA", minimum=-100, maximum=100)
+    value_scale: tuple[float, ...] = option(
+        (), "factors of the log value's gradient [the one in its file]", empty=True, minimum=-100, maximum=100
+    )
     prompts: str | None = option(None, f"a set of prompts, or {EVERY_CONCEPT} [the run's, or a_face]")
     split: Split = option("held_out", "which prompts of the set: those held out from training, or those of training")
     num_prompts: int = option(0, "number of prompts to use; 0: all", minimum=0)
@@ -94,6 +99,9 @@ def main(argv: list[str]) -> None:
     extras = load_extras(options.cross_rewards, options.metrics, reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
     candidates = list(candidates_of(subject, model, options.lora_scale))
+    if options.value:
+        scales = options.value_scale or (None,)
+        candidates += [guided(options.value, scale, prompts, model.latent_shape) for scale in scales]
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
     beta = subject.beta if options.beta is None else options.beta
@@ -132,17 +140,22 @@ def main(argv: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model to measure: the base model, or the LoRA `file` at strength `scale`."""
+    """A model to measure: the base model, or the LoRA `file` at strength `scale`, or what is followed in its place."""
 
     name: str
-    lora: Params | None = None
+    lora: Policy | None = None
     file: str = ""
     scale: float = 0.0
 
     @property
     def strengths(self) -> dict[str, float]:
         """The strength of its LoRA by the LoRA's name."""
-        return {self.file: self.scale} if self.file else {}
+        return {self.file: self.scale} if isinstance(self.lora, dict) else {}
+
+    @property
+    def value(self) -> tuple[str, float] | None:
+        """The file of the log value that it follows, and by which factor."""
+        return (self.file, self.scale) if isinstance(self.lora, ValueGuide) else None
 
 
 def candidates_of(subject: Subject, model: StableDiffusion, scales: Sequence[float]) -> Iterator[Candidate]:
@@ -154,12 +167,19 @@ def candidates_of(subject: Subject, model: StableDiffusion, scales: Sequence[flo
             yield Candidate(name + f" x {scale:g}" * (scale != 1), scaled(lora, scale), name, scale)
 
 
+def guided(file: Path, scale: float | None, prompts: Sequence[str], shape: Sequence[int]) -> Candidate:
+    """The base model that follows the log value in a file. Raises `UserError` as `load_guide`."""
+    guide = load_guide(file, prompts, math.prod(shape), scale)
+    return Candidate(f"{file} x {float(guide.scale):g}", guide, str(file), float(guide.scale))
+
+
 def keeper(
     folder: Path, model: Candidate, subject: Subject, prompts: Sequence[str], num: int, size: Sequence[int]
 ) -> Callable[[Batch], None]:
     """A function that writes the images of each batch to a folder of the model, as 0000.png and so on."""
     place = folder / re.sub(r"[^\w.-]+", "_", model.name)
-    texts, count = recipes(subject.model, model.strengths, subject.how, prompts, num, size), itertools.count()
+    texts = recipes(subject.model, model.strengths, subject.how, prompts, num, size, model.value)
+    count = itertools.count()
 
     def keep(batch: Batch) -> None:
         for image in levels(batch.images):

@@ -5,6 +5,7 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nabla_gfn_jax.algorithms.value_guide import load_guide
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
 from nabla_gfn_jax.checkpoints.lora_file import load_lora
 from nabla_gfn_jax.command_line import parse
@@ -13,7 +14,7 @@ from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError, exit_on_user_error
 from nabla_gfn_jax.images import PICTURES, save_each, save_grid
 from nabla_gfn_jax.inference.recipes import recipes
-from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, all_images, combined, scaled
+from nabla_gfn_jax.inference.sampling import CPU_BATCH, ImageSampler, Policy, all_images, combined, scaled
 from nabla_gfn_jax.inference.subject import SubjectOptions, find_subject, hashes_of, warn_of_another_base
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.parallel import require_devices, use_cpu_cores
@@ -38,6 +39,9 @@ class Options(SubjectOptions):
     lora_scale: tuple[float, ...] = option(
         (1.0,), "strength of all LoRAs, or one strength for each; 0: no LoRA", minimum=-100, maximum=100
     )
+    value_scale: float | None = option(
+        None, "factor of the log value's gradient [the one in its file]", minimum=-100, maximum=100
+    )
     lora_from_step: int = option(1, "first step with the LoRA; earlier steps use the base model", minimum=1)
     lora_until_step: int | None = option(None, "last step with the LoRA [the run's]", minimum=1)
     prompt: tuple[str, ...] = option(
@@ -52,6 +56,13 @@ class Options(SubjectOptions):
     each: Path | None = option(
         None, "folder for one PNG per image; each PNG stores its prompt, seed and settings", file="folder"
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.value and self.lora:
+            raise UserError("--value and --lora are two policies; give one of them")
+        if self.value and self.eta == 0:
+            raise UserError("--value moves the noise of a step, and --eta = 0 has none; give an --eta above 0")
 
     def strengths(self, loras: int) -> tuple[float, ...]:
         """The strength of each of `loras` LoRAs.
@@ -74,7 +85,7 @@ def main(argv: list[str]) -> None:
     use_cpu_cores(CPU_BATCH)
     require_devices()
     subject = find_subject(options, options.lora, options.eta)
-    files = dict(list(subject.loras.items())[0 if options.lora else -1 :])  # only the last LoRA of a run
+    files = {} if options.value else dict(list(subject.loras.items())[0 if options.lora else -1 :])  # a run's last
     strengths = options.strengths(len(files))
     how = replace(
         subject.how,
@@ -82,7 +93,10 @@ def main(argv: list[str]) -> None:
         lora_from_step=options.lora_from_step,
         lora_until_step=options.lora_until_step or subject.how.lora_until_step,
     )
-    prompts = options.prompt or (prompt_set(subject.prompts).held_out[:ROWS] if subject.prompts else ("a face",))
+    prompts = options.prompt or ("a face",)
+    if subject.prompts and not options.prompt:
+        known = prompt_set(subject.prompts)
+        prompts = (known.train if options.value else known.held_out)[:ROWS]
     model = load_model(subject.model, DTYPES[subject.model_dtype])
     if options.height or options.width:
         height, width, _ = model.image_shape
@@ -93,15 +107,20 @@ def main(argv: list[str]) -> None:
         scaled(load_lora(file, unet, text_encoder), strength)
         for file, strength in zip(files.values(), strengths, strict=True)
     ]
-    lora = combined(loras) if loras else None
+    policy: Policy | None = combined(loras) if loras else None
+    value: tuple[str, float] | None = None
+    if options.value:
+        policy = load_guide(options.value, prompts, math.prod(model.latent_shape), options.value_scale)
+        value = str(options.value), float(policy.scale)
 
-    images = all_images(ImageSampler(model, prompts, how, options.batch).images(lora, options.num))
+    images = all_images(ImageSampler(model, prompts, how, options.batch).images(policy, options.num))
     columns = math.ceil(math.sqrt(options.num)) if len(prompts) == 1 else options.num
     save_grid(options.out, images, columns=columns, zoom=max(1, 128 // images.shape[1]))
-    print(f"{len(images)} images of {' and '.join(files) or 'the base model'} in {options.out}")
+    print(f"{len(images)} images of {' and '.join(files) or options.value or 'the base model'} in {options.out}")
     if options.each:
         drawn = dict(zip(files, strengths, strict=True))
-        save_each(options.each, images, recipes(subject.model, drawn, how, prompts, options.num, images.shape[1:3]))
+        size = images.shape[1:3]
+        save_each(options.each, images, recipes(subject.model, drawn, how, prompts, options.num, size, value))
 
 
 if __name__ == "__main__":

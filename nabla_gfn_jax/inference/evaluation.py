@@ -14,7 +14,7 @@ import numpy as np
 from nabla_gfn_jax.checkpoints.files import WriteError, write_whole
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
-from nabla_gfn_jax.inference.sampling import ImageSampler
+from nabla_gfn_jax.inference.sampling import ImageSampler, Policy
 from nabla_gfn_jax.metrics.base import Batch, Comparison, Metric, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.certificate import Certificate
 from nabla_gfn_jax.metrics.coverage import SHAPE as DRAWN_SHAPE
@@ -23,7 +23,6 @@ from nabla_gfn_jax.metrics.nats import Nats
 from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.metrics.tilt import Estimate
 from nabla_gfn_jax.rewards import Reward
-from nabla_gfn_jax.typing import Params
 
 BASE_SAMPLES = "base_samples"  # the folder of a workdir in which the base model's states are kept
 LORA_SAMPLES = "lora_samples"  # and those of LoRAs, so that an evaluation that was cut off goes on
@@ -67,7 +66,7 @@ class Evaluator:
 
     def states(
         self,
-        lora: Params | None,
+        lora: Policy | None,
         num: int,
         *,
         first: int = 0,
@@ -91,7 +90,7 @@ class Evaluator:
 
     def kept_states(
         self,
-        lora: Params | None,
+        lora: Policy | None,
         num: int,
         cache: Path | None,
         key: Mapping[str, Any],

@@ -16,6 +16,7 @@ def recipes(
     prompts: Sequence[str],
     num: int,
     size: Sequence[int],
+    value: tuple[str, float] | None = None,
 ) -> Iterator[dict[str, str]]:
     """The text fields by keyword for each of `num` images of each prompt, prompt by prompt.
 
@@ -29,9 +30,10 @@ def recipes(
         prompts: the prompts.
         num: images per prompt.
         size: height and width in pixels.
+        value: the file of the log value that the base model follows, and by which factor.
     """
     whole = {"version": __version__, "model": model, "loras": dict(loras), **asdict(how)}
-    whole |= {"height": size[0], "width": size[1]}
+    whole |= {"height": size[0], "width": size[1]} | ({"value": dict([value])} if value else {})
     for place, prompt in enumerate(prompts):
         for image in range(num):
             recipe = whole | {"prompt": prompt, "prompt_number": place, "image_number": image}
@@ -49,4 +51,6 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
         "Size": f"{recipe['width']}x{recipe['height']}",
         "Model": recipe["model"],
     }
+    if "value" in recipe:
+        said["Value"] = " and ".join(f"{name} x {scale:g}" for name, scale in recipe["value"].items())
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said.items())])

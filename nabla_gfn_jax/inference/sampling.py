@@ -6,15 +6,17 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.serialization import to_state_dict
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Bool, Float, Int, UInt8
 from tqdm import tqdm
 
+from nabla_gfn_jax.algorithms.value_guide import ValueGuide, following
 from nabla_gfn_jax.base_models.base import FEW_PROMPTS, BaseModel, Table, change_predictor, predictor, window
 from nabla_gfn_jax.checkpoints.lora_names import TEXT_ENCODER
 from nabla_gfn_jax.diffusion.chain import Level
@@ -33,6 +35,7 @@ _PIXELS = 2**21  # the most pixels sampled together on a device: 8 images of 512
 _DECODED = 2**19  # the most pixels decoded together on a device: the VAE's activations take 1 kB or more per pixel
 _PER_PROMPT = 2**20  # number of noises reserved for each prompt
 _Kind = Literal["images", "nats", "along_base"]  # of the programs: whether paths are recorded, and whose
+Policy: TypeAlias = Params | ValueGuide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +111,7 @@ class ImageSampler:
 
     def images(
         self,
-        lora: Params | None,
+        lora: Policy | None,
         num: int,
         *,
         first: int = 0,
@@ -119,16 +122,19 @@ class ImageSampler:
         """Samples the images number `first` to `num` − 1 of each prompt, prompt by prompt, in batches.
 
         Args:
-            lora: the LoRA; None for the base model. Its part "text_encoder" adapts the text encoder.
+            lora: the LoRA, or what is followed in its place; None for the base model. Its part "text_encoder" adapts
+                the text encoder.
             num, first: the range of images. Image i of a prompt has the same noise for every model, `num` and `first`.
             nats: record path statistics; with a LoRA this takes twice the time.
             along_base: sample the base model, and record the path statistics of the LoRA on its paths.
             progress: the label of a progress bar; None: no bar.
         """
+        if isinstance(lora, ValueGuide) and self._table is None:
+            raise UserError(f"a log value cannot be followed for more than {FEW_PROMPTS} prompts; choose fewer")
         each = np.arange(first, num)
         prompt = np.repeat(np.arange(len(self.prompts)), len(each))
         number = np.tile(each, len(self.prompts))
-        seeing, lora = self._seeing((lora or {}).get(TEXT_ENCODER)), place(lora, self._mesh)
+        seeing, lora = self._seeing(_of_text_encoder(lora)), place(lora, self._mesh)
         wanted: _Kind = "along_base" if along_base else "nats" if nats else "images"
         kind: _Kind = "images" if lora is None else wanted
         start = 0
@@ -213,15 +219,21 @@ class ImageSampler:
         active = None if self._lora_steps.all() else self._lora_steps
 
         def run(
-            params: Params, lora: Params | None, tables: tuple[Table, Table], keys: PRNGKeys, prompt: PromptIds
+            params: Params, lora: Any, tables: tuple[Table, Table], keys: PRNGKeys, prompt: PromptIds
         ) -> tuple[Images, ...]:
             of_base, of_policy = (predictor(model, params, table, self.how.guidance) for table in tables)
+            follow, is_guide = following(of_base, chain), isinstance(lora, ValueGuide)
 
-            def predict(lora: Params | None, x: Latents, level: Level, condition: PromptIds) -> Latents:
+            def predict(lora: Any, x: Latents, level: Level, condition: PromptIds) -> Latents:
+                if is_guide and lora is not None:
+                    output, change = follow(lora, x, level, condition)
+                    return output + change
                 return (of_base if lora is None else of_policy)(lora, x, level, condition)
 
             how: dict[str, Any] = {"nats": nats, "along_base": kind == "along_base", "active": active}
-            if TEXT_ENCODER not in (lora or {}):  # otherwise the two have different contexts; outputs are subtracted
+            if is_guide:
+                how |= {"predict_change": follow, "active": None}  # it knows its times
+            elif _of_text_encoder(lora) is None:  # otherwise their contexts differ; outputs are subtracted
                 how["predict_change"] = change_predictor(model, params, tables[0], self.how.guidance)
             paths = sample_paths(predict, lora, chain, keys, model.latent_shape, prompt, **how)
             images = self._decode(params, paths.latents)
@@ -244,10 +256,14 @@ def image_keys(seed: int, prompt: Int[np.ndarray, " n"], number: Int[np.ndarray,
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), noise)
 
 
-def digest(lora: Params) -> str:
-    """A hash of all names and numbers of a LoRA."""
+def _of_text_encoder(policy: Policy | None) -> Params | None:
+    return policy.get(TEXT_ENCODER) if isinstance(policy, dict) else None
+
+
+def digest(policy: Policy) -> str:
+    """A hash of all names and numbers of a LoRA, or of what is followed in its place."""
     found = hashlib.sha256()
-    for path, array in sorted(flatten_dict(lora).items()):
+    for path, array in sorted(flatten_dict(to_state_dict(policy)).items()):
         found.update(repr((path, array.shape)).encode())
         found.update(np.asarray(array).tobytes())
     return found.hexdigest()

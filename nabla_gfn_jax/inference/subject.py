@@ -44,6 +44,9 @@ class SubjectOptions(Checked):
         None, "classifier-free guidance scale; 1: no guidance [the run's, or 5]", minimum=0, maximum=100
     )
     seed: int = option(0, "seed of the noise", minimum=0, maximum=LARGEST_SEED)
+    value: Path | None = option(
+        None, "a log value that the base model follows in a LoRA's place, by studies.value_guidance", file="existing"
+    )
     batch: int = option(0, "most images sampled together; 0: as many as are likely to fit", minimum=0)
 
 
@@ -59,10 +62,13 @@ class Subject:
     reward: str | None
     beta: float | None
     model_files: dict[str, str]  # SHA-256 of the files of the base model on which the LoRAs were trained
+    value: Path | None = None  # the log value that the base model follows
 
 
 def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float = 1.0) -> Subject:
     """The subject that the options describe, with the LoRAs `files` or, without them, all LoRAs of the workdir.
+
+    What is not said is read from the run, or else from the headers of the LoRAs and of the log value.
 
     Reports on stderr if an option contradicts the run.
 
@@ -76,8 +82,8 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
         known = {"model_dtype": run.config.get("model_dtype")} | run.about_lora(0)
         if not files:
             found = {f"lora/{path.name}": path / loras.DIFFUSERS for path in loras.saved(options.workdir).values()}
-    elif files:
-        known = _agreed({str(file): read_about(file) for file in files}, _given(options))
+    elif said := [*files, *([options.value] if options.value else [])]:
+        known = _agreed({str(file): read_about(file) for file in said}, _given(options))
     for name, value in _given(options).items():
         if known.get(name) not in (None, value):
             print(f"{name} is {value}, as given; in training it was {known[name]}", file=sys.stderr)
@@ -99,6 +105,7 @@ def find_subject(options: SubjectOptions, files: Sequence[Path] = (), eta: float
         reward=settled.get("reward"),
         beta=settled.get("beta"),
         model_files={name: digest for name, digest in inputs.items() if name.startswith("model/")},
+        value=options.value,
     )
 
 
@@ -123,12 +130,13 @@ def file_hashes(files: Mapping[str, Iterable[Path]]) -> dict[str, str]:
 
 
 def warn_of_another_base(subject: Subject, files: Mapping[str, str]) -> None:
-    """Reports on stderr if the LoRAs were trained on another base model. `files` has the hashes of the present one."""
+    """Reports on stderr if LoRAs or a log value are of another base model. `files` has the present one's hashes."""
     trained_on = subject.model_files
     changed = sorted(name for name, digest in trained_on.items() if files.get(name) != digest)
-    if subject.loras and changed:
+    if (subject.loras or subject.value) and changed:
         differ = f"{len(changed)} of its files differ, such as {changed[0]}"
-        print(f"the LoRA was trained on another base model than {subject.model}: {differ}", file=sys.stderr)
+        what = "LoRA" if subject.loras else "log value"
+        print(f"the {what} was trained on another base model than {subject.model}: {differ}", file=sys.stderr)
 
 
 def _given(options: SubjectOptions) -> dict[str, Any]:
@@ -146,7 +154,7 @@ def _agreed(headers: Mapping[str, Mapping[str, Any]], given: Mapping[str, Any]) 
         if any(value != values[0] for value in values):
             if name in _DEFAULTS and name not in given:
                 each = " and ".join(f"{value} in {file}" for file, value in said.items())
-                raise UserError(f"the LoRA files differ in {name}: {each}; say which by --{_OPTION.get(name, name)}")
+                raise UserError(f"the files differ in {name}: {each}; say which by --{_OPTION.get(name, name)}")
         elif values:
             agreed[name] = values[0]
     return agreed
