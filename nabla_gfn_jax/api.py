@@ -12,6 +12,7 @@ Arguments mean the same as the options of the commands. An input that is not all
 `nabla_gfn_jax.errors.UserError`, whose text is one line.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ import numpy as np
 from jaxtyping import Float
 
 from nabla_gfn_jax import train
+from nabla_gfn_jax.algorithms.value_guide import ValueGuide, load_guide
 from nabla_gfn_jax.base_models import names
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints import lora_file
 from nabla_gfn_jax.command_line import default_workdir, load_settings
 from nabla_gfn_jax.inference.evaluation import Evaluation, Evaluator
 from nabla_gfn_jax.inference.extras import load_extras
-from nabla_gfn_jax.inference.sampling import ImageSampler, Sampling
+from nabla_gfn_jax.inference.sampling import ImageSampler, Policy, Sampling
 from nabla_gfn_jax.metrics.base import Batch
 from nabla_gfn_jax.metrics.reward import LogReward
 from nabla_gfn_jax.options import flatten
@@ -38,7 +40,7 @@ from nabla_gfn_jax.training.loop import Row
 from nabla_gfn_jax.training.outputs import is_finished
 from nabla_gfn_jax.typing import Params
 
-__all__ = ["evaluate", "finetune", "load_lora", "load_model", "sample", "score"]
+__all__ = ["evaluate", "finetune", "load_lora", "load_model", "load_value", "sample", "score"]
 
 
 def load_model(name: str, dtype: str = "float32") -> StableDiffusion:
@@ -58,8 +60,19 @@ def load_lora(path: str | Path, model: StableDiffusion) -> Params:
     return lora_file.load_lora(Path(path).expanduser(), model.params["unet"], model.params["text_encoder"])
 
 
+def load_value(
+    path: str | Path, model: StableDiffusion, prompts: Sequence[str], scale: float | None = None
+) -> ValueGuide:
+    """Loads a log value of `nabla_gfn_jax.studies.value_guidance`, which `sample` and `evaluate` take as their `lora`.
+
+    `prompts` must be those that are then sampled, and `scale` replaces the factor in the file. Raises `UserError` if
+    the file does not load, knows nothing of a prompt, or is of another model.
+    """
+    return load_guide(Path(path).expanduser(), prompts, math.prod(model.latent_shape), scale)
+
+
 def sample(
-    model: StableDiffusion, prompts: Sequence[str], *, num: int = 1, lora: Params | None = None, **how: Any
+    model: StableDiffusion, prompts: Sequence[str], *, num: int = 1, lora: Policy | None = None, **how: Any
 ) -> Float[np.ndarray, "prompts num height width 3"]:
     """Samples `num` images of each prompt, in [0, 1].
 
@@ -86,7 +99,7 @@ def evaluate(
     prompts: Sequence[str],
     *,
     reward: str,
-    lora: Params,
+    lora: Policy,
     num: int = 512,
     beta: float | None = None,
     cross_rewards: Sequence[str] = (),

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from tiny_run import brightness
 
-from nabla_gfn_jax import evaluate, sample
+from nabla_gfn_jax import api, evaluate, sample
 from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.value_guide import Known, ValueGuide, following, load_guide, save_guide
 from nabla_gfn_jax.algorithms.value_memory import Fit, Seen
@@ -20,6 +20,7 @@ from nabla_gfn_jax.base_models.names import load_model
 from nabla_gfn_jax.checkpoints.files import write_safetensors
 from nabla_gfn_jax.checkpoints.lora_file import read_about
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.images import levels
 from nabla_gfn_jax.rewards import REWARDS
 from nabla_gfn_jax.studies import value_guidance
 from nabla_gfn_jax.studies.bank import Bank, clean_of, fit_halves, sample_bank
@@ -234,6 +235,12 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     recipe = json.loads(Image.open(tmp_path / "each/0000.png").text["nabla_gfn_jax"])
     assert recipe["value"] == {str(tmp_path / "out/value.safetensors"): pytest.approx(1.1)}
     assert (recipe["loras"], recipe["steps"], recipe["prompt"]) == ({}, 9, "a face")
+    loaded = api.load_model(str(tiny_model))
+    guide = api.load_value(tmp_path / "out/value.safetensors", loaded, ["a face"])
+    how = {"sampler": "ddpm_early", "steps": 9, "guidance": 2.0}
+    drawn = levels(api.sample(loaded, ["a face"], num=4, lora=guide, **how)[0])
+    saved = [np.asarray(Image.open(tmp_path / f"each/000{i}.png")) for i in range(4)]
+    assert np.abs(drawn.astype(int) - np.stack(saved)).max() <= 1
     sample.main(["sample", value, model, "--num=4", "--value_scale=0", f"--out={tmp_path / 'still.png'}"])
     grids = [np.asarray(Image.open(tmp_path / name), np.float32) for name in ("grid.png", "still.png")]
     assert 0 < np.abs(grids[0] - grids[1]).mean() < 20
