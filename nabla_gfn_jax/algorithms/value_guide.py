@@ -155,7 +155,7 @@ def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float |
         found = ValueGuide(
             known=tuple(_known(tree["known"][str(i)], rows) for i in range(len(tree["known"]))),
             times=tree["times"],
-            scale=tree["scale"] if scale is None else np.asarray(scale, np.float32),
+            scale=_number(tree["scale"]) if scale is None else np.asarray(scale, np.float32),
         )
         size = len(found.known[0].centre)
         some = jax.ShapeDtypeStruct((1, size), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
@@ -170,6 +170,11 @@ def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float |
 def _known(tree: dict[str, Any], rows: np.ndarray) -> Known:
     weights, layers = tree["weights"], tree["weights"]["layers"]
     pairs = [(layers[str(i)]["0"], layers[str(i)]["1"]) for i in range(len(layers))]
-    out = (weights["out"]["0"], weights["out"]["1"])
+    out = (weights["out"]["0"], _number(weights["out"]["1"]))
     network = {"layers": pairs, "prompts": weights["prompts"][rows], "out": out}
     return Known(tree["centre"], tree["basis"], tree["middle"], tree["unit"], network)
+
+
+def _number(tensor: np.ndarray) -> np.ndarray:
+    """A number, which safetensors files of ours keep as a list of one."""
+    return tensor.reshape(())

@@ -50,7 +50,7 @@ from nabla_gfn_jax.typing import Params, PRNGKeys, PromptIds
 class Options(BankOptions):
     """The paths, how V is fitted to them, how it is followed, and the folder for the results."""
 
-    out: Path = option(meaning="folder for V, the certificate and two rows of samples")
+    out: Path = option(meaning="folder for V, the certificates and two rows of samples")
     scale: float = option(1.1, "s, by which V's gradient is multiplied", above=0, maximum=100)
     steps: int | None = option(None, "the policy's sampling steps [num_steps, as V's]", minimum=1, maximum=999)
     sampler: Sampler = option("ddpm", "which times these steps visit")
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> None:
 
     base, before = own_paths(images, o, None)
     own, after = own_paths(images, o, guide)
+    certify(o.beta, "the base model", base, base, o.out / "base.json")
     certify(o.beta, "the policy that follows V", own, base, o.out / "certificate.json")
     zoom = max(1, 128 // before.shape[1])
     save_grid(o.out / "samples.png", np.concatenate([before, after]), columns=len(before), zoom=zoom)
