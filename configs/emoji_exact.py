@@ -7,6 +7,7 @@ Hardware: 2 CPU cores (JAX_NUM_CPU_DEVICES=2 uses both), 8 GB. An epoch takes 33
 and 75 s afterwards, so the run takes an hour.
 Expect after 44 of the 64 epochs: log R .29, exponent 2.7 of 8, gap .57 nats where the base model's is .94
 (docs/credit.md). No run has gone further; the rate falls to 0 in the other 20.
+Without a LoRA the base model can follow the same log value further: `studies/value_guidance.py`, exponent 6.4.
 The variant `network` takes 45 s per epoch on two busy cores; docs/credit.md has what 15 of its 160 epochs reached.
 
 Differences from `emoji.py`, and the reasons:
