@@ -9,7 +9,6 @@ V is interpolated in time, so the policy may take other steps.
 A step costs about three evaluations of the base model, because V's gradient is pulled back through it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,15 +24,15 @@ from jaxtyping import Array, Float
 from nabla_gfn_jax.algorithms import value_network
 from nabla_gfn_jax.algorithms.value_memory import ValueMemory
 from nabla_gfn_jax.algorithms.value_network import Points
-from nabla_gfn_jax.checkpoints.files import TensorFiles, plain, read_metadata, write_safetensors
+from nabla_gfn_jax.checkpoints.files import TensorFiles, write_safetensors
+from nabla_gfn_jax.checkpoints.lora_file import header, read_about
 from nabla_gfn_jax.diffusion.chain import Chain, Level
 from nabla_gfn_jax.diffusion.sampler import Predict, PredictChange
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Latents, Params, PromptIds
 
-_ABOUT = "nabla_gfn_jax"  # the header's entry, as in LoRA files
 _SHOWN = 5  # prompts in a message
-_KIND = {"kind": "value"}  # what tells the file from a LoRA
+_KIND = "value"  # what tells the file from a LoRA
 
 
 class Known(NamedTuple):
@@ -94,7 +93,10 @@ class ValueGuide:
 
 
 def following(predict: Predict, chain: Chain) -> PredictChange:
-    """The base model's output, and its change in the policy that follows the `ValueGuide` in the LoRA's place."""
+    """The base model's output, and its change in the policy that follows the `ValueGuide` in the LoRA's place.
+
+    `chain` has the steps of the policy. The states of a batch are at one level, and σ must be above 0 there.
+    """
 
     def predict_change(lora: Any, x: Latents, level: Level, condition: PromptIds) -> tuple[Latents, Latents]:
         guide: ValueGuide = lora
@@ -118,11 +120,8 @@ def following(predict: Predict, chain: Chain) -> PredictChange:
 
 def save_guide(file: Path, guide: ValueGuide, prompts: Sequence[str], about: Mapping[str, Any]) -> None:
     """Writes a safetensors file. `prompts` are V's in the order of their ids; `about` describes the guide."""
-    tensors = flatten_dict(to_state_dict(guide), sep=".")
-    header = plain(_KIND | {"known_prompts": list(prompts)} | dict(about))
-    write_safetensors(
-        file, {name: np.asarray(a) for name, a in tensors.items()}, {_ABOUT: json.dumps(header, sort_keys=True)}
-    )
+    tensors = {name: np.asarray(a) for name, a in flatten_dict(to_state_dict(guide), sep=".").items()}
+    write_safetensors(file, tensors, header({"kind": _KIND, "known_prompts": list(prompts), **about}))
 
 
 def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float | None = None) -> ValueGuide:
@@ -138,12 +137,9 @@ def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float |
         UserError: the file is missing or damaged, is no such file, knows nothing of a prompt, or is of another model.
     """
     tensors = TensorFiles(file)
-    try:
-        header = json.loads(read_metadata(file)[_ABOUT])
-        is_value, known = header["kind"] == _KIND["kind"], list(header["known_prompts"])
-    except (KeyError, ValueError, TypeError):
-        is_value, known = False, []
-    if not is_value:
+    about = read_about(file)
+    known = about.get("known_prompts")
+    if about.get("kind") != _KIND or not isinstance(known, list):
         raise UserError(f"{file} has no log value; name the value.safetensors that studies.value_guidance wrote")
     for prompt in prompts:
         if prompt not in known:

@@ -45,7 +45,7 @@ def save_lora(file: Path, lora: Params, about: Mapping[str, Any] | None = None) 
     for name, down, up in _pairs(lora):
         state[f"unet.{name}.lora_A.weight"] = down
         state[f"unet.{name}.lora_B.weight"] = up
-    write_safetensors(file, state, _header(about))
+    write_safetensors(file, state, header(about))
 
 
 def save_kohya(file: Path, lora: Params, about: Mapping[str, Any] | None = None) -> None:
@@ -56,7 +56,7 @@ def save_kohya(file: Path, lora: Params, about: Mapping[str, Any] | None = None)
         state[f"{layer}.lora_down.weight"] = down
         state[f"{layer}.lora_up.weight"] = up
         state[f"{layer}.alpha"] = np.asarray(len(down), np.float32)
-    write_safetensors(file, state, _header(about))
+    write_safetensors(file, state, header(about))
 
 
 def read_about(path: Path) -> dict[str, Any]:
@@ -129,7 +129,8 @@ def _metadata(file: Path) -> dict[str, str]:
     return {} if file.suffix in PICKLED else read_metadata(file)
 
 
-def _header(about: Mapping[str, Any] | None) -> dict[str, str] | None:
+def header(about: Mapping[str, Any] | None) -> dict[str, str] | None:
+    """The metadata of a safetensors file with a description, which `read_about` returns."""
     return None if about is None else {_ABOUT: json.dumps(plain(about), sort_keys=True)}
 
 

@@ -7,18 +7,21 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
+from nabla_gfn_jax.algorithms.value_guide import ValueGuide, following
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.images import levels
+from nabla_gfn_jax.inference.paths import sample_paths
+from nabla_gfn_jax.inference.sampling import Policy
 from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
@@ -193,15 +196,34 @@ def _first_half(count: int, num_prompts: int) -> Bool[np.ndarray, " paths"]:
 
 
 def held_out_paths(
-    images: Images, o: BankOptions, sampled: Callable[[PRNGKeys, PromptIds], tuple[Array, ...]]
+    images: Images,
+    o: BankOptions,
+    policy: Policy | None,
+    chain: Chain,
+    active: Bool[np.ndarray, " steps"] | None = None,
 ) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
     """Samples of a policy from the noise of the held-out base paths, some at a time, and the pictures of the first.
 
-    `sampled` returns, for some keys and prompts, the pictures and then the fields of `certificate.Paths`.
+    Args:
+        images: what is sampled.
+        o: how many, and how many together.
+        policy: a LoRA, or what is followed in its place; None for the base model.
+        chain: the policy's steps.
+        active: the steps with the policy; None: all.
     """
+
+    @jax.jit
+    def part(frozen: Params, policy: Any, keys: PRNGKeys, ids: PromptIds) -> Any:
+        model, shape = images.model(frozen), images.base.latent_shape
+        follow = following(model.predict, chain) if isinstance(policy, ValueGuide) else None
+        found = sample_paths(model.predict, policy, chain, keys, shape, ids, active=active, predict_change=follow)
+        fields = model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
+        return images.base.decode(frozen["base"], found.latents), fields
+
     parts, shown = [], None
     for start in range(0, o.held_out, o.together):
-        pictures, *fields = sampled(*images.keys(HELD_OUT, start, min(o.together, o.held_out - start)))
+        of_part = images.keys(HELD_OUT, start, min(o.together, o.held_out - start))
+        pictures, fields = part(images.frozen, policy, *of_part)
         shown = levels(np.asarray(pictures[:SHOWN])) if shown is None else shown
         parts.append([np.asarray(field) for field in fields])
     assert shown is not None

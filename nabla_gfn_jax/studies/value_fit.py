@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from nabla_gfn_jax.algorithms.fitted_value import told_by
 from nabla_gfn_jax.algorithms.mean_shift import mean_shifts
@@ -44,7 +44,6 @@ from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.models.lora import Layers
 from nabla_gfn_jax.options import option
@@ -62,7 +61,7 @@ from nabla_gfn_jax.studies.bank import (
 )
 from nabla_gfn_jax.studies.images import Images, spread, write_results
 from nabla_gfn_jax.studies.uptake import Products, as_table, judge, sampled_products
-from nabla_gfn_jax.typing import Latents, Params, PRNGKeys, PromptIds
+from nabla_gfn_jax.typing import Latents, Params
 
 AVERAGE = 0.97  # decay of the running mean of the LoRA, which is judged and saved
 REPORT = 50  # updates between two printed losses
@@ -156,23 +155,6 @@ def fit_lora(images: Images, o: Options, bank: Bank, teacher: Teacher) -> Params
     return average
 
 
-def own_paths(
-    images: Images, o: Options, lora: Params
-) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
-    """Samples of the LoRA, from the noise of the held-out base paths, and the pictures of the first."""
-    active = np.arange(o.num_steps) < o.last_step
-
-    @jax.jit
-    def part(frozen: Params, lora: Params, keys: PRNGKeys, ids: PromptIds) -> Any:
-        model = images.model(frozen)
-        shape = images.base.latent_shape
-        found = sample_paths(model.predict, lora, model.chain, keys, shape, ids, active=active)
-        pictures = images.base.decode(frozen["base"], found.latents)
-        return pictures, model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
-
-    return held_out_paths(images, o, functools.partial(part, images.frozen, lora))
-
-
 @exit_on_user_error
 def main(argv: list[str]) -> None:
     """Samples the bank, fits V and the LoRA, and judges it; writes the results and the LoRA."""
@@ -196,7 +178,7 @@ def main(argv: list[str]) -> None:
     rows = judge(found, o.beta * np.asarray(reward, np.float64), ids, 10)
     write_results(o.out, "value_fit", rows, as_table(rows))
     base = certificate.Paths.of_base(np.r_[reward, bank.log_reward], np.r_[ids, bank.prompt_id])
-    own, pictures = own_paths(images, o, lora)
+    own, pictures = held_out_paths(images, o, lora, chain, np.arange(o.num_steps) < o.last_step)
     certify(o.beta, "own samples", own, base, o.out / "certificate.json")
     save_grid(o.out / "samples.png", pictures, columns=SHOWN, zoom=max(1, 128 // pictures.shape[1]))
 

@@ -12,25 +12,20 @@ policy is judged against base samples of its own steps, and samples.png shows th
 policy's, from the same noise. value.safetensors is V, for `sample --value` and `evaluate --value`.
 """
 
-import functools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jaxtyping import UInt8
 
-from nabla_gfn_jax.algorithms.value_guide import ValueGuide, following, save_guide
+from nabla_gfn_jax.algorithms.value_guide import ValueGuide, save_guide
 from nabla_gfn_jax.algorithms.value_memory import Fit
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import save_grid
-from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.inference.subject import hashes_of
-from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.bank import (
     BANK,
@@ -43,7 +38,6 @@ from nabla_gfn_jax.studies.bank import (
     sample_bank,
 )
 from nabla_gfn_jax.studies.images import Images
-from nabla_gfn_jax.typing import Params, PRNGKeys, PromptIds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,27 +56,7 @@ def guide_of(images: Images, o: Options, memories: Memories) -> ValueGuide:
     return ValueGuide.of(memories, times[: o.last_step], o.scale)
 
 
-def own_paths(
-    images: Images, o: Options, guide: ValueGuide | None
-) -> tuple[certificate.Paths, UInt8[np.ndarray, "_n height width 3"]]:
-    """Samples of the policy, or of the base model with the policy's steps, and pictures of the first.
-
-    They begin at the noise of the held-out base paths.
-    """
-    chain = images.base.chain(o.steps or o.num_steps, sampler=o.sampler)
-
-    @jax.jit
-    def part(frozen: Params, guide: Any, keys: PRNGKeys, ids: PromptIds) -> Any:
-        model, shape = images.model(frozen), images.base.latent_shape
-        follow = following(model.predict, chain)
-        found = sample_paths(model.predict, guide, chain, keys, shape, ids, predict_change=follow)
-        pictures = images.base.decode(frozen["base"], found.latents)
-        return pictures, model.log_reward(found.latents, ids), found.spent, found.log_ratio, ids
-
-    return held_out_paths(images, o, functools.partial(part, images.frozen, guide))
-
-
-def about(images: Images, o: Options) -> dict[str, Any]:
+def about(o: Options) -> dict[str, Any]:
     """The description in the header of the guide's file, in the words of a LoRA's."""
     how = {"sampler": o.sampler, "num_steps": o.steps or o.num_steps, "guidance": o.guidance}
     what = {"model": o.model, "prompts": o.prompts, "reward": o.reward, "beta": o.beta}
@@ -95,16 +69,16 @@ def main(argv: list[str]) -> None:
     o = parse(argv, Options, __doc__)
     images = Images.load(o)
     o.check_paths(len(images.prompts))
-    images.base.chain(o.steps or o.num_steps, sampler=o.sampler)  # refused before the bank is sampled
+    chain = images.base.chain(o.steps or o.num_steps, sampler=o.sampler)
     o.out.mkdir(parents=True, exist_ok=True)
     bank = sample_bank(images, BANK, o.paths, o.together, o.bank)
     clean = clean_of(images.base.chain(o.num_steps), bank)
     guide = guide_of(images, o, fit_halves(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts)))
     del bank, clean  # some GB
-    save_guide(o.out / "value.safetensors", guide, images.prompts, about(images, o))
+    save_guide(o.out / "value.safetensors", guide, images.prompts, about(o))
 
-    base, before = own_paths(images, o, None)
-    own, after = own_paths(images, o, guide)
+    base, before = held_out_paths(images, o, None, chain)
+    own, after = held_out_paths(images, o, guide, chain)
     certify(o.beta, "the base model", base, base, o.out / "base.json")
     certify(o.beta, "the policy that follows V", own, base, o.out / "certificate.json")
     zoom = max(1, 128 // before.shape[1])
