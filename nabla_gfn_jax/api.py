@@ -26,6 +26,7 @@ from nabla_gfn_jax.base_models import names
 from nabla_gfn_jax.base_models.stable_diffusion import StableDiffusion
 from nabla_gfn_jax.checkpoints import lora_file
 from nabla_gfn_jax.command_line import default_workdir, load_settings
+from nabla_gfn_jax.inference.candidates import Candidates, draw_images
 from nabla_gfn_jax.inference.evaluation import Evaluation, Evaluator
 from nabla_gfn_jax.inference.extras import load_extras
 from nabla_gfn_jax.inference.sampling import ImageSampler, Policy, Sampling
@@ -72,14 +73,24 @@ def load_value(
 
 
 def sample(
-    model: StableDiffusion, prompts: Sequence[str], *, num: int = 1, lora: Policy | None = None, **how: Any
+    model: StableDiffusion,
+    prompts: Sequence[str],
+    *,
+    num: int = 1,
+    lora: Policy | None = None,
+    candidates: int = 1,
+    reward: str | None = None,
+    beta: float | None = None,
+    **how: Any,
 ) -> Float[np.ndarray, "prompts num height width 3"]:
     """Samples `num` images of each prompt, in [0, 1].
 
-    `how` are fields of `nabla_gfn_jax.inference.sampling.Sampling`: sampler, steps, guidance, eta, seed, negative,
-    lora_from_step, lora_until_step.
+    Each image is one of some `candidates`, chosen in proportion to R^β (`nabla_gfn_jax.inference.candidates`). More
+    than one need a `reward` and a `beta`. `how` are fields of `nabla_gfn_jax.inference.sampling.Sampling`: sampler,
+    steps, guidance, eta, seed, negative, lora_from_step, lora_until_step.
     """
-    batches = ImageSampler(model, prompts, Sampling(**how)).images(lora, num)
+    among = Candidates.of(candidates, load_reward(reward) if reward else None, beta, prompts)
+    batches = draw_images(ImageSampler(model, prompts, Sampling(**how)), lora, num, among)
     return np.concatenate([batch.images for batch in batches]).reshape(len(prompts), num, *model.image_shape)
 
 
@@ -99,9 +110,10 @@ def evaluate(
     prompts: Sequence[str],
     *,
     reward: str,
-    lora: Policy,
+    lora: Policy | None,
     num: int = 512,
     beta: float | None = None,
+    candidates: int = 1,
     cross_rewards: Sequence[str] = (),
     metrics: Sequence[str] = (),
     **how: Any,
@@ -109,12 +121,15 @@ def evaluate(
     """Compares a LoRA with the base model on `num` images of each prompt, sampled from the same noise.
 
     The result has `figures` and a `certificate` in nats. `beta` is the exponent of the target P_base · R^β,
-    `cross_rewards` and `metrics` are those of `nabla-gfn evaluate` (docs/metrics.md), and `how` is as in `sample`.
+    `cross_rewards` and `metrics` are those of `nabla-gfn evaluate` (docs/metrics.md), and `candidates` and `how` are as
+    in `sample`.
     """
     extras = load_extras(cross_rewards, metrics, reward)
-    evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), load_reward(reward), beta, extras.metrics)
+    judge = load_reward(reward)
+    evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), judge, beta, extras.metrics)
+    among = Candidates.of(candidates, judge, beta, prompts)
     base = evaluator.base_states(evaluator.base_images(num), None, {})
-    return evaluator.evaluate(evaluator.states(lora, num), base, num)
+    return evaluator.evaluate(evaluator.states(lora, num, candidates=among), base, num)
 
 
 def finetune(

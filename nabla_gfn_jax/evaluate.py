@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nabla_gfn_jax.algorithms.value_guide import ValueGuide, load_guide
 from nabla_gfn_jax.base_models.names import DTYPES, load_model
@@ -29,6 +30,7 @@ from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.compilation import use_compilation_cache
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import levels, save_each
+from nabla_gfn_jax.inference.candidates import Candidates
 from nabla_gfn_jax.inference.evaluation import (
     BASE_SAMPLES,
     EVERY_CONCEPT,
@@ -98,13 +100,11 @@ def main(argv: list[str]) -> None:
     reward = None if reward_name == "none" else load_reward(reward_name)
     extras = load_extras(options.cross_rewards, options.metrics, reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
-    candidates = list(candidates_of(subject, model, options.lora_scale))
-    if options.value:
-        scales = options.value_scale or (None,)
-        candidates += [guided(options.value, scale, prompts, model.latent_shape) for scale in scales]
+    beta = subject.beta if options.beta is None else options.beta
+    candidates = Candidates.of(options.candidates, reward, beta, prompts)
+    contenders = list(contenders_of(options, subject, model, prompts, candidates))
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)
-    beta = subject.beta if options.beta is None else options.beta
     evaluator = Evaluator(sampler, reward, beta, extras.metrics)
     for name, reason in evaluator.not_available.items():
         print(f"not measured: {name} ({reason})")
@@ -114,13 +114,12 @@ def main(argv: list[str]) -> None:
     base_num = max(evaluator.base_images(options.num), options.base_num)
     found: dict[str, Evaluation] = {}
     base: States = {}
-    for each in candidates:
-        num, folder = (base_num, BASE_SAMPLES) if each.lora is None else (options.num, LORA_SAMPLES)
+    for each in contenders:
+        num, folder = (base_num, BASE_SAMPLES) if each.is_base else (options.num, LORA_SAMPLES)
         cache = options.workdir / folder if options.workdir else None
-        key = what if each.lora is None else what | {"lora": digest(each.lora)}
         keep = keeper(options.images, each, subject, prompts, num, model.image_shape) if options.images else None
-        states = evaluator.kept_states(each.lora, num, cache, key, each.name, keep)
-        if each.lora is None:
+        states = evaluator.kept_states(each.lora, num, cache, what | each.about, each.name, keep, each.candidates)
+        if each.is_base:
             base = states
         else:  # the folder may have more
             states = {metric: state.numbers(0, num) for metric, state in states.items()}
@@ -139,13 +138,25 @@ def main(argv: list[str]) -> None:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class Contender:
     """A model to measure: the base model, or the LoRA `file` at strength `scale`, or what is followed in its place."""
 
     name: str
     lora: Policy | None = None
     file: str = ""
     scale: float = 0.0
+    candidates: Candidates | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base model itself, with which the others are compared."""
+        return self.lora is None and self.candidates is None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What its images depend on beside what those of the base model do."""
+        policy = {} if self.is_base else {"lora": None if self.lora is None else digest(self.lora)}
+        return policy | (self.candidates.about if self.candidates else {})
 
     @property
     def strengths(self) -> dict[str, float]:
@@ -158,27 +169,36 @@ class Candidate:
         return (self.file, self.scale) if isinstance(self.lora, ValueGuide) else None
 
 
-def candidates_of(subject: Subject, model: StableDiffusion, scales: Sequence[float]) -> Iterator[Candidate]:
-    """The base model, and then each LoRA at each strength. Raises `UserError` if a LoRA does not load."""
-    yield Candidate(evaluations.BASE)
+def contenders_of(
+    options: Options, subject: Subject, model: StableDiffusion, prompts: Sequence[str], candidates: Candidates | None
+) -> Iterator[Contender]:
+    """The base model, and then each LoRA at each strength and the log value by each factor.
+
+    The images of all but the base model are chosen among candidates. Without a LoRA and a log value, these are the base
+    model's. Raises `UserError` if a file does not load.
+    """
+    yield Contender(evaluations.BASE)
+    among = f", one of {candidates.number}" if candidates else ""
     for name, file in subject.loras.items():
         lora = load_lora(file, model.params["unet"], model.params["text_encoder"])
-        for scale in scales:
-            yield Candidate(name + f" x {scale:g}" * (scale != 1), scaled(lora, scale), name, scale)
-
-
-def guided(file: Path, scale: float | None, prompts: Sequence[str], shape: Sequence[int]) -> Candidate:
-    """The base model that follows the log value in a file. Raises `UserError` as `load_guide`."""
-    guide = load_guide(file, prompts, math.prod(shape), scale)
-    return Candidate(f"{file} x {float(guide.scale):g}", guide, str(file), float(guide.scale))
+        for scale in options.lora_scale:
+            times = f" x {scale:g}" * (scale != 1)
+            yield Contender(name + times + among, scaled(lora, scale), name, scale, candidates)
+    for factor in (options.value_scale or (None,)) if options.value else ():
+        assert options.value is not None
+        guide = load_guide(options.value, prompts, math.prod(model.latent_shape), factor)
+        factor = float(guide.scale)
+        yield Contender(f"{options.value} x {factor:g}{among}", guide, str(options.value), factor, candidates)
+    if candidates and not subject.loras and not options.value:
+        yield Contender(evaluations.BASE + among, candidates=candidates)
 
 
 def keeper(
-    folder: Path, model: Candidate, subject: Subject, prompts: Sequence[str], num: int, size: Sequence[int]
+    folder: Path, model: Contender, subject: Subject, prompts: Sequence[str], num: int, size: Sequence[int]
 ) -> Callable[[Batch], None]:
     """A function that writes the images of each batch to a folder of the model, as 0000.png and so on."""
     place = folder / re.sub(r"[^\w.-]+", "_", model.name)
-    texts = recipes(subject.model, model.strengths, subject.how, prompts, num, size, model.value)
+    texts = recipes(subject.model, model.strengths, subject.how, prompts, num, size, model.value, model.candidates)
     count = itertools.count()
 
     def keep(batch: Batch) -> None:

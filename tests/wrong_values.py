@@ -181,6 +181,7 @@ SAMPLING = {
     "guidance": (-1.0, 101.0, *NUMBERS),
     "seed": SEED,
     "batch": NATURAL,
+    "candidates": (*COUNT, 4097),
     "num": COUNT,
     "value": PATH,
 }
@@ -222,6 +223,8 @@ WRONG_FLAGS = {
         "lora": ("file", (3,), ("",)),
         "lora_scale": ((), (101.0,), (1.0, math.nan), 0.5),
         "value_scale": (101.0, math.nan, "x"),
+        "reward": ("beauty", 1),
+        "beta": (1e30, *NUMBERS),
         **dict.fromkeys(("lora_from_step", "lora_until_step"), COUNT),
         "negative": (3,),
         **dict.fromkeys(("height", "width"), (7, 4097, 64.5, *NUMBERS)),

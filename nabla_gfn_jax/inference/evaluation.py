@@ -14,6 +14,7 @@ import numpy as np
 from nabla_gfn_jax.checkpoints.files import WriteError, write_whole
 from nabla_gfn_jax.data.prompts import prompt_set
 from nabla_gfn_jax.errors import UserError
+from nabla_gfn_jax.inference.candidates import Candidates, draw_images
 from nabla_gfn_jax.inference.sampling import ImageSampler, Policy
 from nabla_gfn_jax.metrics.base import Batch, Comparison, Metric, NotAvailable, Samples, Weighting
 from nabla_gfn_jax.metrics.certificate import Certificate
@@ -72,11 +73,13 @@ class Evaluator:
         first: int = 0,
         progress: str | None = None,
         keep: Callable[[Batch], None] | None = None,
+        candidates: Candidates | None = None,
     ) -> States:
         """The metrics' states for the images number `first` to `num` − 1 of each prompt. `keep` gets each batch."""
         states: States = {}
         wants_nats = any(isinstance(metric, Nats) for metric in self.metrics)
-        for batch in self._sampler.images(lora, num, first=first, nats=wants_nats, progress=progress):
+        images = draw_images(self._sampler, lora, num, candidates, first=first, nats=wants_nats, progress=progress)
+        for batch in images:
             if keep is not None:
                 keep(batch)
             for metric in self.metrics:
@@ -96,6 +99,7 @@ class Evaluator:
         key: Mapping[str, Any],
         progress: str | None = None,
         keep: Callable[[Batch], None] | None = None,
+        candidates: Candidates | None = None,
     ) -> States:
         """The states for at least `num` images of each prompt.
 
@@ -106,7 +110,7 @@ class Evaluator:
         states = _read_states(file) if file is not None and file.is_file() and keep is None else {}
         have = min((int(np.bincount(s.prompt).min()) for s in states.values()), default=0)
         if have < num:
-            more = self.states(lora, num, first=have, progress=progress, keep=keep)
+            more = self.states(lora, num, first=have, progress=progress, keep=keep, candidates=candidates)
             states = {name: states[name].merge(more[name]) for name in states} or more
             if file is not None:
                 with suppress(WriteError):  # on a full disk they are sampled again

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from nabla_gfn_jax import __version__
+from nabla_gfn_jax.inference.candidates import Candidates
 from nabla_gfn_jax.inference.sampling import Sampling
 
 
@@ -17,6 +18,7 @@ def recipes(
     num: int,
     size: Sequence[int],
     value: tuple[str, float] | None = None,
+    candidates: Candidates | None = None,
 ) -> Iterator[dict[str, str]]:
     """The text fields by keyword for each of `num` images of each prompt, prompt by prompt.
 
@@ -31,9 +33,11 @@ def recipes(
         num: images per prompt.
         size: height and width in pixels.
         value: the file of the log value that the base model follows, and by which factor.
+        candidates: those among which each image was chosen.
     """
     whole = {"version": __version__, "model": model, "loras": dict(loras), **asdict(how)}
     whole |= {"height": size[0], "width": size[1]} | ({"value": dict([value])} if value else {})
+    whole |= candidates.about if candidates else {}
     for place, prompt in enumerate(prompts):
         for image in range(num):
             recipe = whole | {"prompt": prompt, "prompt_number": place, "image_number": image}
@@ -53,4 +57,6 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
     }
     if "value" in recipe:
         said["Value"] = " and ".join(f"{name} x {scale:g}" for name, scale in recipe["value"].items())
+    if "candidates" in recipe:
+        said["Candidates"] = "{number} at beta {beta:g}".format(**recipe["candidates"])
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said.items())])

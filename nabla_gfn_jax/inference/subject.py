@@ -47,6 +47,9 @@ class SubjectOptions(Checked):
     value: Path | None = option(
         None, "a log value that the base model follows in a LoRA's place, by studies.value_guidance", file="existing"
     )
+    candidates: int = option(
+        1, "K: an image is one of K, chosen in proportion to R^β and its path's density", minimum=1, maximum=4096
+    )
     batch: int = option(0, "most images sampled together; 0: as many as are likely to fit", minimum=0)
 
 
