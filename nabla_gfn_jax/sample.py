@@ -67,6 +67,8 @@ class Options(SubjectOptions):
         super().__post_init__()
         if self.value and self.lora:
             raise UserError("--value and --lora are two policies; give one of them")
+        if self.value and (self.lora_from_step > 1 or self.lora_until_step):
+            raise UserError("--value follows its own steps; leave --lora_from_step and --lora_until_step out")
         if self.value and self.eta == 0:
             raise UserError("--value moves the noise of a step, and --eta = 0 has none; give an --eta above 0")
         if self.candidates == 1 and (self.reward is not None or self.beta is not None):

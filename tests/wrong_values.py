@@ -322,7 +322,12 @@ WRONG_FLAGS = {
         "rate": POSITIVE,
         "layers": ("linear", ""),
     },
-    "value_guidance": {**BANK, "steps": (1000, *COUNT), "sampler": ("heun", "")},
+    "value_guidance": {
+        **BANK,
+        "steps": (1000, *COUNT),
+        "sampler": ("heun", ""),
+        "candidates": ((1,), (1.5,), (4097,), 3),
+    },
     "uptake": {
         **LORA,
         "paths": (1, *COUNT),

@@ -5,7 +5,7 @@ import functools
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -20,6 +20,7 @@ from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.images import levels
+from nabla_gfn_jax.inference.candidates import choose
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.inference.sampling import Policy
 from nabla_gfn_jax.inference.table import show
@@ -239,3 +240,21 @@ def certify(beta: float, whose: str, paths: certificate.Paths, base: certificate
         figures["gap"] = judged.at_beta.gap
     said = ", ".join(f"{name.replace('_', ' ')} {show(figure)}" for name, figure in figures.items())
     print(f"{whose}: {said}", flush=True)
+
+
+def among(paths: certificate.Paths, number: int, beta: float, seed: int) -> certificate.Paths:
+    """One of every `number` paths of a prompt, as `inference.candidates` chooses it."""
+    chosen, random = [], np.random.default_rng(seed)
+    for prompt in np.unique(paths.prompt):
+        own = np.flatnonzero(paths.prompt == prompt)
+        groups = own[: len(own) // number * number].reshape(-1, number)
+        which, log_ratio = choose(paths.log_reward[groups], paths.log_ratio[groups], beta, random.random(len(groups)))
+        rows = groups[np.arange(len(groups)), which]
+        chosen.append((paths.log_reward[rows], -log_ratio[:, None], log_ratio, paths.prompt[rows]))
+    return certificate.Paths(*(np.concatenate(arrays) for arrays in zip(*chosen, strict=True)))
+
+
+def halves(paths: certificate.Paths) -> tuple[certificate.Paths, certificate.Paths]:
+    """Two halves of some paths, with as many of each prompt."""
+    first = _first_half(len(paths.prompt), len(np.unique(paths.prompt)))
+    return tuple(certificate.Paths(*(a[rows] for a in astuple(paths))) for rows in (first, ~first))  # type: ignore[return-value]
