@@ -187,6 +187,12 @@ def test_a_bank_of_other_paths_is_refused(few, tmp_path):
     sampled(tmp_path)
     with pytest.raises(UserError, match=r"has base paths of another guidance and seed; choose another --bank"):
         sampled(tmp_path, guidance=3.0, seed=1)
+    about = json.loads((tmp_path / "about.json").read_text())
+    of_unet = "model/unet/diffusion_pytorch_model.safetensors"
+    about["model files"][of_unet] = about["model files"][of_unet][::-1]
+    (tmp_path / "about.json").write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"has base paths of another model files; choose another --bank"):
+        sampled(tmp_path)
     (tmp_path / "about.json").write_text("{")
     with pytest.raises(UserError, match=r"about.json cannot be used .*; choose another --bank"):
         sampled(tmp_path)

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from nabla_gfn_jax.algorithms.value_guide import ValueGuide, following
 from nabla_gfn_jax.algorithms.value_memory import Fit, FitOptions, Seen, ValueMemory
+from nabla_gfn_jax.checkpoints.files import write_json
 from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
@@ -23,6 +24,7 @@ from nabla_gfn_jax.images import levels
 from nabla_gfn_jax.inference.candidates import choose
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.inference.sampling import Policy
+from nabla_gfn_jax.inference.subject import hashes_of
 from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
@@ -104,15 +106,14 @@ class _Kept:
     @classmethod
     def of(cls, folder: Path, images: Images, stream: int, together: int) -> Self:
         """The folder, made if there is none. Raises `UserError` if it is of other paths or cannot be written."""
-        o = images.options
-        fields = {name: getattr(o, name) for name in ("model", "reward", "prompts", "guidance", "num_steps", "seed")}
-        about = json.loads(json.dumps(fields | {"stream": stream, "together": together}))
-        file = folder / "about.json"
+        o, file = images.options, folder / "about.json"
+        named = {name: getattr(o, name) for name in ("model", "reward", "prompts", "guidance", "num_steps", "seed")}
+        about = {**named, "model files": hashes_of(o.model), "stream": stream, "together": together}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             found = json.loads(file.read_text()) if file.exists() else None
             if found is None:
-                file.write_text(json.dumps(about))
+                write_json(file, about)
         except (OSError, ValueError) as error:
             raise UserError(f"{file} cannot be used ({error}); choose another --bank") from None
         if found not in (None, about):
