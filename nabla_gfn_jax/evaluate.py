@@ -1,14 +1,14 @@
 """Measures models in nats and by diversity: `python -m nabla_gfn_jax.evaluate --workdir=runs/emoji/seed0`.
 
 Samples the same prompts with the same noise from the base model and from every LoRA that the run saved, or from the
-given LoRA files, or from the base model as it follows a log value (--value). Prints for each model its mean log R, the
-nats that this reward needs, the nats that the model spends, its distance to P_base · R^β (docs/nats.md), the mean log R
-of its worst samples, and its mean log R by other rewards that you name. With --metrics it also measures the diversity
-of the images and their distance from the base model's (docs/metrics.md). If the drawings of the prompts are known, it
-also prints how many images show their prompt and the entropies over vendors and over drawings. Diversity is compared
-with that of the base model tilted to the same mean log R. Appends a row for each model to WORKDIR/evaluations.jsonl,
-and keeps the measurements of all samples in WORKDIR/base_samples and WORKDIR/lora_samples: the same command, if it was
-cut off, goes on with the next model.
+given LoRA files, or from the base model as it follows a log value (--value); with --candidates=K, each of their images
+is one of K. Prints for each model its mean log R, the nats that this reward needs, the nats that the model spends, its
+distance to P_base · R^β (docs/nats.md), the mean log R of its worst samples, and its mean log R by other rewards that
+you name. With --metrics it also measures the diversity of the images and their distance from the base model's
+(docs/metrics.md). If the drawings of the prompts are known, it also prints how many images show their prompt and the
+entropies over vendors and over drawings. Diversity is compared with that of the base model tilted to the same mean log
+R. Appends a row for each model to WORKDIR/evaluations.jsonl, and keeps the measurements of all samples in
+WORKDIR/base_samples and WORKDIR/lora_samples: the same command, if it was cut off, goes on with the next model.
 """
 
 import itertools
