@@ -19,6 +19,7 @@ from nabla_gfn_jax.metrics.base import Batch, PathStatistics
 from nabla_gfn_jax.metrics.certificate import Paths, certify
 from nabla_gfn_jax.models.lora import init_lora
 from nabla_gfn_jax.rewards import REWARDS
+from nabla_gfn_jax.studies import candidates
 
 LEVELS = np.array([0.0, 0.4, 1.0])  # log R of three images
 BASE, POLICY = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.4, 0.4])
@@ -48,8 +49,8 @@ class Stub:
 
 def drawn(stub, number, policy, num, first=0):
     """Level numbers, prompts and path statistics of chosen images."""
-    candidates = Candidates.of(number, brightness(1.0), BETA, stub.prompts)
-    batches = list(draw_images(stub, policy, num, candidates, first=first))
+    among = Candidates.of(number, brightness(1.0), BETA, stub.prompts)
+    batches = list(draw_images(stub, policy, num, among, first=first))
     images, prompt = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("images", "prompt"))
     spent, ratio = (np.concatenate([getattr(b.paths, name) for b in batches]) for name in PathStatistics._fields)
     return np.searchsorted(LEVELS, images[:, 0, 0, 0] - 1e-6), prompt, spent, ratio
@@ -136,11 +137,11 @@ def test_of_a_lora_they_are_the_samplers(tiny_model):
     lora = {"unet": init_lora(jax.random.key(1), model.params["unet"], 2)}
     lora = jax.tree.map(lambda a: 0.3 * jax.random.normal(next(random), a.shape), lora)
     sampler = ImageSampler(model, ["a face", "an animal"], Sampling(steps=4, guidance=2.0), 4)
-    candidates = Candidates.of(3, brightness(1.0), 5.0, sampler.prompts)
+    among = Candidates.of(3, brightness(1.0), 5.0, sampler.prompts)
     all_of = list(sampler.images(lora, 6, nats=True))
     images = np.concatenate([batch.images for batch in all_of]).reshape(2, 2, 3, -1)
     ratio = np.concatenate([batch.paths.log_ratio for batch in all_of]).reshape(2, 2, 3)
-    chosen = list(draw_images(sampler, lora, 2, candidates))
+    chosen = list(draw_images(sampler, lora, 2, among))
     found = np.concatenate([batch.images for batch in chosen]).reshape(2, 2, -1)
     same = (images == found[:, :, None]).all(axis=-1)
     np.testing.assert_array_equal(same.sum(axis=-1), 1)
@@ -158,9 +159,9 @@ def test_what_candidates_need(tiny_model):
     with pytest.raises(UserError, match=r"in proportion to R\^β, and --beta is not known; give it"):
         Candidates.of(2, brightness(1.0), None, ["a face"])
     sampler = ImageSampler(api.load_model(str(tiny_model)), ["a face"], Sampling(steps=2, eta=0.0), 2)
-    candidates = Candidates.of(2, brightness(1.0), 1.0, ["a face"])
+    among = Candidates.of(2, brightness(1.0), 1.0, ["a face"])
     with pytest.raises(UserError, match=r"by the density of their paths, and eta 0 has none; use an eta above 0"):
-        list(draw_images(sampler, {"a": np.zeros(2)}, 1, candidates))
+        list(draw_images(sampler, {"a": np.zeros(2)}, 1, among))
 
 
 @pytest.mark.parametrize(
@@ -207,3 +208,31 @@ def test_the_commands(tiny_model, tmp_path, monkeypatch, capsys):
         model, ["a face"], reward="bright", lora=None, num=16, beta=40.0, candidates=3, **how
     ).certificate
     assert judged.log_reward.value == pytest.approx(chosen["log_reward"]["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_study_is_the_mean_over_all_choices(number):
+    """Against all tuples of candidates, of three images with known probabilities; K = 1 is the base model itself."""
+    levels = np.random.default_rng(3).choice(3, size=60000, p=BASE)
+    mine = Paths.of_base(LEVELS[levels[:30000]], np.arange(30000) % 2)
+    others = Paths.of_base(LEVELS[levels[30000:]], np.arange(30000) % 2)
+    row = candidates.row_of(number, mine, others, BETA)
+    chosen, log_mean, nats = enumerated(number, None)
+    assert row.images == 30000 // number
+    assert row.log_reward.value == pytest.approx(chosen @ LEVELS, abs=5 * row.log_reward.error)
+    assert row.spent.value == pytest.approx(nats, abs=5 * row.spent.error + 1e-12)
+    log_z = math.log(BASE @ np.exp(BETA * LEVELS))
+    assert row.gap.value == pytest.approx(log_z - log_mean, abs=5 * row.gap.error)
+
+
+def test_the_study(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(REWARDS, "bright", lambda: brightness(1.0))
+    given = [f"--model={tiny_model}", "--num_steps=2", "--reward=bright", f"--bank={tmp_path / 'bank'}"]
+    given += ["--together=8", f"--out={tmp_path / 'out'}"]
+    with pytest.raises(SystemExit):
+        candidates.main(["candidates", *given, "--paths=12", "--candidates=2,4"])
+    assert "--paths = 12 is too few for two images of each prompt; use 16 or more" in capsys.readouterr().err
+    candidates.main(["candidates", *given, "--paths=16", "--candidates=2,4", "--beta=40"])
+    rows = [json.loads(line) for line in (tmp_path / "out/candidates.jsonl").read_text().splitlines()]
+    assert [(row["candidates"], row["images"]) for row in rows] == [(2, 4), (4, 2)]
+    assert "gap at β = 40" in (tmp_path / "out/candidates.md").read_text()

@@ -39,6 +39,7 @@ COMMANDS |= {
     "foresight": "nabla_gfn_jax.studies.foresight:Options",
     "value_fit": "nabla_gfn_jax.studies.value_fit:Options",
     "value_guidance": "nabla_gfn_jax.studies.value_guidance:Options",
+    "candidates": "nabla_gfn_jax.studies.candidates:Options",
     "uptake": "nabla_gfn_jax.studies.uptake:Options",
     "microscope": "nabla_gfn_jax.studies.microscope:Options",
     "fit": "nabla_gfn_jax.emoji.settings:FitOptions",

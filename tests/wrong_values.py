@@ -326,7 +326,13 @@ WRONG_FLAGS = {
         **BANK,
         "steps": (1000, *COUNT),
         "sampler": ("heun", ""),
-        "candidates": ((1,), (1.5,), (4097,), 3),
+    },
+    "candidates": {
+        **IMAGES,
+        "paths": (3, *COUNT),
+        "together": COUNT,
+        "bank": PATH,
+        "candidates": ((), (0,), (1.5,), (4097,), 3),
     },
     "uptake": {
         **LORA,

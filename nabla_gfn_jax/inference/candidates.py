@@ -92,32 +92,30 @@ def draw_images(
             done += whole // k
 
 
-def choose(
-    log_reward: Float[np.ndarray, "groups K"],
-    log_ratio: Float[np.ndarray, "groups K"],
-    beta: float,
-    draws: Float[np.ndarray, " groups"],
-) -> tuple[Int[np.ndarray, " groups"], Float[np.ndarray, " groups"]]:
-    """Which candidate of each group is chosen, from 0, and log p_#/p_θ of the longer path.
+def weigh(
+    log_reward: Float[np.ndarray, "groups K"], log_ratio: Float[np.ndarray, "groups K"], beta: float
+) -> tuple[Float[np.ndarray, "groups K"], Float[np.ndarray, " groups"]]:
+    """With which probability each candidate of a group is chosen, and the log of the group's mean weight.
 
-    `log_ratio` is that of the candidates' paths, and `draws` are uniform in [0, 1). A candidate whose log R is NaN is
-    not chosen.
+    `log_ratio` is log p_#/p_θ of the candidates' paths. A candidate whose log R is NaN is not chosen.
     """
     weighted = beta * log_reward.astype(np.float64)
     log_weight = np.where(np.isnan(weighted), -np.inf, weighted + log_ratio)
-    log_mean = np.logaddexp.reduce(log_weight, axis=1) - np.log(log_weight.shape[1])
-    shares = np.exp(log_weight - log_mean[:, None]).cumsum(axis=1)
-    which = (shares <= (draws * shares[:, -1])[:, None]).sum(axis=1)
-    return which, log_mean - weighted[np.arange(len(which)), which]
+    log_sum = np.logaddexp.reduce(log_weight, axis=1)
+    return np.exp(log_weight - log_sum[:, None]), log_sum - np.log(log_weight.shape[1])
 
 
 def _chosen(batch: Batch, candidates: Candidates, draws: Float[np.ndarray, " groups"]) -> Batch:
-    """One candidate of every K."""
+    """One candidate of every K. `draws` are uniform in [0, 1)."""
     assert batch.paths is not None
     log_reward = candidates.judge.update(batch).values[TOTAL].reshape(-1, candidates.number)
-    which, log_ratio = choose(log_reward, batch.paths.log_ratio.reshape(log_reward.shape), candidates.beta, draws)
-    found = _rows(batch, np.arange(len(which)) * candidates.number + which)
+    shares, log_mean = weigh(log_reward, batch.paths.log_ratio.reshape(log_reward.shape), candidates.beta)
+    up_to = shares.cumsum(axis=1)
+    which = (up_to <= (draws * up_to[:, -1])[:, None]).sum(axis=1)
+    groups = np.arange(len(which))
+    found = _rows(batch, groups * candidates.number + which)
     assert found.paths is not None
+    log_ratio = log_mean - candidates.beta * log_reward[groups, which]
     spent = np.array(found.paths.spent, np.float64)
     spent[:, -1] += -log_ratio - spent.sum(axis=1)
     return Batch(found.images, found.prompt, PathStatistics(spent, log_ratio))

@@ -5,7 +5,7 @@ import functools
 import json
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -21,7 +21,6 @@ from nabla_gfn_jax.diffusion.chain import Chain
 from nabla_gfn_jax.diffusion.sampler import sample
 from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.images import levels
-from nabla_gfn_jax.inference.candidates import choose
 from nabla_gfn_jax.inference.paths import sample_paths
 from nabla_gfn_jax.inference.sampling import Policy
 from nabla_gfn_jax.inference.subject import hashes_of
@@ -29,7 +28,7 @@ from nabla_gfn_jax.inference.table import show
 from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.foresight import ONCE, Ends, fit_value
-from nabla_gfn_jax.studies.images import Images, PolicyOptions
+from nabla_gfn_jax.studies.images import ImageOptions, Images, PolicyOptions
 from nabla_gfn_jax.typing import Params, PRNGKeys, PromptIds
 
 HELD_OUT, BANK = 0, 4  # streams of random numbers; `uptake` samples the first
@@ -37,19 +36,25 @@ SHOWN = 16  # samples in a row of pictures
 
 
 @dataclass(frozen=True, kw_only=True)
-class BankOptions(PolicyOptions, FitOptions):
-    """The base paths, and how V is fitted to them."""
+class PathOptions(ImageOptions):
+    """The base paths."""
 
     paths: int = option(4096, "base paths in the bank", minimum=4)
-    held_out: int = option(1024, "new base paths that judge the policy, and samples of the policy", minimum=2)
     together: int = option(128, "paths sampled together", minimum=1)
     bank: Path | None = option(None, "folder that keeps the base paths, for a study that goes on", file="folder")
-    fit_updates: int = option(ONCE, "updates of V's network, for each half of the paths", minimum=1)
 
     def check_paths(self, prompts: int) -> None:
         """Raises `UserError` if there are too few paths for two halves with all prompts."""
         if self.paths < 2 * prompts:
             raise UserError(f"--paths = {self.paths} is less than two of each prompt; use {2 * prompts} or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BankOptions(PathOptions, PolicyOptions, FitOptions):
+    """The base paths, and how V is fitted to them."""
+
+    held_out: int = option(1024, "new base paths that judge the policy, and samples of the policy", minimum=2)
+    fit_updates: int = option(ONCE, "updates of V's network, for each half of the paths", minimum=1)
 
 
 class Bank(NamedTuple):
@@ -160,7 +165,7 @@ def fit_halves(
         ends = Ends(Seen(*(a[others] for a in seen)), bank.log_reward[others], bank.prompt_id[others])
         return fit_value(fit, ends, beta, num_prompts)
 
-    first = _first_half(len(clean), num_prompts)
+    first = first_half(len(clean), num_prompts)
     return of(~first), of(first)
 
 
@@ -175,7 +180,7 @@ def values_of(
     """What V says of the bank's states, each half by the V that has not seen it."""
     seen = _seen(clean)
     found, by_clean = np.zeros(clean.shape[:2]), np.zeros((len(clean), clean.shape[1] - 1, clean.shape[2]), np.float32)
-    first = _first_half(len(clean), num_prompts)
+    first = first_half(len(clean), num_prompts)
     for memory, mine in zip(memories, (first, ~first), strict=True):
         asked = (Seen(*(a[mine] for a in seen)), bank.prompt_id[mine])
         found[mine] = fit.values(memory, *asked)
@@ -191,7 +196,7 @@ def _seen(clean: Float[np.ndarray, "paths states elements"]) -> Seen:
     return Seen(clean, np.zeros(clean.shape[:2], np.float32))
 
 
-def _first_half(count: int, num_prompts: int) -> Bool[np.ndarray, " paths"]:
+def first_half(count: int, num_prompts: int) -> Bool[np.ndarray, " paths"]:
     """Every prompt has paths in both halves."""
     first: Bool[np.ndarray, " paths"] = np.arange(count) // num_prompts % 2 == 0
     return first
@@ -241,21 +246,3 @@ def certify(beta: float, whose: str, paths: certificate.Paths, base: certificate
         figures["gap"] = judged.at_beta.gap
     said = ", ".join(f"{name.replace('_', ' ')} {show(figure)}" for name, figure in figures.items())
     print(f"{whose}: {said}", flush=True)
-
-
-def among(paths: certificate.Paths, number: int, beta: float, seed: int) -> certificate.Paths:
-    """One of every `number` paths of a prompt, as `inference.candidates` chooses it."""
-    chosen, random = [], np.random.default_rng(seed)
-    for prompt in np.unique(paths.prompt):
-        own = np.flatnonzero(paths.prompt == prompt)
-        groups = own[: len(own) // number * number].reshape(-1, number)
-        which, log_ratio = choose(paths.log_reward[groups], paths.log_ratio[groups], beta, random.random(len(groups)))
-        rows = groups[np.arange(len(groups)), which]
-        chosen.append((paths.log_reward[rows], -log_ratio[:, None], log_ratio, paths.prompt[rows]))
-    return certificate.Paths(*(np.concatenate(arrays) for arrays in zip(*chosen, strict=True)))
-
-
-def halves(paths: certificate.Paths) -> tuple[certificate.Paths, certificate.Paths]:
-    """Two halves of some paths, with as many of each prompt."""
-    first = _first_half(len(paths.prompt), len(np.unique(paths.prompt)))
-    return tuple(certificate.Paths(*(a[rows] for a in astuple(paths))) for rows in (first, ~first))  # type: ignore[return-value]

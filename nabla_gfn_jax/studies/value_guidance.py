@@ -10,9 +10,6 @@ worth. No gradient of the reward is taken.
 The policy's steps need not be those of the bank. A step can only move its mean, so shorter steps follow V better. The
 policy is judged against base samples of its own steps, and samples.png shows the base model's samples above the
 policy's, from the same noise. value.safetensors is V, for `sample --value` and `evaluate --value`.
-
-How near both come by a choice among candidates (`inference/candidates.py`) is judged too: for the base model with the
-first half of the bank, whose other half says what is needed, and for the policy with its own samples.
 """
 
 import sys
@@ -26,20 +23,17 @@ from nabla_gfn_jax.algorithms.value_guide import ValueGuide, save_guide
 from nabla_gfn_jax.algorithms.value_memory import Fit
 from nabla_gfn_jax.command_line import parse
 from nabla_gfn_jax.diffusion.schedule import Sampler
-from nabla_gfn_jax.errors import UserError, exit_on_user_error
+from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import save_grid
 from nabla_gfn_jax.inference.subject import hashes_of
-from nabla_gfn_jax.metrics import certificate
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.bank import (
     BANK,
     BankOptions,
     Memories,
-    among,
     certify,
     clean_of,
     fit_halves,
-    halves,
     held_out_paths,
     sample_bank,
 )
@@ -54,17 +48,6 @@ class Options(BankOptions):
     scale: float = option(1.1, "s, by which V's gradient is multiplied", above=0, maximum=100)
     steps: int | None = option(None, "the policy's sampling steps [num_steps, as V's]", minimum=1, maximum=999)
     sampler: Sampler = option("ddpm", "which times these steps visit")
-    candidates: tuple[int, ...] = option(
-        (), "judged too: one of so many candidates, for each number", empty=True, minimum=2, maximum=4096
-    )
-
-    def check_paths(self, prompts: int) -> None:
-        """Raises `UserError` if there are too few paths, for two halves or for two choices of each prompt."""
-        super().check_paths(prompts)
-        least = 2 * max(self.candidates, default=0) * prompts
-        for name, have, need in (("held_out", self.held_out, least), ("paths", self.paths, 2 * least)):
-            if have < need:
-                raise UserError(f"--{name} = {have} is too few for two choices of each prompt; use {need} or more")
 
 
 def guide_of(images: Images, o: Options, memories: Memories) -> ValueGuide:
@@ -91,7 +74,6 @@ def main(argv: list[str]) -> None:
     bank = sample_bank(images, BANK, o.paths, o.together, o.bank)
     clean = clean_of(images.base.chain(o.num_steps), bank)
     guide = guide_of(images, o, fit_halves(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts)))
-    of_bank = certificate.Paths.of_base(bank.log_reward, bank.prompt_id)
     del bank, clean  # some GB
     save_guide(o.out / "value.safetensors", guide, images.prompts, about(o))
 
@@ -101,12 +83,6 @@ def main(argv: list[str]) -> None:
     certify(o.beta, "the policy that follows V", own, base, o.out / "certificate.json")
     zoom = max(1, 128 // before.shape[1])
     save_grid(o.out / "samples.png", np.concatenate([before, after]), columns=len(before), zoom=zoom)
-    others, rest = halves(of_bank)
-    for number in o.candidates:
-        among_base, among_own = (among(paths, number, o.beta, o.seed) for paths in (others, own))
-        of = f"one of {number} candidates"
-        certify(o.beta, f"the base model, {of}", among_base, rest, o.out / f"base_of_{number}.json")
-        certify(o.beta, f"the policy that follows V, {of}", among_own, base, o.out / f"certificate_of_{number}.json")
 
 
 if __name__ == "__main__":
