@@ -8,8 +8,9 @@ therefore says what the teacher is worth, and the difference to a LoRA's (`studi
 worth. No gradient of the reward is taken.
 
 The policy's steps need not be those of the bank. A step can only move its mean, so shorter steps follow V better. The
-policy is judged against base samples of its own steps, and samples.png shows the base model's samples above the
-policy's, from the same noise. value.safetensors is V, for `sample --value` and `evaluate --value`.
+policy is judged by base samples of its own steps, those of the bank among them if it takes the same. samples.png shows
+the base model's samples above the policy's, from the same noise. value.safetensors is V, for `sample --value` and
+`evaluate --value`.
 """
 
 import sys
@@ -26,6 +27,7 @@ from nabla_gfn_jax.diffusion.schedule import Sampler
 from nabla_gfn_jax.errors import exit_on_user_error
 from nabla_gfn_jax.images import save_grid
 from nabla_gfn_jax.inference.subject import hashes_of
+from nabla_gfn_jax.metrics.certificate import Paths
 from nabla_gfn_jax.options import option
 from nabla_gfn_jax.studies.bank import (
     BANK,
@@ -48,6 +50,11 @@ class Options(BankOptions):
     scale: float = option(1.1, "s, by which V's gradient is multiplied", above=0, maximum=100)
     steps: int | None = option(None, "the policy's sampling steps [num_steps, as V's]", minimum=1, maximum=999)
     sampler: Sampler = option("ddpm", "which times these steps visit")
+
+    @property
+    def takes_the_banks_steps(self) -> bool:
+        """Whether the policy's steps are those of the bank, so that the bank's paths are base paths of it too."""
+        return self.sampler == "ddpm" and self.steps in (None, self.num_steps)
 
 
 def guide_of(images: Images, o: Options, memories: Memories) -> ValueGuide:
@@ -74,13 +81,17 @@ def main(argv: list[str]) -> None:
     bank = sample_bank(images, BANK, o.paths, o.together, o.bank)
     clean = clean_of(images.base.chain(o.num_steps), bank)
     guide = guide_of(images, o, fit_halves(Fit(o, o.paths), clean, bank, o.beta, len(images.prompts)))
+    log_reward, prompt_id = bank.log_reward, bank.prompt_id
     del bank, clean  # some GB
     save_guide(o.out / "value.safetensors", guide, images.prompts, about(o))
 
     base, before = held_out_paths(images, o, None, chain)
     own, after = held_out_paths(images, o, guide, chain)
-    certify(o.beta, "the base model", base, base, o.out / "base.json")
-    certify(o.beta, "the policy that follows V", own, base, o.out / "certificate.json")
+    known = base
+    if o.takes_the_banks_steps:
+        known = Paths.of_base(np.r_[base.log_reward, log_reward], np.r_[base.prompt, prompt_id])
+    certify(o.beta, "the base model", base, known, o.out / "base.json")
+    certify(o.beta, "the policy that follows V", own, known, o.out / "certificate.json")
     zoom = max(1, 128 // before.shape[1])
     save_grid(o.out / "samples.png", np.concatenate([before, after]), columns=len(before), zoom=zoom)
 
