@@ -171,6 +171,23 @@ def test_what_the_components_do_not_show_is_found_by_the_guess():
     np.testing.assert_allclose(gradient[:, 0].mean(0), [0, 0], atol=0.05)
 
 
+def test_the_value_does_not_fall_where_there_is_no_reward():
+    """W is 0 in one half of the states. V comes to the floor's logarithm there; without a floor it falls and falls."""
+    random = np.random.default_rng(5)
+    clean = random.normal(size=(2000, 1, 1)).astype(np.float32)
+    log_w = np.where(clean[..., 0] > 0, np.log(2.0), -60.0).astype(np.float32)
+    rich, poor = {}, {}
+    for floor in (0.0, 0.1):
+        options = FitOptions(components=1, width=32, fit_updates=800, fit_batch=512, noise=0.0, weight_floor=floor)
+        fit, states, ids = Fit(options, 2000), Seen(clean, np.zeros((2000, 1), np.float32)), np.zeros(2000, int)
+        memory = fit.add(ValueMemory.empty(1), states, clean[:, 0], log_w, ids)
+        memory = fit.fitted(memory, np.zeros(1))
+        found = fit.values(memory, states, ids)[:, 0]
+        rich[floor], poor[floor] = found[clean[:, 0, 0] > 0.5].mean(), found[clean[:, 0, 0] < -0.5].mean()
+    assert (rich[0.1], poor[0.1]) == pytest.approx((np.log(2.0), np.log(0.1)), abs=0.1)
+    assert poor[0.0] < -10
+
+
 def test_noise_makes_the_value_smoother():
     """log W is a steep step: with noise in the features, V's largest slope is much smaller."""
     random = np.random.default_rng(4)

@@ -89,7 +89,22 @@ def guide(images):
     layers = [(array(3 + 1 + 13, 8), array(8)), (array(8, 8), array(8))]
     weights = {"layers": layers, "prompts": array(2, 8), "out": (array(8), array())}
     known = [Known(array(elements), array(elements, 3), array(5, 3), np.exp(array(5)), weights) for _ in range(2)]
-    return ValueGuide(tuple(known), np.float32([831, 665, 499, 333]), np.float32(1.3))
+    return ValueGuide(tuple(known), np.float32([831, 665, 499, 333]), np.float32(1.3), np.float32(0.7))
+
+
+def test_a_step_spends_no_more_than_it_may(images, guide):
+    """Each sample's δ has the direction that it has without a limit, and ‖δ‖²/2 is the limit where it was more."""
+    model = images.model(images.frozen)
+    change_of, level = following(model.predict, model.chain), model.chain[1].at.each(8)
+    x, ids = jax.random.normal(jax.random.key(1), (8, *images.base.latent_shape)), jnp.arange(8) % 2
+    free = np.asarray(change_of(guide.replace(most=np.float32(np.inf)), x, level, ids)[1]).reshape(8, -1)
+    to_delta = float(model.chain.mean_o[1] / model.chain.sigma[1])
+    spent = (to_delta * free) ** 2 @ np.ones(free.shape[1]) / 2
+    limit = np.median(spent)
+    bound = np.asarray(change_of(guide.replace(most=np.float32(limit)), x, level, ids)[1]).reshape(8, -1)
+    assert (spent > limit).sum() == (spent < limit).sum() == 4
+    assert np.isfinite(limit)
+    np.testing.assert_allclose(bound, free * np.sqrt(np.minimum(1, limit / spent))[:, None], rtol=1e-4)
 
 
 def test_a_guide_is_read_as_it_was_written(images, guide, tmp_path):

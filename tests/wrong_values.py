@@ -148,6 +148,7 @@ WRONG_OF_ALGORITHM = {
         "fit_rate": POSITIVE,
         "noise": NOT_NEGATIVE,
         "weight_clip": POSITIVE,
+        "weight_floor": NOT_NEGATIVE,
         "output_regularisation": NOT_NEGATIVE,
     },
     "value_gradient": {
@@ -204,7 +205,7 @@ BANK = {
     "bank": PATH,
     **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch"), COUNT),
     **dict.fromkeys(("fit_rate", "weight_clip"), POSITIVE),
-    "noise": NOT_NEGATIVE,
+    **dict.fromkeys(("noise", "weight_floor"), NOT_NEGATIVE),
     "until_step": (51, *COUNT),
 }
 
@@ -311,7 +312,7 @@ WRONG_FLAGS = {
         **dict.fromkeys(("paths", "held_out"), (1, *COUNT)),
         **dict.fromkeys(("together", "components", "width", "fit_updates", "fit_batch"), COUNT),
         **dict.fromkeys(("fit_rate", "weight_clip"), POSITIVE),
-        "noise": NOT_NEGATIVE,
+        **dict.fromkeys(("noise", "weight_floor"), NOT_NEGATIVE),
         "guess": SWITCH,
     },
     "value_fit": {
@@ -326,6 +327,7 @@ WRONG_FLAGS = {
         **BANK,
         "steps": (1000, *COUNT),
         "sampler": ("heun", ""),
+        "step_nats": POSITIVE_OR_INF,
     },
     "candidates": {
         **IMAGES,

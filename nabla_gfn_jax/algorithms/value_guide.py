@@ -6,7 +6,9 @@ as `algorithms/fitted_value.py` tells its LoRA. V is the mean of some learned lo
 x̂ in a few principal components. They are known at the states of the paths that they were fitted to. Between two states
 V is interpolated in time, so the policy may take other steps.
 
-A step costs about three evaluations of the base model, because V's gradient is pulled back through it.
+A step costs about three evaluations of the base model, because V's gradient is pulled back through it. Where V is not
+known it can be steep, and a steep step leads to where it is known less. So a δ that would spend more than some nats,
+‖δ‖²/2, is shortened to them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -32,6 +34,7 @@ from nabla_gfn_jax.errors import UserError
 from nabla_gfn_jax.typing import Latents, Params, PromptIds
 
 _SHOWN = 5  # prompts in a message
+_LEAST = 1e-30  # nats; a divisor above 0
 _KIND = "value"  # what tells the file from a LoRA
 
 
@@ -73,12 +76,19 @@ class ValueGuide:
     known: tuple[Known, ...]  # V is their mean
     times: Float[np.ndarray, " states"]  # of the first states, decreasing; after the last the base model goes on
     scale: Float[np.ndarray, ""]  # s
+    most: Float[np.ndarray, ""]  # nats that a step of a sample may spend
 
     @classmethod
-    def of(cls, memories: Sequence[ValueMemory], times: Float[np.ndarray, " states"], scale: float) -> "ValueGuide":
+    def of(
+        cls,
+        memories: Sequence[ValueMemory],
+        times: Float[np.ndarray, " states"],
+        scale: float,
+        most: float = np.inf,
+    ) -> "ValueGuide":
         """The guide of V that these memories have learned. `times` are those of the network at the states."""
         known = tuple(Known.of(memory) for memory in memories)
-        return cls(known, np.asarray(times, np.float32), np.asarray(scale, np.float32))
+        return cls(known, *(np.asarray(a, np.float32) for a in (times, scale, most)))
 
     def slope(self, clean: Latents, time: Float[Array, ""], prompt_id: PromptIds) -> Latents:
         """∂V/∂x̂ (B, …) at clean samples x̂ of a time."""
@@ -107,7 +117,9 @@ def following(predict: Predict, chain: Chain) -> PredictChange:
             output, through = jax.vjp(lambda x: predict(None, x, level, condition), x)
             clean, to = jax.vjp(level.clean, output, x)
             by_output, direct = to(guide.slope(clean, now, condition))
-            return output, guide.scale * step.sigma**2 / step.mean_o * (through(by_output)[0] + direct)
+            change = guide.scale * step.sigma**2 / step.mean_o * (through(by_output)[0] + direct)
+            spent = jnp.square(step.mean_o / step.sigma * change).sum(axis=tuple(range(1, x.ndim)), keepdims=True) / 2
+            return output, change * jnp.sqrt(jnp.minimum(1, guide.most / jnp.maximum(spent, _LEAST)))
 
         def rest(x: Latents) -> tuple[Latents, Latents]:
             return predict(None, x, level, condition), jnp.zeros_like(x)
@@ -152,6 +164,7 @@ def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float |
             known=tuple(_known(tree["known"][str(i)], rows) for i in range(len(tree["known"]))),
             times=tree["times"],
             scale=_number(tree["scale"]) if scale is None else np.asarray(scale, np.float32),
+            most=_number(tree.get("most", np.asarray(np.inf, np.float32))),
         )
         size = len(found.known[0].centre)
         some = jax.ShapeDtypeStruct((1, size), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)

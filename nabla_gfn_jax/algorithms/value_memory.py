@@ -86,6 +86,7 @@ class FitOptions(Checked):
     fit_rate: float = option(1e-3, "learning rate of V's network", above=0)
     noise: float = option(0.2, "of V's inputs while it is fitted, in their units; more makes V smoother", minimum=0)
     weight_clip: float = option(20.0, "largest weight W/Z", above=0)
+    weight_floor: float = option(0.01, "smallest weight W/Z, below which V does not fall", minimum=0)
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class Fit:
         for update in range(o.fit_updates):
             path, state = draw.choice(known, o.fit_batch), draw.integers(len(memory.unit), size=o.fit_batch)
             log_ratio = memory.log_w[path, state] - log_z[memory.prompt_id[path]]
-            ratio = np.minimum(np.exp(log_ratio), o.weight_clip).astype(np.float32)
+            ratio = np.clip(np.exp(log_ratio), o.weight_floor, o.weight_clip).astype(np.float32)
             points = _points(
                 memory, memory.components[path, state], memory.guess[path, state], state, memory.prompt_id[path]
             )

@@ -48,6 +48,7 @@ class Options(BankOptions):
 
     out: Path = option(meaning="folder for V, the certificates and two rows of samples")
     scale: float = option(1.1, "s, by which V's gradient is multiplied", above=0, maximum=100)
+    step_nats: float = option(0.5, "most nats that a step of a sample spends", above=0, infinite=True)
     steps: int | None = option(None, "the policy's sampling steps [num_steps, as V's]", minimum=1, maximum=999)
     sampler: Sampler = option("ddpm", "which times these steps visit")
 
@@ -60,7 +61,7 @@ class Options(BankOptions):
 def guide_of(images: Images, o: Options, memories: Memories) -> ValueGuide:
     """The policy that follows what the memories have learned, in the first steps of the bank."""
     times = np.asarray(images.base.chain(o.num_steps).at.time, np.float32)
-    return ValueGuide.of(memories, times[: o.last_step], o.scale)
+    return ValueGuide.of(memories, times[: o.last_step], o.scale, o.step_nats)
 
 
 def about(o: Options) -> dict[str, Any]:
