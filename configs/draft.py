@@ -5,9 +5,9 @@
     python -m nabla_gfn_jax.train --config=draft:emoji    DRaFT-10 on the emoji model, minutes on 2 cores
 
 The paper finetunes Stable Diffusion 1.4 with LoRA of rank 8 and AdamW (learning rate 4e-4) on batches of 16. All other
-numbers are those of `paper.py`. Time and memory on an accelerator have not been measured. An earlier version of
-`:emoji` reached log R .45 after 8 updates with distinct faces, and .60 after 18 updates, where a fifth of the samples
-no longer showed a face (docs/results.md).
+numbers are those of `paper.py`. Time and memory on an accelerator have not been measured. `:emoji` reaches log R .46
+after 8 updates with distinct faces, and .62 after 18 updates, where an eighth of the samples no longer shows a face
+(docs/results.md).
 """
 
 from ml_collections import ConfigDict
