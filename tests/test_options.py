@@ -144,7 +144,7 @@ def test_a_pretraining_refuses():
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_refuses(command):
-    studies = ("mixture2d", "bank_fit", "foresight", "value_fit", "value_guidance", "microscope")
+    studies = ("mixture2d", "bank_fit", "foresight", "value_fit", "value_guidance", "candidates", "microscope")
     folders = {name: {"out": "out"} for name in studies}
     folders |= {name: {"out": "out.jsonl"} for name in ("bench2d", "ablations")}
     folders["uptake"] = {"out": "out", "lora": __file__}
