@@ -89,7 +89,7 @@ def sample(
     than one need a `reward` and a `beta`. `how` are fields of `nabla_gfn_jax.inference.sampling.Sampling`: sampler,
     steps, guidance, eta, seed, negative, lora_from_step, lora_until_step.
     """
-    among = Candidates.of(candidates, load_reward(reward) if reward else None, beta, prompts)
+    among = Candidates.of(candidates, reward or "", load_reward(reward) if reward else None, beta, prompts)
     batches = draw_images(ImageSampler(model, prompts, Sampling(**how)), lora, num, among)
     return np.concatenate([batch.images for batch in batches]).reshape(len(prompts), num, *model.image_shape)
 
@@ -127,7 +127,7 @@ def evaluate(
     extras = load_extras(cross_rewards, metrics, reward)
     judge = load_reward(reward)
     evaluator = Evaluator(ImageSampler(model, prompts, Sampling(**how)), judge, beta, extras.metrics)
-    among = Candidates.of(candidates, judge, beta, prompts)
+    among = Candidates.of(candidates, reward, judge, beta, prompts)
     base = evaluator.base_states(evaluator.base_images(num), None, {})
     return evaluator.evaluate(evaluator.states(lora, num, candidates=among), base, num)
 

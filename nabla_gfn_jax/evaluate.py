@@ -101,7 +101,7 @@ def main(argv: list[str]) -> None:
     extras = load_extras(options.cross_rewards, options.metrics, reward_name)
     model = load_model(subject.model, DTYPES[subject.model_dtype])
     beta = subject.beta if options.beta is None else options.beta
-    candidates = Candidates.of(options.candidates, reward, beta, prompts)
+    candidates = Candidates.of(options.candidates, reward_name, reward, beta, prompts)
     contenders = list(contenders_of(options, subject, model, prompts, candidates))
 
     sampler = ImageSampler(model, prompts, subject.how, options.batch)

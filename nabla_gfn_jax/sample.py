@@ -152,7 +152,7 @@ def chooser(options: Options, subject: Subject, prompts: Sequence[str]) -> Candi
     if options.candidates == 1:
         return None
     reward, beta = options.reward or subject.reward, subject.beta if options.beta is None else options.beta
-    return Candidates.of(options.candidates, load_reward(reward) if reward else None, beta, prompts)
+    return Candidates.of(options.candidates, reward or "", load_reward(reward) if reward else None, beta, prompts)
 
 
 if __name__ == "__main__":

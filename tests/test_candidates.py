@@ -49,7 +49,7 @@ class Stub:
 
 def drawn(stub, number, policy, num, first=0):
     """Level numbers, prompts and path statistics of chosen images."""
-    among = Candidates.of(number, brightness(1.0), BETA, stub.prompts)
+    among = Candidates.of(number, "bright", brightness(1.0), BETA, stub.prompts)
     batches = list(draw_images(stub, policy, num, among, first=first))
     images, prompt = (np.concatenate([getattr(batch, name) for batch in batches]) for name in ("images", "prompt"))
     spent, ratio = (np.concatenate([getattr(b.paths, name) for b in batches]) for name in PathStatistics._fields)
@@ -118,7 +118,7 @@ def test_batches_and_the_first_image_do_not_change_them():
 
 
 def test_an_image_without_a_reward_is_not_chosen():
-    stub, judge = Stub(64), Candidates.of(4, brightness(1.0), BETA, ("a face", "an animal"))
+    stub, judge = Stub(64), Candidates.of(4, "bright", brightness(1.0), BETA, ("a face", "an animal"))
     scores = judge.judge.update
     judge.judge.update = lambda batch: _with_nan(scores(batch))
     for batch in draw_images(stub, None, 200, judge):
@@ -137,7 +137,7 @@ def test_of_a_lora_they_are_the_samplers(tiny_model):
     lora = {"unet": init_lora(jax.random.key(1), model.params["unet"], 2)}
     lora = jax.tree.map(lambda a: 0.3 * jax.random.normal(next(random), a.shape), lora)
     sampler = ImageSampler(model, ["a face", "an animal"], Sampling(steps=4, guidance=2.0), 4)
-    among = Candidates.of(3, brightness(1.0), 5.0, sampler.prompts)
+    among = Candidates.of(3, "bright", brightness(1.0), 5.0, sampler.prompts)
     all_of = list(sampler.images(lora, 6, nats=True))
     images = np.concatenate([batch.images for batch in all_of]).reshape(2, 2, 3, -1)
     ratio = np.concatenate([batch.paths.log_ratio for batch in all_of]).reshape(2, 2, 3)
@@ -153,13 +153,13 @@ def test_of_a_lora_they_are_the_samplers(tiny_model):
 
 
 def test_what_candidates_need(tiny_model):
-    assert Candidates.of(1, None, None, ["a face"]) is None
+    assert Candidates.of(1, "bright", None, None, ["a face"]) is None
     with pytest.raises(UserError, match=r"in proportion to R\^β, and --reward is not known; give it"):
-        Candidates.of(2, None, 1.0, ["a face"])
+        Candidates.of(2, "bright", None, 1.0, ["a face"])
     with pytest.raises(UserError, match=r"in proportion to R\^β, and --beta is not known; give it"):
-        Candidates.of(2, brightness(1.0), None, ["a face"])
+        Candidates.of(2, "bright", brightness(1.0), None, ["a face"])
     sampler = ImageSampler(api.load_model(str(tiny_model)), ["a face"], Sampling(steps=2, eta=0.0), 2)
-    among = Candidates.of(2, brightness(1.0), 1.0, ["a face"])
+    among = Candidates.of(2, "bright", brightness(1.0), 1.0, ["a face"])
     with pytest.raises(UserError, match=r"by the density of their paths, and eta 0 has none; use an eta above 0"):
         list(draw_images(sampler, {"a": np.zeros(2)}, 1, among))
 
@@ -197,8 +197,8 @@ def test_the_commands(tiny_model, tmp_path, monkeypatch, capsys):
     sample.main(["sample", *given, "--num=4", f"--out={tmp_path / 'a.png'}", f"--each={tmp_path / 'each'}"])
     with Image.open(tmp_path / "each/0000.png") as picture:
         recipe = json.loads(picture.text["nabla_gfn_jax"])
-        assert "Candidates: 3 at beta 40" in picture.text["parameters"]
-    assert recipe["candidates"] == {"number": 3, "beta": 40.0}
+        assert "Candidates: 3 by bright at beta 40" in picture.text["parameters"]
+    assert recipe["candidates"] == {"number": 3, "beta": 40.0, "reward": "bright"}
     model, how = api.load_model(str(tiny_model)), {"steps": 4, "guidance": 2.0}
     images = api.sample(model, ["a face"], num=4, candidates=3, reward="bright", beta=40.0, **how)[0]
     for number, image in enumerate(images):

@@ -34,11 +34,17 @@ class Candidates:
 
     number: int  # K
     beta: float
+    reward: str  # its name
     judge: LogReward
 
     @classmethod
-    def of(cls, number: int, reward: Reward | None, beta: float | None, prompts: Sequence[str]) -> "Candidates | None":
-        """None for one candidate. Raises `UserError` if there is no reward or no β, or for a prompt it cannot judge."""
+    def of(
+        cls, number: int, name: str, reward: Reward | None, beta: float | None, prompts: Sequence[str]
+    ) -> "Candidates | None":
+        """None for one candidate. `name` is the reward's.
+
+        Raises `UserError` if there is no reward or no β, or for a prompt that the reward cannot judge.
+        """
         if number == 1:
             return None
         if reward is None or beta is None:
@@ -46,12 +52,12 @@ class Candidates:
             raise UserError(f"candidates are chosen in proportion to R^β, and {missing} is not known; give it")
         judge = LogReward(reward)
         judge.prepare(prompts)
-        return cls(number, beta, judge)
+        return cls(number, beta, name, judge)
 
     @property
     def about(self) -> dict[str, Any]:
-        """What images depend on beside the policy and the reward."""
-        return {"candidates": {"number": self.number, "beta": self.beta}}
+        """What images depend on beside the policy."""
+        return {"candidates": {"number": self.number, "beta": self.beta, "reward": self.reward}}
 
 
 def draw_images(

@@ -58,5 +58,5 @@ def _parameters(recipe: Mapping[str, Any]) -> str:
     if "value" in recipe:
         said["Value"] = " and ".join(f"{name} x {scale:g}" for name, scale in recipe["value"].items())
     if "candidates" in recipe:
-        said["Candidates"] = "{number} at beta {beta:g}".format(**recipe["candidates"])
+        said["Candidates"] = "{number} by {reward} at beta {beta:g}".format(**recipe["candidates"])
     return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in said.items())])
