@@ -37,8 +37,10 @@ def free_port(ports: Iterable[int] = (0,)) -> int:
     raise OSError("no port is free")
 
 
-def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[subprocess.Popen]:
-    """Starts both processes of a run, identified by flags or by Slurm."""
+def start(
+    model: Path, workdir: Path, *more: str, slurm: bool = False, within: tuple[str, ...] = ()
+) -> list[subprocess.Popen]:
+    """Starts both processes of a run, identified by flags or by Slurm. `within` is a command that runs another."""
     port = free_port(SLURM_PORTS if slurm else (0,))
     cache = jax.config.jax_compilation_cache_dir
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "4", "JAX_COMPILATION_CACHE_DIR": cache}
@@ -48,7 +50,7 @@ def start(model: Path, workdir: Path, *more: str, slurm: bool = False) -> list[s
         job = {"JOB_ID": port - SLURM_PORTS[0], "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": i, "LOCALID": i}
         env = environment | {f"SLURM_{name}": str(value) for name, value in job.items() if slurm}
         who = ["--distributed"] if slurm else who
-        command = [sys.executable, str(HERE / "tiny_process.py"), *flags(model, workdir), *who, *more]
+        command = [*within, sys.executable, str(HERE / "tiny_process.py"), *flags(model, workdir), *who, *more]
         return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     return [process(i) for i in range(2)]
@@ -170,6 +172,49 @@ def test_no_process_hangs_when_the_coordinator_dies_or_another_freezes(tiny_mode
     print(f"ended after {time.time() - start_of_wait:.1f} s with {other.returncode}: {error[-600:]}")
     assert other.returncode != 0
     assert re.search("another process is gone|distributed service detected fatal errors", error), error
+
+
+@pytest.fixture
+def network():
+    """A network of the test's own, as a command that runs another in it, and a function that sets it up or down."""
+    holder = subprocess.Popen(["unshare", "--map-root-user", "--net", "sleep", "3600"])
+    within = ("nsenter", f"--target={holder.pid}", "--user", "--net", "--preserve-credentials")
+
+    def put(where: str) -> None:
+        subprocess.run([*within, "ip", "link", "set", "lo", where], check=True)
+
+    time.sleep(1)
+    try:
+        put("up")
+    except (subprocess.CalledProcessError, OSError) as error:
+        holder.kill()
+        pytest.skip(f"there is no network namespace here ({error})")
+    yield within, put
+    holder.kill()
+    holder.wait()
+
+
+@pytest.mark.slow
+def test_a_network_that_is_cut_ends_both_and_the_run_goes_on_to_the_same_bits(tiny_model, tmp_path, network):
+    within, put = network
+    longer = f"--config.training.num_epochs={2 * EPOCHS}"
+    whole, workdir = tmp_path / "whole", tmp_path / "cut"
+    assert [code for code, _, _ in end(start(tiny_model, whole, longer, within=within), COMPILING)] == [0, 0]
+    processes = start(tiny_model, workdir, longer, within=within)
+    wait_for(workdir / "checkpoints/1", processes)
+    put("down")
+    begun = time.monotonic()
+    ended = end(processes, 100)
+    print(f"both ended after {time.monotonic() - begun:.1f} s:", [(code, error[-300:]) for code, _, error in ended])
+    for code, _, error in ended:
+        assert code != 0
+        assert re.search("another process is gone|distributed service detected fatal errors", error), error
+    assert len(rows(workdir)) < 2 * EPOCHS
+    put("up")
+    assert [code for code, _, _ in end(start(tiny_model, workdir, longer, within=within), COMPILING)] == [0, 0]
+    assert list(map(without_time, rows(workdir))) == list(map(without_time, rows(whole)))
+    for file in (whole / "lora").rglob("*.safetensors"):
+        assert (workdir / file.relative_to(whole)).read_bytes() == file.read_bytes()
 
 
 def test_processes_that_do_not_say_who_they_are(command, tmp_path, capsys):
