@@ -177,6 +177,8 @@ def test_no_process_hangs_when_the_coordinator_dies_or_another_freezes(tiny_mode
 @pytest.fixture
 def network():
     """A network of the test's own, as a command that runs another in it, and a function that sets it up or down."""
+    if not all(map(shutil.which, ("unshare", "nsenter", "ip"))):
+        pytest.skip("a network of its own needs unshare, nsenter and ip")
     holder = subprocess.Popen(["unshare", "--map-root-user", "--net", "sleep", "3600"])
     within = ("nsenter", f"--target={holder.pid}", "--user", "--net", "--preserve-credentials")
 
