@@ -184,11 +184,11 @@ def contenders_of(
         for scale in options.lora_scale:
             times = f" x {scale:g}" * (scale != 1)
             yield Contender(name + times + among, scaled(lora, scale), name, scale, candidates)
-    for factor in (options.value_scale or (None,)) if options.value else ():
-        assert options.value is not None
-        guide = load_guide(options.value, prompts, math.prod(model.latent_shape), factor)
-        factor = float(guide.scale)
-        yield Contender(f"{options.value} x {factor:g}{among}", guide, str(options.value), factor, candidates)
+    if options.value:
+        for factor in options.value_scale or (None,):
+            guide = load_guide(options.value, prompts, math.prod(model.latent_shape), factor)
+            name, scale = str(options.value), float(guide.scale)
+            yield Contender(f"{name} x {scale:g}{among}", guide, name, scale, candidates)
     if candidates and not subject.loras and not options.value:
         yield Contender(evaluations.BASE + among, candidates=candidates)
 

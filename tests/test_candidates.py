@@ -131,7 +131,7 @@ def _with_nan(found):
 
 
 def test_of_a_lora_they_are_the_samplers(tiny_model):
-    """Bit for bit, with the path weights of a random LoRA of which one is much larger than the others'."""
+    """Each chosen image is one of its three to the bit, and its log ratio is that of their path weights."""
     model = api.load_model(str(tiny_model))
     random = iter(jax.random.split(jax.random.key(0), 1000))
     lora = {"unet": init_lora(jax.random.key(1), model.params["unet"], 2)}

@@ -198,6 +198,7 @@ def network():
 
 @pytest.mark.slow
 def test_a_network_that_is_cut_ends_both_and_the_run_goes_on_to_the_same_bits(tiny_model, tmp_path, network):
+    """The coordination service notices it: no process waits for the other for more than 100 s."""
     within, put = network
     longer = f"--config.training.num_epochs={2 * EPOCHS}"
     whole, workdir = tmp_path / "whole", tmp_path / "cut"

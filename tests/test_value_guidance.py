@@ -239,8 +239,10 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     assert len(judged["spent_by_step"]) == 9
     assert judged["spent_by_step"][0] > 0 == judged["spent_by_step"][-1]
     rows = np.asarray(Image.open(tmp_path / "out/samples.png"), np.float32)
-    base, policy = np.split(rows, [len(rows) // 2])
-    assert np.abs(policy - base).max() > 0
+    margin = (4 * rows.shape[0] - rows.shape[1]) // 3  # two rows of eight squares, with margins around each
+    size = (rows.shape[0] - 3 * margin) // 2
+    base, policy = (rows[start : start + size] for start in (margin, 2 * margin + size))
+    assert 0 < np.abs(policy - base).mean() < 20  # from the same noise
     base = json.loads((tmp_path / "out/base.json").read_text())
     assert base["spent"][0] == 0 < base["at_beta"]["gap"][0]
     out = capsys.readouterr().out
@@ -271,4 +273,4 @@ def test_the_command(tiny_model, tmp_path, monkeypatch, capsys):
     assert np.abs(drawn.astype(int) - np.stack(saved)).max() <= 1
     sample.main(["sample", value, model, "--num=4", "--value_scale=0", f"--out={tmp_path / 'still.png'}"])
     grids = [np.asarray(Image.open(tmp_path / name), np.float32) for name in ("grid.png", "still.png")]
-    assert np.abs(grids[0] - grids[1]).max() > 0
+    assert 0 < np.abs(grids[0] - grids[1]).mean() < 20

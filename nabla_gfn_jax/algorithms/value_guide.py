@@ -86,7 +86,14 @@ class ValueGuide:
         scale: float,
         most: float = np.inf,
     ) -> "ValueGuide":
-        """The guide of V that these memories have learned. `times` are those of the network at the states."""
+        """The guide of V that these memories have learned.
+
+        Args:
+            memories: what V is the mean of.
+            times: those of the network at the first states of a path.
+            scale: s, by which V's gradient is multiplied.
+            most: nats that a step of a sample may spend, ‖δ‖²/2.
+        """
         known = tuple(Known.of(memory) for memory in memories)
         return cls(known, *(np.asarray(a, np.float32) for a in (times, scale, most)))
 
@@ -164,7 +171,7 @@ def load_guide(file: Path, prompts: Sequence[str], elements: int, scale: float |
             known=tuple(_known(tree["known"][str(i)], rows) for i in range(len(tree["known"]))),
             times=tree["times"],
             scale=_number(tree["scale"]) if scale is None else np.asarray(scale, np.float32),
-            most=_number(tree.get("most", np.asarray(np.inf, np.float32))),
+            most=_number(tree.get("most", np.asarray(np.inf, np.float32))),  # older files have no limit
         )
         size = len(found.known[0].centre)
         some = jax.ShapeDtypeStruct((1, size), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)

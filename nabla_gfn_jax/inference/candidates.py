@@ -33,9 +33,9 @@ class Candidates:
     """How many candidates an image has, and how one is chosen."""
 
     number: int  # K
-    beta: float
-    reward: str  # its name
-    judge: LogReward
+    beta: float  # β of the path weight
+    reward: str  # the name of R
+    judge: LogReward  # R, prepared for the prompts
 
     @classmethod
     def of(

@@ -56,7 +56,7 @@ class Row(NamedTuple):
 def row_of(number: int, mine: Paths, others: Paths, beta: float) -> Row:
     """One image of every `number` of the samples `mine` of a prompt, judged by the samples `others`.
 
-    The certificate is linear in the choice, so it gets the mean over all choices.
+    The figures at `beta` are linear in log R and in the log ratio of the chosen image; both are means over all choices.
     """
     chosen = []
     for prompt in np.unique(mine.prompt):
